@@ -1,0 +1,130 @@
+r"""The lean adjoint along a trajectory, and the full and scalar adjoints for comparison.
+
+Lean (Domingo-Enrich et al. 2409.08861, eq. 38-39): the terms of the adjoint equation that vanish in
+expectation at the optimum are left out, so that only the base is differentiated.  In continuous
+time da/dt = -(∇(2v_β - x/t))ᵀ a, a_1 = -∇r(X_1); with c = a/t, dc/dt = -2 (∇v_β)ᵀ c.
+Discretely λ_k = adjoint_x λ_{k+1} + adjoint_v J(x_k, adjoint_t)ᵀ λ_{k+1}: one vector-Jacobian
+product a step, memory independent of the number of steps but for the stored trajectory.
+
+Full (eq. 22-23 there): the gradient of the cost of the tilted chain itself,
+a_k = ∂/∂x_k [Σ_{j≥k} ‖d_j‖²/(2 std_j²) - r(x_K)] with d = mean_v (v_θ - v_β), which needs
+vector-Jacobian products of both fields.
+
+Scalar (2610.10437): c is held constant, a_t = t a_1.  No product at all, and not the exact tilt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adjoint.kernel import Kernel
+from adjoint.rollout import Trajectory, velocity_along
+from flows.field import Cond, VelocityField, velocity_and_vjp
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Adjoints along a trajectory.
+
+    Attributes:
+        values: (K+1, B, *) λ_k, the last one -∇r(x_K).
+        v_base: (K, B, *) base velocity at (x_k, t_k).
+    """
+
+    values: Tensor
+    v_base: Tensor
+
+
+def lean_adjoint(
+    base: VelocityField,
+    kernel: Kernel,
+    xs: Tensor,
+    terminal: Tensor,
+    cond: Cond | None = None,
+    *,
+    running: Tensor | None = None,
+) -> Adjoint:
+    """Lean adjoint of the base along states xs (K+1, B, *) from ``terminal`` = -∇r(x_K) (B, *).
+
+    Arguments:
+        running: (K, B, *) gradient of a running state cost at x_k, times the step; for control
+            problems other than tilting, which have none.
+
+    The product costs a forward and a backward pass a step and also yields v_β(x_k, t_k) where the
+    rule reads it at that time; the others are evaluated in one batch.
+    """
+    value = terminal.detach()
+    values, v_base = [value], []
+    for k in reversed(range(kernel.steps)):
+        v, product = velocity_and_vjp(base, xs[k], kernel.adjoint_t[k], value, cond)
+        value = kernel.adjoint_x[k] * value + kernel.adjoint_v[k] * product
+        if running is not None:
+            value = value + running[k]
+        values.append(value)
+        v_base.append(v.to(xs.dtype))
+    return Adjoint(torch.stack(values[::-1]), _at_own_time(base, kernel, xs, v_base[::-1], cond))
+
+
+@torch.no_grad()
+def _at_own_time(
+    base: VelocityField, kernel: Kernel, xs: Tensor, found: list[Tensor], cond: Cond | None
+) -> Tensor:
+    """v_β(x_k, t_k), evaluating those steps whose adjoint was read at another time."""
+    other = [k for k, own in enumerate(kernel.own_time) if not own]
+    if other:
+        fresh = velocity_along(base, xs[other], kernel.t[other], cond).to(xs.dtype)
+        for k, v in zip(other, fresh, strict=True):
+            found[k] = v
+    return torch.stack(found)
+
+
+def scalar_adjoint(
+    base: VelocityField,
+    kernel: Kernel,
+    xs: Tensor,
+    terminal: Tensor,
+    cond: Cond | None = None,
+) -> Adjoint:
+    """Scalar adjoint, c_k = -∇r(x_K) at every step; arguments as for `lean_adjoint`."""
+    scale = (kernel.t / kernel.adjoint_scale).to(xs.dtype)
+    values = scale.reshape(-1, *([1] * terminal.ndim)) * terminal.detach()
+    with torch.no_grad():
+        v_base = velocity_along(base, xs[:-1], kernel.t[:-1], cond).to(xs.dtype)
+    return Adjoint(values, v_base)
+
+
+def full_adjoint(
+    field: VelocityField,
+    base: VelocityField,
+    kernel: Kernel,
+    trajectory: Trajectory,
+    terminal: Tensor,
+    cond: Cond | None = None,
+) -> Adjoint:
+    """Full adjoint of the tilted chain, in the variable λ of the kernel.
+
+    Raises:
+        ValueError: the kernel's adjoint is not the Jacobian of its own mean, or its noise has a
+            covariance that depends on the state.
+    """
+    if not kernel.is_exact_adjoint or kernel.start_covariance is not None:
+        raise ValueError(f"the full adjoint is not defined for kernel {kernel.name!r}")
+    a = terminal.detach()
+    values, v_base = [a / kernel.adjoint_scale[-1]], []
+    for k in reversed(range(kernel.steps)):
+        x, t, mean_v = trajectory.xs[k], kernel.t[k], kernel.mean_v[k]
+        if kernel.noiseless_last and k == kernel.steps - 1:
+            v, product = velocity_and_vjp(base, x, t, mean_v * a, cond)
+        else:
+            with torch.no_grad():
+                v = base(x, t, cond)
+            pull = (mean_v / kernel.std[k]) ** 2 * (trajectory.v[k] - v)
+            _, product = velocity_and_vjp(field, x, t, mean_v * a + pull, cond)
+            product = product - velocity_and_vjp(base, x, t, pull, cond)[1]
+        a = kernel.mean_x[k] * a + product
+        values.append(a / kernel.adjoint_scale[k])
+        v_base.append(v.to(x.dtype))
+    return Adjoint(torch.stack(values[::-1]), torch.stack(v_base[::-1]))

@@ -1,0 +1,97 @@
+r"""The adjoint-matching loss: regress the control onto the lean adjoint.
+
+    L = E Σ_k ‖read_v (v_θ - v_β)(x_k, t_k) + read_a λ‖²,   λ = λ_k or λ_{k+1} by the kernel,
+
+on trajectories of the current model, with λ, v_β and the states held constant (Domingo-Enrich et
+al. 2409.08861, eq. 37).  Its only critical point is the optimal control; it is a regression, so
+the minimum is not zero.  Practical options: a random subset of the steps, a cap on each term, and
+importance weights per trajectory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adjoint.kernel import Kernel
+from adjoint.lean import Adjoint
+
+
+def select_steps(
+    steps: int,
+    *,
+    late: float = 0.25,
+    early: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Indices of the steps a loss is taken on: the last ones, and a random part of the others.
+
+    All of the last ``late`` of the steps and a random ``early`` of the rest (the subset of
+    Domingo-Enrich et al., appendix G).  Returns ascending int64 indices on the CPU.
+
+    Raises:
+        ValueError: a fraction outside [0, 1], or a selection that would be empty.
+    """
+    for name, value in (("late", late), ("early", early)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    n_late = round(late * steps)
+    n_rest = steps - n_late
+    n_early = round(early * n_rest)
+    if n_late + n_early == 0:
+        raise ValueError(f"late={late} and early={early} select none of {steps} steps")
+    device = "cpu" if generator is None else generator.device
+    order = torch.randperm(n_rest, generator=generator, device=device)[:n_early].cpu()
+    return torch.cat([order.sort().values, torch.arange(n_rest, steps)])
+
+
+def adjoint_matching_loss(
+    v: Tensor,
+    adjoint: Adjoint,
+    kernel: Kernel,
+    *,
+    steps: Tensor | None = None,
+    weights: Tensor | None = None,
+    clip: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics from velocities of the model along the trajectory.
+
+    Arguments:
+        v: (S, B, *) velocity of the model at the selected states, with gradient.
+        adjoint: of the whole trajectory.
+        kernel: the table.
+        steps: (S,) indices of the selected steps; all K if None.
+        weights: (B,) importance weights of the trajectories, of mean 1; none if None.
+        clip: cap on the term of one step of one trajectory.
+
+    Returns:
+        The loss, the mean over the batch of the sum over steps and dimensions, and the metrics
+        ``adjoint_norm`` (mean ‖λ‖ over steps), ``control_norm`` (mean ‖v - v_β‖) and
+        ``term_quantile`` (the 0.9 quantile of the unclipped terms, for a running cap).
+    """
+    index = torch.arange(kernel.steps) if steps is None else steps
+    index = index.to(v.device)
+    lam = adjoint.values[index + 1 if kernel.read_next else index]
+    shape = (-1, *([1] * (v.ndim - 1)))
+    read_v = kernel.read_v[index].to(v.dtype).reshape(shape)
+    read_a = kernel.read_a[index].to(v.dtype).reshape(shape)
+    control = v - adjoint.v_base[index]
+    terms = (read_v * control + read_a * lam).square().flatten(2).sum(2)
+    # torch.quantile refuses more than 2**24 entries; a cap does not need them all.
+    quantile = torch.quantile(terms.detach().flatten()[: 2**24].float(), 0.9)
+    if clip is not None:
+        terms = terms.clamp_max(clip)
+    per_trajectory = terms.sum(0)
+    if weights is not None:
+        per_trajectory = per_trajectory * weights
+    metrics = {
+        "adjoint_norm": lam.flatten(2).norm(dim=2).mean(),
+        "control_norm": control.detach().flatten(2).norm(dim=2).mean(),
+        "term_quantile": quantile,
+    }
+    return per_trajectory.mean(), metrics
+
+
+def importance_weights(log_weights: Tensor, *, cap: float = 10.0) -> Tensor:
+    """Self-normalised weights softmax(log w) · B, capped: (B,) → (B,)."""
+    return (torch.softmax(log_weights, 0) * log_weights.shape[0]).clamp_max(cap)

@@ -1,0 +1,102 @@
+"""Trajectories of the memoryless chain, and velocities along them.
+
+x_0 ~ N(0, I) and the step noises are passed in, so that a trajectory is a plain function of them.
+No gradient is recorded: adjoint matching never differentiates through the sampler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adjoint.covariance import covariance_spectrum, jacobian
+from adjoint.kernel import Kernel
+from flows.field import Cond, VelocityField
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """States and the noise that made them.
+
+    Attributes:
+        xs: (K+1, B, *) states at the times of the grid.
+        noise: (K, B, *) standard normal noise of each step.
+        v: (K, B, *) velocities that moved the states (the base's on a noiseless last step).
+        whiten: (K, B, d, d) inverse square roots of the noise covariances, for a chain with full
+            covariance; None for a scalar noise.
+    """
+
+    xs: Tensor
+    noise: Tensor
+    v: Tensor
+    whiten: Tensor | None = None
+
+
+def draw_noise(
+    kernel: Kernel, x0: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Standard normal step noises (K, B, *) for a start x0 of shape (B, *)."""
+    shape = (kernel.steps, *x0.shape)
+    return torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
+
+
+@torch.no_grad()
+def rollout(
+    field: VelocityField,
+    base: VelocityField,
+    kernel: Kernel,
+    x0: Tensor,
+    noise: Tensor,
+    cond: Cond | None = None,
+) -> Trajectory:
+    """Run the chain of ``kernel`` with velocity ``field`` from x0 (B, *) with noise (K, B, *).
+
+    ``base`` moves the last step where that step is noiseless.  States keep the dtype of x0, also
+    where the field computes in another one.
+    """
+    xs, vs, whitens = [x0], [], []
+    for k in range(kernel.steps):
+        follows_base = kernel.noiseless_last and k == kernel.steps - 1
+        v = (base if follows_base else field)(xs[-1], kernel.t[k], cond).to(x0.dtype)
+        x = kernel.mean_x[k] * xs[-1] + kernel.mean_v[k] * v
+        if kernel.start_covariance is not None:
+            root, whiten = noise_roots(base, kernel, k, xs[-1], cond)
+            x = x + (root @ noise[k].flatten(1).unsqueeze(2)).reshape(x.shape)
+            whitens.append(whiten)
+        elif not follows_base:
+            x = x + kernel.std[k] * noise[k]
+        xs.append(x)
+        vs.append(v)
+    whiten = torch.stack(whitens) if whitens else None
+    return Trajectory(torch.stack(xs), noise, torch.stack(vs), whiten)
+
+
+def noise_roots(
+    base: VelocityField, kernel: Kernel, k: int, x: Tensor, cond: Cond | None = None
+) -> tuple[Tensor, Tensor]:
+    """L and L⁻¹ with L Lᵀ = q I + g² Cov(X_1 | x_k), each (B, d, d), at step k of a full chain."""
+    assert kernel.bridge is not None and kernel.gain is not None
+    assert kernel.start_covariance is not None
+    if k == 0:
+        values, vectors = torch.linalg.eigh(kernel.start_covariance)
+        values = values.to(x.dtype).expand(x.shape[0], -1)
+        vectors = vectors.to(x.dtype).expand(x.shape[0], -1, -1)
+    else:
+        _, jac = jacobian(base, x, kernel.t[k], cond)
+        values, vectors = covariance_spectrum(jac, kernel.t[k])
+    spread = (kernel.bridge[k] + kernel.gain[k] * values).sqrt()
+    return vectors * spread.unsqueeze(1), (vectors / spread.unsqueeze(1)).transpose(1, 2)
+
+
+def velocity_along(
+    field: VelocityField, xs: Tensor, t: Tensor, cond: Cond | None = None
+) -> Tensor:
+    """Velocities (S, B, *) at states xs (S, B, *) and times t (S,), in one batch of S·B."""
+    steps, batch = xs.shape[:2]
+    times = t.to(xs.dtype).repeat_interleave(batch)
+    repeated = None
+    if cond is not None:
+        repeated = {name: c.repeat(steps, *([1] * (c.ndim - 1))) for name, c in cond.items()}
+    return field(xs.flatten(0, 1), times, repeated).reshape(xs.shape)

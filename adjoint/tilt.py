@@ -1,0 +1,394 @@
+"""Tilt a base flow toward a reward: one call, and the loss it trains.
+
+``tilt(base, reward, shape=(2,))`` checks its input, measures what the kernel needs of the base,
+trains a copy of the base (or a zero-initialised residual on it) with `flows.training.Trainer` on
+`TiltLoss`, and certifies the result before and after.  Each level is usable by itself: a trainer of
+one's own takes `TiltLoss`, a loss of one's own takes `rollout`, `lean_adjoint` and
+`adjoint_matching_loss`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adjoint.certificate import Certificate, certify, path_log_ratio
+from adjoint.kernel import KERNELS, MATCHED, Kernel, make_kernel, measure_mmse
+from adjoint.lean import Adjoint, lean_adjoint
+from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
+from adjoint.replay import ReplayBuffer
+from adjoint.reward import Reward, ValueFunction, as_reward, check_reward
+from adjoint.rollout import draw_noise, rollout, velocity_along
+from flows import grid as grids
+from flows.callbacks import Callback
+from flows.field import Cond, Residual, VelocityField, check_velocity, frozen
+from flows.networks import MLPVelocity
+from flows.sampling import sample
+from flows.training import Trainer, TrainerConfig
+
+CondSampler = Callable[[int, torch.Generator], Cond]
+
+
+@dataclass(frozen=True)
+class TiltConfig(TrainerConfig):
+    """Options of a tilt; those of the trainer come first."""
+
+    kernel: str = "moment_matched"
+    """Memoryless scheme, one of adjoint.KERNELS."""
+    steps: int = 20
+    """Steps K of the training chain."""
+    shift: float = 1.0
+    """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise."""
+    temperature: float = 1.0
+    """The target is p(x) exp(r(x) / temperature)."""
+    batch_size: int = 256
+    """Trajectories an update (a micro-batch, where updates accumulate)."""
+    late: float = 1.0
+    """Fraction of the steps, the last ones, that always enter the loss."""
+    early: float = 1.0
+    """Fraction of the other steps, drawn at random, that enter the loss."""
+    clip: float = 0.0
+    """Constant cap on the loss of one step of one trajectory; 0 is none."""
+    clip_quantile: bool = False
+    """Cap at a running mean of the 0.9 quantile of those losses instead."""
+    importance: bool = False
+    """Weight trajectories by softmax(log w): removes bias where the ESS is above a half."""
+    replay: int = 0
+    """Trajectories kept for reuse; 0 is none."""
+    refresh: int = 1
+    """With replay: updates per fresh rollout."""
+    certificate_samples: int = 4096
+    """Trajectories of each of the two certificates; 0 is none."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            ValueError: naming the option, its value and what was expected.
+        """
+        super().__post_init__()
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        minima = {"steps": 2, "batch_size": 1, "refresh": 1, "replay": 0, "certificate_samples": 0}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.clip < 0 or (self.clip and self.clip_quantile):
+            raise ValueError(
+                "clip must be at least 0, and 0 where clip_quantile is on, "
+                f"got clip={self.clip}, clip_quantile={self.clip_quantile}"
+            )
+        if 0 < self.replay < self.batch_size:
+            raise ValueError(
+                f"replay must be 0 or at least batch_size={self.batch_size}, got {self.replay}"
+            )
+        if self.refresh > 1 and not self.replay:
+            raise ValueError(f"refresh={self.refresh} needs a replay buffer, got replay=0")
+
+
+class TiltLoss:
+    """The adjoint-matching loss on fresh or replayed trajectories, as a trainer calls it.
+
+    Arguments:
+        base: frozen velocity field.
+        reward: scaled reward (temperature included).
+        kernel: table of the chain.
+        shape: of one sample, without the batch.
+        config: the options from ``batch_size`` to ``refresh``.
+        cond_sampler: draws conditions for n samples; None for an unconditional flow.
+        dtype: of the SDE state and the adjoint.
+    """
+
+    def __init__(
+        self,
+        base: VelocityField,
+        reward: Reward,
+        kernel: Kernel,
+        *,
+        shape: tuple[int, ...],
+        config: TiltConfig,
+        cond_sampler: CondSampler | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.base, self.reward, self.kernel = base, reward, kernel
+        self.shape, self.config, self.cond_sampler = shape, config, cond_sampler
+        self.dtype = dtype
+        self.calls = 0
+        self.cap: Tensor | None = None
+        self.buffer: ReplayBuffer | None = None
+        if config.replay:
+            self.buffer = ReplayBuffer(config.replay, {"xs": 1, "values": 1, "v_base": 1})
+
+    def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
+        n, device = self.config.batch_size, generator.device
+        x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
+        cond = None if self.cond_sampler is None else self.cond_sampler(n, generator)
+        noise = draw_noise(self.kernel, x0, generator=generator)
+        trajectory = rollout(module, self.base, self.kernel, x0, noise, cond)
+        value, gradient = self.reward.value_and_gradient(trajectory.xs[-1], cond)
+        adjoint = lean_adjoint(self.base, self.kernel, trajectory.xs, -gradient, cond)
+        log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel)
+        return {
+            "xs": trajectory.xs[:-1],
+            "values": adjoint.values,
+            "v_base": adjoint.v_base,
+            "log_w": value + log_ratio,
+            "reward": value,
+            "kl": kl,
+            **{f"cond.{name}": c for name, c in (cond or {}).items()},
+        }
+
+    def _batch(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh trajectories, or replayed ones when the buffer says so."""
+        if self.buffer is None:
+            return self.collect(module, generator)
+        if self.calls % self.config.refresh == 0:
+            fresh = self.collect(module, generator)
+            for name in fresh:
+                self.buffer.dims.setdefault(name, 0)
+            self.buffer.add(fresh)
+        return self.buffer.draw(self.config.batch_size, generator=generator)
+
+    def __call__(
+        self, module: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of ``module`` on one batch, and metrics."""
+        config, kernel = self.config, self.kernel
+        batch = self._batch(module, generator)
+        self.calls += 1
+        steps = None
+        if config.late < 1 and config.early < 1:
+            steps = select_steps(
+                kernel.steps, late=config.late, early=config.early, generator=generator
+            )
+        xs = batch["xs"] if steps is None else batch["xs"][steps.to(batch["xs"].device)]
+        times = kernel.t[:-1] if steps is None else kernel.t[:-1][steps.to(kernel.t.device)]
+        cond = {n.removeprefix("cond."): c for n, c in batch.items() if n.startswith("cond.")}
+        v = velocity_along(module, xs, times, cond or None)
+        clip: Tensor | float | None = config.clip or None
+        if config.clip_quantile:
+            clip = self.cap
+        loss, metrics = adjoint_matching_loss(
+            v,
+            Adjoint(batch["values"], batch["v_base"]),
+            kernel,
+            steps=steps,
+            weights=importance_weights(batch["log_w"]) if config.importance else None,
+            clip=clip,
+        )
+        if config.clip_quantile:
+            seen = metrics["term_quantile"]
+            self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
+        metrics["reward"] = batch["reward"].mean()
+        metrics["path_kl"] = batch["kl"].mean()
+        metrics["log_weight_std"] = batch["log_w"].std()
+        return loss, metrics
+
+    def state_dict(self) -> dict[str, object]:
+        """Counter, running cap and replay buffer, for a checkpoint."""
+        return {
+            "calls": self.calls,
+            "cap": self.cap,
+            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what `state_dict` gave."""
+        self.calls = int(state["calls"])  # type: ignore[call-overload]
+        cap = state["cap"]
+        self.cap = cap if isinstance(cap, Tensor) else None
+        if self.buffer is not None and isinstance(state["buffer"], dict):
+            self.buffer.load_state_dict(state["buffer"])
+            for name in self.buffer.store:
+                self.buffer.dims.setdefault(name, 0)
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """A tilted flow and how good it is.
+
+    Attributes:
+        field: tilted velocity field (the averaged weights, in evaluation mode).
+        base: the frozen base.
+        kernel: chain it was trained and certified on.
+        certificate: after; None if certificate_samples is 0.
+        certificate_base: before: the untilted base judged as the tilt.
+        shape: of one sample.
+        config: options of the run.
+    """
+
+    field: nn.Module
+    base: VelocityField
+    kernel: Kernel
+    certificate: Certificate | None
+    certificate_base: Certificate | None
+    shape: tuple[int, ...]
+    config: TiltConfig
+
+    def sample(
+        self,
+        n: int,
+        *,
+        grid: Tensor | int = 100,
+        method: str = "midpoint",
+        cond: Cond | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """``n`` samples (n, *) by the ODE of the tilted flow; see `flows.sampling.sample`."""
+        like = next(self.field.parameters())
+        x0 = torch.randn((n, *self.shape), generator=generator, dtype=like.dtype)
+        return sample(self.field, x0.to(like.device), grid=grid, method=method, cond=cond)
+
+    def __str__(self) -> str:
+        """The two certificates as a table."""
+        if self.certificate is None or self.certificate_base is None:
+            return f"tilted flow, kernel {self.kernel.name}, {self.kernel.steps} steps"
+        before, after = self.certificate_base.summary(), self.certificate.summary()
+        rows = [f"{name:<16}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
+        return "\n".join([f"{'':<16}{'base':>12}{'tilted':>12}", *rows])
+
+
+def trainable(base: VelocityField, shape: tuple[int, ...], seed: int) -> nn.Module:
+    """What is trained when the caller names no model; it starts at the base.
+
+    A base with parameters is copied; one without (a closed form) gets a zero-initialised residual
+    network.
+
+    Raises:
+        ValueError: a base without parameters whose samples are not vectors.
+    """
+    if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
+        return copy.deepcopy(base).requires_grad_(True)
+    if len(shape) != 1:
+        raise ValueError(
+            f"a base without parameters and with samples of shape {shape} needs model=, a module "
+            "to train; only vectors, shape (d,), get a residual network by default"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Residual(base, MLPVelocity(shape[0], zero_init=True))
+
+
+def _check(
+    base: VelocityField, reward: Reward, x1: Tensor, x0: Tensor, cond: Cond | None
+) -> None:
+    """One evaluation of base and reward, with the errors of `check_velocity`, `check_reward`."""
+    with torch.no_grad():
+        v = check_velocity(base(x0, torch.tensor(0.5).to(x0), cond), x0, "base")
+    if not bool(torch.isfinite(v).all()):
+        raise ValueError("base returned NaN or infinite velocities at t = 0.5 on normal noise")
+    check_reward(reward, x1, cond)
+
+
+def tilt(
+    base: VelocityField,
+    reward: Reward | ValueFunction,
+    *,
+    shape: tuple[int, ...],
+    config: TiltConfig | None = None,
+    model: nn.Module | None = None,
+    cond_sampler: CondSampler | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    problem: Mapping[str, str | int | float | bool | None] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tilted:
+    """Tilt ``base`` toward ``reward``: p*(x) ∝ p(x) exp(r(x) / temperature).
+
+    Arguments:
+        base: velocity field on the canonical path; it is copied and never changed.
+        reward: callable (x, cond) → (B,) or a `Reward`.
+        shape: of one sample, without the batch.
+        config: options.
+        model: module to train, a velocity field that should start at the base; by default a copy
+            of the base, or a residual on it where the base has no parameters.
+        cond_sampler: (n, generator) → mapping of n conditions, for a conditional flow.
+        callbacks: progress bar and loggers of `flows.callbacks`.
+        checkpoint: file to save to; with ``resume`` training continues from it if it exists.
+        problem: what identifies the run beside the options (names of base and reward, say); a
+            checkpoint of another problem is refused.
+        device, dtype: of the SDE state.
+
+    Raises:
+        TypeError, ValueError: base or reward return the wrong type or shape, are not finite, or the
+            reward is not differentiable; before any training.
+        CheckpointError: a checkpoint that is damaged or belongs to another problem.
+        TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
+    """
+    config = TiltConfig() if config is None else config
+    scaled = as_reward(reward).scaled(1 / config.temperature)
+    base = frozen(base)
+    generator = torch.Generator(device).manual_seed(config.seed + 1)
+    grid = grids.shifted(config.steps, config.shift)
+
+    n_probe = 8192 if config.kernel in MATCHED else 64
+    x0 = torch.randn((n_probe, *shape), generator=generator, dtype=dtype, device=device)
+    cond = None if cond_sampler is None else cond_sampler(n_probe, generator)
+    head = None if cond is None else {name: c[:64] for name, c in cond.items()}
+    with torch.no_grad():
+        check_velocity(base(x0[:64], torch.tensor(0.5).to(x0), head), x0[:64], "base")
+    x1 = sample(base, x0, grid=50, method="midpoint", cond=cond)
+    _check(base, scaled, x1, x0, cond)
+    mmse = covariance = None
+    if config.kernel in MATCHED:
+        mmse = measure_mmse(base, grid, x1, cond=cond, generator=generator)
+    if config.kernel == "covariance_matched":
+        covariance = torch.cov(x1.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
+    kernel = make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
+
+    model = trainable(base, shape, config.seed) if model is None else model
+    loss = TiltLoss(
+        base,
+        scaled,
+        kernel,
+        shape=shape,
+        config=config,
+        cond_sampler=cond_sampler,
+        dtype=dtype,
+    )
+    identity = {**asdict(config), **(problem or {}), "shape": list(shape)}
+    trainer = Trainer(
+        model.to(device),
+        loss,
+        config,
+        callbacks=callbacks,
+        checkpoint=checkpoint,
+        problem={name: value for name, value in identity.items() if name != "checkpoint_every"},
+    )
+    field = trainer.fit(resume=resume)
+    before, after = (
+        certificate_of(v, base, scaled, kernel, shape, config, cond_sampler, device, dtype)
+        for v in (base, field)
+    )
+    return Tilted(field, base, kernel, after, before, shape, config)
+
+
+def certificate_of(
+    field: VelocityField,
+    base: VelocityField,
+    reward: Reward,
+    kernel: Kernel,
+    shape: tuple[int, ...],
+    config: TiltConfig,
+    cond_sampler: CondSampler | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Certificate | None:
+    """Certificate with noise that depends only on the seed; None if no samples are asked for."""
+    n = config.certificate_samples
+    if not n:
+        return None
+    generator = torch.Generator(device).manual_seed(config.seed + 2)
+    x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
+    cond = None if cond_sampler is None else cond_sampler(n, generator)
+    return certify(field, base, reward, kernel, x0, cond=cond, generator=generator)

@@ -1,0 +1,192 @@
+"""Checkpoints that a kill cannot spoil and that cannot run code.
+
+A checkpoint is one file of plain data: nested dicts, lists and tuples of tensors, strings, numbers
+and ``None``.  Two properties matter.
+
+Atomic writing.  The bytes go to a temporary file in the same folder, which is flushed to the disk
+and then renamed over the old file; POSIX makes the rename atomic, so a process killed at any
+moment leaves either the old checkpoint or the new one, never a mixture.  A temporary file that a
+kill leaves behind has a fixed name and is overwritten by the next save.
+
+Safe reading.  The archive's checksums are verified before anything is interpreted (PyTorch does
+not verify them), and the content is read by the restricted unpickler of
+``torch.load(weights_only=True)``, which builds tensors and plain data only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import platform
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+import torch
+from torch import Tensor
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, holds code, or belongs to another problem."""
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write ``state`` to ``path`` atomically; folders are created.
+
+    Raises:
+        TypeError: a value is neither a tensor nor plain data; the message names its place.
+        OSError: the file cannot be written.
+    """
+    plain = _plain(state, "state")
+    with replacing(path, "checkpoint") as file:
+        torch.save(plain, file)
+
+
+def load(
+    path: str | Path,
+    *,
+    expect: Mapping[str, object] | None = None,
+    map_location: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """The dict that ``save`` wrote to ``path``.
+
+    Arguments:
+        path: the file.
+        expect: if given, it must equal the entry ``"problem"`` of the checkpoint.
+        map_location: device of the tensors.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged, holds anything but tensors and plain
+            data, or its problem differs from ``expect``.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: checksum of {damaged!r} does not match")
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (CheckpointError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message advises to read the file all the same, so it is not shown.
+        names = re.search(r"GLOBAL (\S+)", str(error), re.IGNORECASE)
+        raise CheckpointError(
+            f"{path} was refused: it refers to {names[1] if names else 'objects'!r}, but a "
+            "checkpoint holds tensors and plain data only; reading it could run code"
+        ) from None
+    except Exception as error:  # readers of damaged archives fail in many ways
+        raise CheckpointError(
+            f"{path} is truncated, damaged or not a checkpoint: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict")
+    if expect is not None:
+        _check_problem(path, state.get("problem"), expect)
+    return state
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a numerical result depends on besides the code of this package."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+    }
+
+
+@contextmanager
+def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
+    """A binary file that becomes ``path`` atomically at the end, or nothing if the body raises.
+
+    Raises:
+        OSError: the file cannot be written; the message starts with ``name``.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with _open_temporary(path, name) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        # Below a regular file even unlink(missing_ok) fails; the first error is the one to report.
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def ensure_writable(path: str | Path, name: str = "path") -> Path:
+    """``path``, after creating its folder and proving that a file can be written there.
+
+    Raises:
+        OSError: it cannot; the message gives ``name``, the path and the reason.
+    """
+    path = Path(path)
+    _open_temporary(path, name).close()
+    _temporary(path).unlink()
+    return path
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _open_temporary(path: Path, name: str) -> BinaryIO:
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _temporary(path).open("wb")
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(error.errno, f"{name}: cannot write {str(path)!r}: {reason}") from error
+
+
+def _plain(value: Any, place: str) -> Any:
+    """``value`` with dicts and tuples of derived types made plain and tensors detached."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.layout == torch.strided and value.untyped_storage().nbytes() > value.nbytes:
+            value = value.clone()  # a view would write its whole storage
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"{place} has the key {key!r}; keys are strings or integers")
+        return {key: _plain(item, f"{place}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, torch.Size) or type(value) in (list, tuple):
+        items = [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    raise TypeError(
+        f"{place} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
+        "dicts, lists, tuples, tensors, str, int, float, bool and None"
+    )
+
+
+def _check_problem(path: str | Path, found: object, expect: Mapping[str, object]) -> None:
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not say what problem it belongs to, expected {expect}")
+    absent = "absent"
+    differing = [
+        f"{key}: {found.get(key, absent)!r} in the checkpoint, expected {expect.get(key, absent)!r}"
+        for key in sorted({*found, *expect})
+        if key not in found or key not in expect or found[key] != expect[key]
+    ]
+    if differing:
+        raise CheckpointError(f"{path} belongs to another problem; " + "; ".join(differing))

@@ -1,0 +1,130 @@
+"""Small velocity networks: a time embedding and a multilayer perceptron with conditions.
+
+A velocity field on the canonical path is smooth in t but changes its shape entirely: linear in x at
+t = 0, with steps between the modes as t grows.  Two choices follow, both measured on a ring of
+eight Gaussians (1200 steps of 512 samples, relative velocity error at t = .1, .3, .5, .7, .9):
+
+- Time modulates every hidden layer by a scale and a shift (FiLM) instead of entering once as a
+  further input: .05 .15 .07 .05 .06 against .06 .29 .07 .25 .21, at about 1.6 times the cost.
+- Its features are a few low frequencies.  Up to 4 cycles per unit time do as well as 1; up to 64,
+  nearer to the classical embedding of integer steps, they fit noise (.54 at t = .3).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flows.field import Cond
+
+# In cycles per unit time; a quarter wave over [0, 1] is monotone.
+MIN_FREQUENCY, MAX_FREQUENCY = 0.25, 4.0
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of 2π f_j t, f_j geometric from 1/4 to 4: (B,) -> (B, dim).
+
+    Raises:
+        ValueError: ``dim`` is not a positive even number.
+
+    Source: Tancik et al., "Fourier features let networks learn high frequency functions"
+        (arXiv 2006.10739), with fixed frequencies.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim <= 0 or dim % 2:
+            raise ValueError(f"dim must be a positive even number, got {dim}")
+        exponents = torch.linspace(math.log(MIN_FREQUENCY), math.log(MAX_FREQUENCY), dim // 2)
+        self.register_buffer("frequencies", exponents.exp(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Features of shape (B, dim) for ``t`` of shape (B,)."""
+        phase = 2 * math.pi * t[:, None] * self.frequencies
+        return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+class MLPVelocity(nn.Module):
+    """Perceptron v(x, t, cond) on x of shape (B, dim).
+
+    The input is [x, conditions]; each hidden layer is SiLU((1 + a(t)) (W h + w) + b(t)), where a
+    and b are linear in the time embedding.  A scalar t costs one embedding for the whole batch.
+
+    Arguments:
+        dim: dimension of x.
+        hidden: widths of the hidden layers.
+        cond_dims: name and size of each condition; ``cond[name]`` must be (B, size).
+        time_dim: size of the time embedding, even.
+        zero_init: start with v = 0 everywhere, as a correction to a base should.
+
+    Raises:
+        ValueError: ``dim``, a width or a condition's size is not positive, or ``hidden`` is empty.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden: Sequence[int] = (128, 128, 128),
+        cond_dims: Mapping[str, int] | None = None,
+        time_dim: int = 32,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.cond_dims = dict(cond_dims or {})
+        if not hidden or min(dim, *hidden, *self.cond_dims.values()) <= 0:
+            raise ValueError(
+                "dim, hidden and cond_dims must be positive and hidden not empty, "
+                f"got dim={dim}, hidden={tuple(hidden)}, cond_dims={self.cond_dims}"
+            )
+        self.time = TimeEmbedding(time_dim)
+        widths = [dim + sum(self.cond_dims.values()), *hidden]
+        self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in itertools.pairwise(widths))
+        self.scales = nn.Linear(time_dim, sum(hidden))
+        self.shifts = nn.Linear(time_dim, sum(hidden))
+        self.widths = tuple(hidden)
+        self.last = nn.Linear(widths[-1], dim)
+        if zero_init:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """Velocity (B, dim) at ``x`` (B, dim) and ``t`` (scalar or (B,)).
+
+        Raises:
+            ValueError: ``x`` has another shape, ``t`` is neither scalar nor (B,), a condition is
+                missing or unknown, or its shape is not (B, size).
+        """
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x must have shape (B, {self.dim}), got {tuple(x.shape)}")
+        batch = x.shape[0]
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        if t.numel() != 1 and t.shape != (batch,):
+            raise ValueError(f"t must be a scalar or ({batch},), got shape {tuple(t.shape)}")
+        features = self.time(t.reshape(-1))  # (1 or B, time_dim)
+        scales = (1 + self.scales(features)).split(self.widths, dim=1)
+        shifts = self.shifts(features).split(self.widths, dim=1)
+        h = torch.cat([x, *self._conditions(x, cond or {})], dim=1)
+        for layer, scale, shift in zip(self.layers, scales, shifts, strict=True):
+            h = functional.silu(torch.addcmul(shift, layer(h), scale))
+        return self.last(h)
+
+    def _conditions(self, x: Tensor, cond: Cond) -> list[Tensor]:
+        """The conditions in the order of ``cond_dims`` and the dtype of ``x``, checked."""
+        if cond.keys() != self.cond_dims.keys():
+            raise ValueError(f"cond must name {sorted(self.cond_dims)}, got {sorted(cond)}")
+        for name, size in self.cond_dims.items():
+            if cond[name].shape != (x.shape[0], size):
+                raise ValueError(
+                    f"cond[{name!r}] must have shape ({x.shape[0]}, {size}), "
+                    f"got {tuple(cond[name].shape)}"
+                )
+        return [cond[name].to(x.dtype) for name in self.cond_dims]

@@ -1,0 +1,322 @@
+"""The training loop: a loss, Adam, averaging of the weights, checkpoints and exact resume.
+
+A loss is any callable (module, generator) -> (loss, metrics), and one iteration i = 0, 1, ... is
+
+    g     = gradient of the mean of ``accumulate`` losses, clipped to the norm ``grad_clip``
+    theta = Adam(theta, g, lr_i)            (AdamW with a weight decay)
+    ema   = ema + (1 - d_i) (theta - ema),  d_i = min(ema_decay, (1 + i) / (10 + i))
+
+where the warm-up of d_i keeps the random initialisation from lingering in the average.  The rate
+lr_i is a function of i alone (``learning_rate``), so it needs no state.
+
+Exact resume.  All randomness of a loss comes from the generator it is handed, and the checkpoint
+holds everything else that the next iteration depends on: weights, average, moments of Adam,
+generator, iteration, and the state of the loss if it has ``state_dict`` and ``load_state_dict``.
+On a CPU a resumed run is therefore equal to an undisturbed one bit by bit.  Layers that draw from
+PyTorch's global generator (dropout) are outside this promise.
+
+Divergence.  A loss or gradient norm that is not finite stops the training.  On a CPU it is seen
+before the weights change; elsewhere numbers are read only once in ``CHECK_EVERY`` iterations, so as
+not to wait for the device, and always before a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flows import checkpoint as checkpoints
+from flows.callbacks import Callback
+from flows.checkpoint import CheckpointError
+
+Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+Problem = Mapping[str, str | int | float | bool | list | None]
+
+CHECK_EVERY = 10
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818  (it names the event, as StopIteration does)
+    """A loss, gradient norm or weight is not finite; the last good checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How to train; what is trained and on what loss are arguments of the trainer."""
+
+    iterations: int = 2000
+    """Optimiser steps."""
+    lr: float = 1e-3
+    """Learning rate, the highest of the schedule."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: constant, or half a cosine down to zero."""
+    warmup: int = 0
+    """Iterations over which the rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    ema_decay: float = 0.999
+    """Decay of the average of the weights; 0 turns averaging off."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    accumulate: int = 1
+    """Losses whose mean is one step."""
+    autocast: bool = False
+    """Evaluate the loss with automatic mixed precision in bfloat16."""
+    seed: int = 0
+    """Seed of the generator handed to the loss."""
+    checkpoint_every: int = 500
+    """Iterations between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        at_least = {"iterations": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0}
+        at_least |= {"accumulate": 1, "checkpoint_every": 1}
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise ValueError(
+                f"lr_schedule must be 'constant' or 'cosine', got {self.lr_schedule!r}"
+            )
+
+
+def learning_rate(config: TrainerConfig, iteration: int) -> float:
+    """The rate of the iteration with index ``iteration`` = 0, 1, ..."""
+    if iteration < config.warmup:
+        return config.lr * (iteration + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Trainer:
+    """Minimise a loss over the parameters of a module that require gradients.
+
+    Arguments:
+        module: trained in place.
+        loss: callable (module, generator) -> (scalar loss, scalar metrics).
+        config: see ``TrainerConfig``.
+        callbacks: see ``flows.callbacks``.
+        checkpoint: file written every ``checkpoint_every`` iterations and at the end; one of an
+            earlier run stays there until this run's first save.
+        problem: what the checkpoint belongs to; a resume from another problem is refused.
+
+    Attributes:
+        iteration: optimiser steps done so far.
+        ema: the average of the weights as a module in evaluation mode, with buffers copied (the
+            module itself if averaging is off).
+        generator: on the device of the module.
+
+    Raises:
+        ValueError: no parameter of the module requires a gradient.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        config: TrainerConfig,
+        *,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: str | Path | None = None,
+        problem: Problem | None = None,
+    ) -> None:
+        self.module = module
+        self.loss = loss
+        self.config = config
+        self.callbacks = tuple(callbacks)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.problem = problem
+        self.iteration = 0
+        self._saved_at: int | None = None
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
+
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("module has no parameter that requires a gradient")
+        self._parameters: list[Tensor] = [p for _, p in named]
+        self._device = self._parameters[0].device
+        self.generator = torch.Generator(device=self._device).manual_seed(config.seed)
+        adam = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+        fused = self._device.type in ("cpu", "cuda")  # elsewhere PyTorch chooses the fastest
+        self._optimizer = adam(
+            self._parameters,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=True if fused else None,
+        )
+
+        self.ema = module
+        if config.ema_decay:
+            self.ema = copy.deepcopy(module).eval().requires_grad_(False)
+            averaged = dict(self.ema.named_parameters())
+            self._averages: list[Tensor] = [averaged[name] for name, _ in named]
+            self._buffers = (list(self.ema.buffers()), list(module.buffers()))
+        module.train()
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimiser step; returns the metrics, ``loss`` and ``grad_norm`` first.
+
+        Metrics are means over the accumulated losses, detached, on the device; ``grad_norm`` is
+        the norm before clipping.
+
+        Raises:
+            TrainingDiverged: the loss or the norm of the gradient is not finite.
+            ValueError: the loss is not a scalar.
+        """
+        config = self.config
+        self._optimizer.zero_grad(set_to_none=True)
+        parts: list[dict[str, Tensor]] = []
+        for _ in range(config.accumulate):
+            with self._autocast():
+                loss, metrics = self.loss(self.module, self.generator)
+            if loss.ndim:
+                raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
+            (loss / config.accumulate).backward()
+            parts.append({**metrics, "loss": loss.detach()})
+        norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or math.inf).detach()
+        means = {name: _mean([part[name] for part in parts]) for name in parts[0]}
+        result = {"loss": means["loss"], "grad_norm": norm}
+        result |= {name: mean for name, mean in means.items() if name not in result}
+
+        self._unchecked.append((self.iteration + 1, result["loss"], norm))
+        if self._device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
+            self._check_finite()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.iteration)
+        self._optimizer.step()
+        self._average()
+        self.iteration += 1
+        return result
+
+    def fit(self, *, resume: bool = False) -> nn.Module:
+        """Train to the end, with callbacks and checkpoints; returns ``ema`` in evaluation mode.
+
+        Arguments:
+            resume: continue from the checkpoint if its file exists.
+
+        Raises:
+            TrainingDiverged: see ``step``.
+            CheckpointError: the checkpoint is damaged or does not fit.
+            OSError: the checkpoint cannot be written; raised before training begins.
+        """
+        if self.checkpoint is not None:
+            checkpoints.ensure_writable(self.checkpoint, "checkpoint")
+            if resume and self.checkpoint.exists():
+                self._resume(self.checkpoint)
+        self.module.train()
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            while self.iteration < self.config.iterations:
+                metrics = self.step()
+                for callback in self.callbacks:
+                    callback.on_step(self, self.iteration, metrics)
+                done = self.iteration == self.config.iterations
+                if done or self.iteration % self.config.checkpoint_every == 0:
+                    self._save()
+        finally:
+            for callback in self.callbacks:
+                callback.on_end(self)
+        return self.ema.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on, as tensors and plain data."""
+        return {
+            "iteration": self.iteration,
+            "module": self.module.state_dict(),
+            "ema": self.ema.state_dict() if self.config.ema_decay else None,
+            "optimizer": self._optimizer.state_dict()["state"],
+            "generator": self.generator.get_state(),
+            "loss": self.loss.state_dict() if hasattr(self.loss, "state_dict") else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``; the configuration stays that of this trainer."""
+        self.module.load_state_dict(state["module"])
+        if self.config.ema_decay:
+            self.ema.load_state_dict(state["ema"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        moments = copy.deepcopy(state["optimizer"])  # the optimiser would share these tensors
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.generator.set_state(state["generator"])
+        if hasattr(self.loss, "load_state_dict"):
+            self.loss.load_state_dict(state["loss"])
+        self.iteration = state["iteration"]
+        self._unchecked.clear()
+
+    def _autocast(self) -> AbstractContextManager:
+        if not self.config.autocast:
+            return nullcontext()
+        # Before it was mended, PyTorch's cache of cast weights lost their gradients when a loss
+        # evaluated the module first without gradients (a rollout) and then with them.
+        return torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if not self.config.ema_decay:
+            return
+        decay = min(self.config.ema_decay, (1 + self.iteration) / (10 + self.iteration))
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+        if self._buffers[0]:
+            torch._foreach_copy_(*self._buffers)
+
+    def _check_finite(self) -> None:
+        """Wait for the device and look at every loss and gradient norm not yet looked at."""
+        if not self._unchecked:
+            return
+        iterations, losses, norms = zip(*self._unchecked, strict=True)
+        self._unchecked.clear()
+        values = zip(torch.stack(losses).tolist(), torch.stack(norms).tolist(), strict=True)
+        for iteration, (loss, norm) in zip(iterations, values, strict=True):
+            for name, value in (("loss", loss), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    raise self._diverged(f"{name} is {value} in iteration {iteration}")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        if self._saved_at is None:
+            kept = "this run has saved no checkpoint"
+        else:
+            kept = f"the last good checkpoint is {self.checkpoint} (iteration {self._saved_at})"
+        return TrainingDiverged(f"training stopped: {what}; {kept}")
+
+    def _save(self) -> None:
+        self._check_finite()
+        finite = [parameter.isfinite().all() for parameter in self._parameters]
+        if not torch.stack(finite).all():
+            raise self._diverged(f"a weight is not finite after iteration {self.iteration}")
+        if self.checkpoint is None:
+            return
+        state: dict[str, Any] = {
+            "problem": None if self.problem is None else dict(self.problem),
+            "config": asdict(self.config),
+            "versions": checkpoints.versions(),
+        }
+        checkpoints.save(self.checkpoint, state | self.state_dict())
+        self._saved_at = self.iteration
+
+    def _resume(self, path: Path) -> None:
+        state = checkpoints.load(path, expect=self.problem)
+        try:
+            self.load_state_dict(state)
+        except Exception as error:  # modules and losses refuse foreign state in their own ways
+            raise CheckpointError(
+                f"{path} does not fit this trainer: {type(error).__name__}: {error}"
+            ) from error
+        self._saved_at = self.iteration
+
+
+def _mean(values: Sequence[Tensor | float]) -> Tensor:
+    tensors = [torch.as_tensor(value).detach() for value in values]
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)

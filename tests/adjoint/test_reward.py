@@ -1,0 +1,82 @@
+"""Rewards: gradients, transformations, and clear refusals."""
+
+import pytest
+import torch
+
+from adjoint.reward import Reward, as_reward, check_reward
+
+
+def quartic(x, cond=None):
+    return -(x**4).sum(1)
+
+
+def test_gradient_by_autograd_and_given_agree():
+    x = torch.randn(7, 3, dtype=torch.float64)
+    value, gradient = Reward(quartic, scale=0.5).value_and_gradient(x)
+    given = Reward(quartic, gradient=lambda x, c: -4 * x**3, scale=0.5)
+    torch.testing.assert_close(given.value_and_gradient(x), (value, gradient))
+    torch.testing.assert_close(gradient, -2 * x**3)
+    torch.testing.assert_close(value, 0.5 * quartic(x))
+    assert not gradient.requires_grad
+
+
+def test_given_gradient_serves_a_reward_that_is_not_differentiable():
+    reward = Reward(lambda x, c: (x[:, 0] > 0).double(), gradient=lambda x, c: torch.ones_like(x))
+    value, gradient = reward.value_and_gradient(torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
+    assert value.tolist() == [1.0, 0.0]
+    assert gradient.tolist() == [[1.0], [1.0]]
+
+
+def test_norm_cap_shrinks_only_steep_samples_and_keeps_directions():
+    x = torch.tensor([[0.1, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    _, free = Reward(quartic).value_and_gradient(x)
+    _, capped = Reward(quartic, max_norm=2.0).value_and_gradient(x)
+    torch.testing.assert_close(capped[0], free[0])
+    assert float(capped[1].norm()) == pytest.approx(2.0)
+    torch.testing.assert_close(capped[1] / 2.0, free[1] / free[1].norm())
+
+
+def test_smoothing_is_the_gaussian_average_and_its_gradient_its_own():
+    reward = Reward(lambda x, c: x[:, 0] ** 2, smoothing=0.5, probes=20_000)
+    x = torch.tensor([[0.7]], dtype=torch.float64)
+    value, gradient = reward.value_and_gradient(x)
+    assert float(value) == pytest.approx(0.49 + 0.25, rel=0.02)  # E(x + sξ)² = x² + s²
+    assert float(gradient) == pytest.approx(1.4, rel=1e-9)  # antithetic: odd terms cancel exactly
+    again, _ = reward.value_and_gradient(x)
+    assert float(again) == float(value)
+
+
+def test_scaled_rewards_compose():
+    x = torch.randn(4, 2)
+    torch.testing.assert_close(Reward(quartic, scale=2.0).scaled(0.25)(x), 0.5 * quartic(x))
+    assert as_reward(reward := Reward(quartic)) is reward
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "match"),
+    [
+        (lambda x, c: x, ValueError, r"shape \(6, 2\).*expected one value per sample, shape \(6,\)"),
+        (lambda x, c: x.sum(), ValueError, r"returned shape \(\)"),
+        (lambda x, c: x.sum(1).detach(), ValueError, "not differentiable"),
+        (lambda x, c: x.argmax(1), TypeError, "floating-point"),
+        (lambda x, c: 1.0, TypeError, "float"),
+        (lambda x, c: x.sum(1).log(), ValueError, "not finite"),
+        (lambda x, c: x.norm(dim=1) * torch.nan, ValueError, "not finite"),
+    ],
+)
+def test_bad_rewards_are_refused(value, error, match):
+    with pytest.raises(error, match=match):
+        check_reward(Reward(value), -torch.ones(6, 2))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(TypeError, match="two arguments"):
+        Reward(lambda x: x.sum(1))
+    with pytest.raises(TypeError, match="callable"):
+        Reward(3.0)
+    with pytest.raises(ValueError, match="max_norm"):
+        Reward(quartic, max_norm=0.0)
+    with pytest.raises(ValueError, match="smoothing"):
+        Reward(quartic, smoothing=-1.0)
+    with pytest.raises(ValueError, match="gradient returned shape"):
+        Reward(quartic, gradient=lambda x, c: x[:, :1]).value_and_gradient(torch.ones(2, 2))

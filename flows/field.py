@@ -131,7 +131,7 @@ class Guided(nn.Module):
                 )
         self.field = field
         self.weight = weight
-        self.null_names = tuple(null_cond)
+        self._names = tuple(null_cond)
         for name, value in null_cond.items():
             self.register_buffer(f"null_{name}", value)
 
@@ -142,12 +142,12 @@ class Guided(nn.Module):
             ValueError: ``cond`` lacks a name of ``null_cond``.
         """
         cond = {} if cond is None else cond
-        missing = [name for name in self.null_names if name not in cond]
+        missing = [name for name in self._names if name not in cond]
         if missing:
             raise ValueError(f"cond lacks {missing}, which null_cond names; got {sorted(cond)}")
         nulls = {
             name: getattr(self, f"null_{name}").expand(x.shape[0], *cond[name].shape[1:])
-            for name in self.null_names
+            for name in self._names
         }
         v_u = self.field(x, t, {**cond, **nulls})
         v_c = self.field(x, t, cond)

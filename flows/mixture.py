@@ -163,12 +163,13 @@ class GaussianMixture(nn.Module):
             raise ValueError(f"t must lie in [0, 1], got {t}")
         eye = torch.eye(self.dim, dtype=self.means.dtype, device=self.means.device)
         covariances = t**2 * self.covariances + (1 - t) ** 2 * eye
-        return GaussianMixture(self.weights, t * self.means, covariances)
+        weights = self.log_weights[:, 0].double().exp()  # may underflow in single precision
+        return GaussianMixture(weights, t * self.means, covariances)
 
     def tilt(self, A: Tensor, b: Tensor) -> tuple[GaussianMixture, Tensor]:
         """The mixture p*(x) = p(x) exp(r(x)) / Z for r(x) = -½ xᵀA x + bᵀx, and log Z (scalar).
 
-        Weights that underflow are kept at the smallest positive number of the dtype.
+        Weights that underflow are kept at the smallest normal double, about 1e-308.
 
         Arguments:
             A: shape (d, d); only its symmetric part matters, it need not be definite.
@@ -202,7 +203,7 @@ class GaussianMixture(nn.Module):
         )
         log_z = log_w.logsumexp(0)
         dtype = self.means.dtype
-        weights = (log_w - log_z).exp().clamp_min(torch.finfo(dtype).tiny)
+        weights = (log_w - log_z).exp().clamp_min(torch.finfo(torch.float64).tiny)
         return GaussianMixture(weights, tilted_m.to(dtype), tilted_S), log_z.to(dtype)
 
     def mean(self) -> Tensor:

@@ -72,17 +72,21 @@ def test_a_killed_and_resumed_run_writes_the_same_file(tmp_path, make, tail):
 
 @pytest.mark.parametrize("make", LOGGERS)
 def test_rows_are_in_the_file_when_the_checkpoint_is_written(tmp_path, make):
-    drive(make(tmp_path), 0, 4, end=False)
+    logger = make(tmp_path)
+    drive(logger, 0, 4, end=False)
     rows = (tmp_path / "log").read_text().splitlines()
     assert len([row for row in rows if "0.25" in row]) == 1
+    file = logger._file
+    logger.on_end(None)
+    assert file.closed
 
 
 @pytest.mark.parametrize("make", LOGGERS)
-def test_a_fresh_run_replaces_the_file(tmp_path, make):
-    drive(make(tmp_path), 0, 12)
+@pytest.mark.parametrize("old", ["iteration,other\n2,1.0\n", '{"iteration": 2}\n', "text\n"])
+def test_a_fresh_run_replaces_the_file(tmp_path, make, old):
     drive(make(tmp_path), 0, 4)
     first = (tmp_path / "log").read_bytes()
-    (tmp_path / "log").unlink()
+    (tmp_path / "log").write_text(old)
     drive(make(tmp_path), 0, 4)
     assert (tmp_path / "log").read_bytes() == first
 
@@ -148,7 +152,11 @@ def test_progress_bar_starts_where_the_run_stands(capsys):
 
 def test_tensorboard_round_trip_and_resume(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    drive(TensorBoardLogger(tmp_path, 2), 0, 9, end=False)
+    killed = TensorBoardLogger(tmp_path, 2)
+    drive(killed, 0, 9, end=False)
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("norm")] == [2, 4, 6, 8]  # already written
     drive(TensorBoardLogger(tmp_path, 2), 5, 12)
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()

@@ -212,9 +212,11 @@ def test_the_new_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatc
     path.write_bytes(b"old")
     synced = []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
-    with replacing(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
+    with path.open("rb") as reader:
+        with replacing(path) as file:
+            file.write(b"new")
+            assert path.read_bytes() == b"old"
+        assert reader.read() == b"old"  # the name moved to another file, no byte was overwritten
     assert synced[0] == b"old"  # the file, before the rename
     assert path.read_bytes() == b"new"
     assert len(synced) == (2 if os.name == "posix" else 1)  # and the folder after it

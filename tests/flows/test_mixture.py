@@ -210,11 +210,15 @@ def test_tilted_density_is_the_base_times_the_exponential_of_the_reward(dim):
     torch.testing.assert_close(reference(tilted).log_prob(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_tilt_that_underflows_stays_a_mixture():
+@pytest.mark.parametrize(("b", "log_weight"), [(60.0, -240.0), (400.0, -708.3964)])
+def test_tilt_that_underflows_stays_a_mixture(b, log_weight):
     mixture = GaussianMixture.isotropic(torch.tensor([[-2.0], [2.0]]), 0.5)
-    tilted, log_z = mixture.tilt(torch.zeros(1, 1), torch.tensor([60.0]))
-    assert tilted.mean()[0] == pytest.approx(2 + 60 * 0.25)
-    assert float(log_z) == pytest.approx(math.log(0.5) + 60 * 2 + 0.5 * 60**2 * 0.25, rel=1e-6)
+    tilted, log_z = mixture.tilt(torch.zeros(1, 1), torch.tensor([b]))
+    assert float(tilted.log_weights[0]) == pytest.approx(log_weight, rel=1e-6)
+    assert float(log_z) == pytest.approx(math.log(0.5) + b * 2 + 0.5 * b**2 * 0.25, rel=1e-6)
+    for law in (tilted, tilted.marginal(1.0)):
+        assert float(law.mean()[0]) == pytest.approx(2 + b * 0.25)
+        assert law(torch.zeros(1, 1), 0.5).isfinite().all()
 
 
 def test_mmse_pins_of_problem_a():

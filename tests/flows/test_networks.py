@@ -49,6 +49,17 @@ def test_scalar_time_equals_a_batch_of_it():
     torch.testing.assert_close(network(x, torch.tensor(0.3), cond), expected)
 
 
+def test_forward_is_the_documented_formula():
+    network, (x, t, cond) = conditional_network(), inputs()
+    features = network.time(t)
+    a, b = network.scales(features), network.shifts(features)
+    h = torch.cat([x, cond["goal"], cond["size"]], dim=1)
+    for layer, columns in zip(network.layers, (slice(0, 16), slice(16, 24)), strict=True):
+        z = (1 + a[:, columns]) * layer(h) + b[:, columns]
+        h = z * torch.sigmoid(z)
+    torch.testing.assert_close(network(x, t, cond), network.last(h))
+
+
 def test_points_do_not_see_each_other():
     network, (x, t, cond) = conditional_network(), inputs()
     alone = network(x[2:3], t[2:3], {name: value[2:3] for name, value in cond.items()})

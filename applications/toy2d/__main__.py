@@ -1,0 +1,114 @@
+"""Command line: ``python -m applications.toy2d {run, demo, gallery, digits, list}``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from adjoint.kernel import KERNELS
+from applications.toy2d import digits, overview
+from applications.toy2d.draw import draw
+from applications.toy2d.rewards import REWARDS
+from applications.toy2d.run import RunConfig, run, table
+from applications.toy2d.targets import TARGETS
+from flows.checkpoint import CheckpointError
+from flows.training import TrainingDiverged
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Both demonstrations: a trained 2-D flow, then handwritten digits; three minutes."""
+
+    folder: Path = Path("outputs/demo")
+    """Where pictures, reports and checkpoints are written."""
+    quick: bool = False
+    """A tenth of the training, to see that everything works."""
+    resume: bool = False
+    """Continue where an earlier demo was interrupted."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Name the targets, rewards and kernels."""
+
+
+def show_run(config: RunConfig) -> None:
+    """Run, print the table, write the pictures."""
+    finished = run(config)
+    print(f"\n{table(finished.report)}\n")
+    pictures = draw(finished)
+    print("\n".join(f"wrote {path}" for path in [config.path / "report.json", *pictures]))
+
+
+def show_digits(config: digits.DigitsConfig) -> None:
+    """Tilt the digits and print the table."""
+    report = digits.run(config)
+    print(f"\n{table(report)}\n\nwrote {config.folder}")
+
+
+def show_demo(demo: Demo) -> None:
+    """The two-dimensional demonstration, then the digits."""
+    toy = RunConfig(folder=demo.folder, resume=demo.resume)
+    image = digits.DigitsConfig(folder=demo.folder / "digits", resume=demo.resume, quick=demo.quick)
+    if demo.quick:
+        toy = replace(toy, base_iterations=300, iterations=60, samples=4000)
+    print("1. A flow trained on samples in the plane, tilted toward a half-plane.")
+    show_run(toy)
+    print("\n2. A flow trained on handwritten digits, tilted toward one of them.")
+    show_digits(image)
+
+
+def show_list(_: List) -> None:
+    """Names with their one-line descriptions."""
+    print("targets")
+    for name, target in TARGETS.items():
+        closed = " (closed form)" if target.mixture is not None else ""
+        print(f"  {name:<18}{target.description}{closed}")
+    print("rewards")
+    example = next(iter(TARGETS.values()))
+    for name, make in REWARDS.items():
+        print(f"  {name:<18}{make(example).description}")
+    print("kernels")
+    print("\n".join(f"  {name}" for name in KERNELS))
+
+
+COMMANDS: dict[type, Callable] = {
+    RunConfig: show_run,
+    Demo: show_demo,
+    overview.GalleryConfig: overview.show_gallery,
+    digits.DigitsConfig: show_digits,
+    List: show_list,
+}
+
+Command = (
+    Annotated[RunConfig, tyro.conf.subcommand("run")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[overview.GalleryConfig, tyro.conf.subcommand("gallery")]
+    | Annotated[digits.DigitsConfig, tyro.conf.subcommand("digits")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run; an expected failure is one line on stderr and exit status 1."""
+    command = tyro.cli(Command, args=arguments, prog="python -m applications.toy2d")  # type: ignore[arg-type]
+    torch.set_flush_denormal(True)
+    try:
+        COMMANDS[type(command)](command)
+    except (ValueError, OSError, CheckpointError, TrainingDiverged) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

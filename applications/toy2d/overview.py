@@ -1,0 +1,84 @@
+"""The gallery: every target tilted toward every reward, in one figure.
+
+By default the panels are the exact tilts by quadrature, in seconds.  With ``learned`` each panel is
+a tilt trained from the target's flow, and a run of its own with folder, report and checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from applications.toy2d.arrays import density_of
+from applications.toy2d.draw import plane_points
+from applications.toy2d.gallery import gallery
+from applications.toy2d.rewards import REWARDS, make_reward
+from applications.toy2d.run import RunConfig, run
+from applications.toy2d.targets import TARGETS, Target
+
+RESOLUTION = 120
+
+
+@dataclass(frozen=True)
+class GalleryConfig:
+    """Draw all targets x rewards in one figure."""
+
+    folder: Path = Path("outputs/gallery")
+    """Where gallery.png is written, and the runs of a learned gallery."""
+    learned: bool = False
+    """Train every tilt (about half an hour) instead of drawing the exact ones."""
+    resume: bool = False
+    """Continue an interrupted learned gallery."""
+    run: RunConfig = field(default_factory=lambda: RunConfig(animation=False))
+    """Options of the learned runs; target, reward and folder are overridden."""
+
+
+def exact_densities(target: Target) -> dict[str, Tensor]:
+    """The base's density and that of its tilt by each reward, (R, R) each."""
+    assert target.log_density is not None
+    points = plane_points(target.extent, RESOLUTION).double()
+    log_p = target.log_density(points)
+    panels = {"base": log_p}
+    panels |= {name: log_p + make_reward(name, target)(points) for name in REWARDS}
+    return {
+        name: torch.softmax(values, 0).reshape(RESOLUTION, RESOLUTION)
+        for name, values in panels.items()
+    }
+
+
+def learned_densities(config: GalleryConfig, target: Target) -> dict[str, Tensor]:
+    """Densities estimated from the samples of a trained base and of its learned tilts."""
+    panels: dict[str, Tensor] = {}
+    base = None
+    for name in REWARDS:
+        options = replace(
+            config.run,
+            target=target.name,
+            reward=name,
+            folder=config.folder / f"{target.name}-{name}",
+            resume=config.resume,
+        )
+        finished = run(options, base=base)
+        base = finished.tilted.base
+        samples = {"base": finished.base_samples, name: finished.tilted_samples}
+        for label, x in samples.items():
+            estimate = density_of(x.numpy(), target.extent, resolution=RESOLUTION)
+            panels[label] = torch.as_tensor(estimate)
+    return panels
+
+
+def show_gallery(config: GalleryConfig) -> None:
+    """Write folder/gallery.png and say so."""
+    panels: dict[str, dict[str, Tensor]] = {}
+    for name, target in tqdm(TARGETS.items(), desc="gallery"):
+        panels[name] = (
+            learned_densities(config, target) if config.learned else exact_densities(target)
+        )
+    kind = "learned tilts" if config.learned else "exact tilts by quadrature"
+    extent = next(iter(TARGETS.values())).extent
+    path = gallery(config.folder / "gallery.png", panels, extent=extent, subtitle=kind)
+    print(f"wrote {path}")

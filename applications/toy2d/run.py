@@ -1,0 +1,272 @@
+"""One run: a two-dimensional base flow, its tilt, the report and the pictures.
+
+The base is the target's own flow in closed form (mixtures), or a network trained on its samples.
+What the tilt should be is then the tilt of *that base's* law: by quadrature for a closed form, and
+by importance-resampling the base's own samples for a trained one, so that errors of the base are
+not blamed on the tilt.
+
+A run's folder holds ``config.json`` (options, versions), ``base.csv``, ``tilt.csv`` (metrics),
+``base.pt``, ``tilt.pt`` (checkpoints), ``report.json`` and the pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adjoint.tilt import TiltConfig, Tilted, tilt
+from applications.toy2d.exact import (
+    GridTilt,
+    ResampledTilt,
+    grid_tilt,
+    mode_tv,
+    resample_tilt,
+    w2_ratio,
+)
+from applications.toy2d.rewards import ToyReward, make_reward
+from applications.toy2d.targets import Target, find_target
+from flows import checkpoint as checkpoints
+from flows.callbacks import CSVLogger, ProgressBar
+from flows.field import VelocityField
+from flows.networks import MLPVelocity
+from flows.sampling import sample
+from flows.training import TrainerConfig, data_sampler, fit_flow
+
+SAMPLE_STEPS = 50
+"""Midpoint steps of every ODE sample of a run."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Tilt one two-dimensional flow toward one reward, and see how good the tilt is."""
+
+    target: str = "pinwheel"
+    """What the base flow generates; `list` shows the names."""
+    reward: str = "half_plane"
+    """What it is tilted toward; `list` shows the names."""
+    base: Literal["trained", "closed_form"] = "trained"
+    """A network trained on samples of the target, or its exact flow (mixtures only)."""
+    kernel: str = "moment_matched"
+    """Memoryless scheme of the tilt; `list` shows the names."""
+    steps: int = 20
+    """Steps K of the training chain."""
+    iterations: int = 600
+    """Updates of the tilt."""
+    batch_size: int = 256
+    """Trajectories an update."""
+    lr: float = 2e-3
+    """Learning rate of the tilt."""
+    temperature: float = 1.0
+    """The target of the tilt is p(x) exp(r(x) / temperature)."""
+    importance: bool = False
+    """Weight trajectories by their importance."""
+    base_iterations: int = 1500
+    """Updates of the trained base."""
+    samples: int = 20_000
+    """Samples of base and tilted flow that the report and the pictures are made of."""
+    seed: int = 0
+    """Seed of everything random."""
+    folder: Path | None = None
+    """Where the run is written; outputs/TARGET-REWARD if not given."""
+    resume: bool = False
+    """Continue from the checkpoints in the folder."""
+    animation: bool = True
+    """Write the animation too."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the run."""
+        return self.folder or Path("outputs") / f"{self.target}-{self.reward}"
+
+    @property
+    def problem(self) -> dict[str, str | int | float | bool]:
+        """What identifies the run: a checkpoint of another problem is refused."""
+        return {"target": self.target, "reward": self.reward, "base": self.base}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run, as the pictures need it.
+
+    Attributes:
+        config: its options.
+        target, reward: the problem.
+        tilted: the tilt, with the base and both certificates.
+        base_samples, tilted_samples: (N, 2) by the ODE.
+        exact: the exact tilt of the base's law.
+        report: what report.json holds.
+    """
+
+    config: RunConfig
+    target: Target
+    reward: ToyReward
+    tilted: Tilted
+    base_samples: Tensor
+    tilted_samples: Tensor
+    exact: GridTilt | ResampledTilt
+    report: dict[str, str | int | float]
+
+
+def make_base(config: RunConfig, target: Target) -> VelocityField:
+    """The base flow of a run.
+
+    Raises:
+        ValueError: a closed form is asked for where the target has none.
+    """
+    if config.base == "closed_form":
+        if target.mixture is None:
+            raise ValueError(
+                f"base 'closed_form' needs a mixture target, got {config.target!r}; use 'trained'"
+            )
+        return copy.deepcopy(target.mixture).float()
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = MLPVelocity(2)
+    data = target.sample(100_000, generator)
+    return fit_flow(
+        network,
+        data_sampler(data),
+        config=TrainerConfig(iterations=config.base_iterations, lr=2e-3, seed=config.seed),
+        batch_size=512,
+        callbacks=[ProgressBar("base flow"), CSVLogger(config.path / "base.csv")],
+        checkpoint=config.path / "base.pt",
+        resume=config.resume,
+        problem={"target": config.target, "seed": config.seed},
+    )
+
+
+def exact_tilt(
+    config: RunConfig, target: Target, reward: ToyReward, base: VelocityField
+) -> GridTilt | ResampledTilt:
+    """The exact tilt of the base's law by the scaled reward; see the module docstring."""
+
+    def scaled(x: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+        return reward(x, cond) / config.temperature
+
+    if config.base == "closed_form" and target.mixture is not None:
+        return grid_tilt(target.mixture.log_prob, scaled, target.extent + 2.0)
+    return resample_tilt(base_samples(config, base, 2 * config.samples, stream=1), scaled)
+
+
+def base_samples(config: RunConfig, field: VelocityField, n: int, *, stream: int) -> Tensor:
+    """``n`` ODE samples (n, 2) from noise that depends only on the seed and ``stream``."""
+    generator = torch.Generator().manual_seed(1000 * config.seed + stream)
+    x0 = torch.randn(n, 2, generator=generator)
+    parts = [sample(field, part, grid=SAMPLE_STEPS) for part in x0.split(4096)]
+    return torch.cat(parts)
+
+
+def make_report(
+    config: RunConfig,
+    target: Target,
+    tilted: Tilted,
+    samples: Tensor,
+    reward: ToyReward,
+    base: Tensor,
+    exact: GridTilt | ResampledTilt,
+) -> dict[str, str | int | float]:
+    """The numbers of a run, flat; rewards are those of the ODE's samples, unscaled."""
+    assert tilted.certificate is not None
+    assert tilted.certificate_base is not None
+    assert target.modes is not None
+    generator = torch.Generator().manual_seed(config.seed)
+    size = min(2500, config.samples // 4)
+    sets = [exact.sample(4 * size, generator) for _ in range(2)]
+    after = tilted.certificate
+    return {
+        "target": config.target,
+        "reward": config.reward,
+        "kernel": config.kernel,
+        "steps": config.steps,
+        "reward_base": float(reward(base).mean()),
+        "reward_tilted": float(reward(samples).mean()),
+        "reward_exact": exact.reward_tilted * config.temperature,
+        "log_z": after.log_z,
+        "log_z_exact": exact.log_z,
+        "log_weight_std_base": tilted.certificate_base.log_weight_std,
+        "log_weight_std": after.log_weight_std,
+        "ess": after.ess,
+        "path_kl": after.path_kl,
+        "w2_ratio": w2_ratio(samples, *sets, size=size, generator=generator),
+        "mode_tv": mode_tv(samples, exact, target.modes),
+    }
+
+
+def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
+    """Train or resume, certify, compare with the exact tilt, and write everything but pictures.
+
+    Arguments:
+        config: the options.
+        base: a base of an earlier run of this target, instead of training it again.
+
+    Raises:
+        ValueError: an unknown target, reward or kernel, or an option out of range.
+        OSError: the folder cannot be written; before any training.
+        CheckpointError: resuming from a file that is damaged or of another problem.
+        TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
+    """
+    started = time.perf_counter()
+    target = find_target(config.target)
+    reward = make_reward(config.reward, target)
+    options = TiltConfig(
+        kernel=config.kernel,
+        steps=config.steps,
+        iterations=config.iterations,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        temperature=config.temperature,
+        importance=config.importance,
+        seed=config.seed,
+    )
+    if config.samples < 100:
+        raise ValueError(f"samples must be at least 100, got {config.samples}")
+    checkpoints.ensure_writable(config.path / "report.json", "folder")
+    stale = ["report.json"] if config.resume else ["report.json", "base.pt", "tilt.pt"]
+    for name in stale:
+        (config.path / name).unlink(missing_ok=True)
+    write_json(config.path / "config.json", asdict(config) | {"versions": checkpoints.versions()})
+    base = make_base(config, target) if base is None else base
+    tilted = tilt(
+        base,
+        reward,
+        shape=(2,),
+        config=options,
+        callbacks=[ProgressBar("tilt"), CSVLogger(config.path / "tilt.csv")],
+        checkpoint=config.path / "tilt.pt",
+        resume=config.resume,
+        problem=config.problem,
+    )
+    exact = exact_tilt(config, target, reward, base)
+    before = base_samples(config, base, config.samples, stream=2)
+    after = base_samples(config, tilted.field, config.samples, stream=2)
+    report = make_report(config, target, tilted, after, reward, before, exact)
+    report["seconds"] = time.perf_counter() - started
+    write_json(config.path / "report.json", report)
+    return Run(config, target, reward, tilted, before, after, exact, report)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a mapping as JSON, atomically; paths become strings."""
+    with checkpoints.replacing(path, "folder") as file:
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def table(report: Mapping[str, str | int | float]) -> str:
+    """The report as an aligned table of names and values."""
+    width = max(map(len, report))
+    rows = [
+        f"{name:<{width}}  {value:>12.4f}"
+        if isinstance(value, float)
+        else f"{name:<{width}}  {value:>12}"
+        for name, value in report.items()
+    ]
+    return "\n".join(rows)

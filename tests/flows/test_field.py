@@ -1,0 +1,216 @@
+"""Wrappers of velocity fields against fields whose value and Jacobian are known by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from flows.field import (
+    Guided,
+    Residual,
+    batch_time,
+    check_velocity,
+    frozen,
+    velocity_and_vjp,
+)
+
+F64 = torch.float64
+G = torch.Generator().manual_seed(0)
+A = torch.randn(3, 3, generator=G, dtype=F64)
+X, C = torch.randn(2, 5, 3, generator=G, dtype=F64)
+T = torch.linspace(0, 1, 5, dtype=F64)
+HALF = torch.tensor(0.5, dtype=F64)
+
+
+class Linear(nn.Module):
+    """v = x Aᵀ + t + Σ cond, with A a parameter; dropout shows the mode it runs in."""
+
+    def __init__(self, matrix=A, dropout=0.0):
+        super().__init__()
+        self.matrix = nn.Parameter(matrix.clone())
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, t, cond=None):
+        v = x @ self.matrix.mT + batch_time(t, x)
+        return self.dropout(v + sum((cond or {}).values()))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
+class TestVelocityAndVjp:
+    @pytest.mark.parametrize("t", [HALF, T], ids=["scalar", "batch"])
+    def test_linear(self, t):
+        v, product = velocity_and_vjp(Linear(), X, t, C)
+        close(v, X @ A.mT + t.reshape(-1, 1))
+        close(product, C @ A)
+
+    def test_nonlinear_and_in_time(self):
+        v, product = velocity_and_vjp(lambda x, t, c: (t[:, None] * x @ A.mT).sin(), X, T, C)
+        inner = T[:, None] * X @ A.mT
+        close(v, inner.sin())
+        close(product, T[:, None] * ((inner.cos() * C) @ A))
+
+    def test_rows_do_not_mix(self):
+        _, product = velocity_and_vjp(Linear(), X, HALF, C * (torch.arange(5) == 2)[:, None])
+        assert bool((product[[0, 1, 3, 4]] == 0).all())
+        assert bool((product[2] != 0).all())
+
+    def test_conditions_arrive(self):
+        v, product = velocity_and_vjp(Linear(), X, HALF, C, {"shift": C})
+        close(v, X @ A.mT + 0.5 + C)
+        close(product, C @ A)
+
+    def test_nothing_else_receives_a_gradient(self):
+        field, x = Linear(), X.clone().requires_grad_()
+        with torch.no_grad():
+            v, product = velocity_and_vjp(field, x, HALF, C)
+        close(product, C @ A)
+        assert field.matrix.grad is None
+        assert x.grad is None
+        assert not v.requires_grad
+        assert not product.requires_grad
+
+    def test_a_constant_field_has_a_zero_jacobian(self):
+        bias = nn.Parameter(torch.ones(3, dtype=F64))
+        for field in (lambda x, t, c: torch.ones_like(x), lambda x, t, c: bias.expand(5, 3)):
+            v, product = velocity_and_vjp(field, X, HALF, C)
+            assert bool((v == 1).all())
+            assert torch.equal(product, torch.zeros_like(X))
+
+    def test_a_frozen_field_still_has_an_input_jacobian(self):
+        _, product = velocity_and_vjp(frozen(Linear()), X, HALF, C)
+        close(product, C @ A)
+
+    def test_a_lower_precision_field_is_served(self):
+        def field(x, t, cond):
+            return (x.to(torch.float32) @ A.float().mT).to(torch.float32)
+
+        v, product = velocity_and_vjp(field, X, HALF, C)
+        assert (v.dtype, product.dtype) == (torch.float32, F64)
+        torch.testing.assert_close(product, C @ A, rtol=1e-5, atol=1e-5)
+
+
+class TestFrozen:
+    def test_a_copy_in_evaluation_mode_without_gradients(self):
+        field = Linear(dropout=0.5)
+        copy = frozen(field)
+        assert not copy.training
+        assert field.training
+        assert [p.requires_grad for p in copy.parameters()] == [False]
+        assert field.matrix.requires_grad
+        with torch.no_grad():
+            field.matrix.zero_()
+        close(copy(X, HALF), X @ A.mT + 0.5)
+
+    def test_a_function_is_returned_as_it_is(self):
+        def field(x, t, cond=None):
+            return x
+
+        assert frozen(field) is field
+
+
+class TestResidual:
+    def test_is_the_sum(self):
+        field = Residual(Linear(), Linear(2 * A))
+        v, product = velocity_and_vjp(field, X, T, C, {"shift": C})
+        close(v, 3 * X @ A.mT + 2 * T[:, None] + 2 * C)
+        close(product, 3 * C @ A)
+
+    def test_only_the_correction_learns(self):
+        base = Linear()
+        field = Residual(base, Linear(0 * A))
+        optimiser = torch.optim.SGD(field.parameters(), lr=1.0)
+        field(X, HALF).sum().backward()
+        optimiser.step()
+        assert torch.equal(field.base.matrix, A)
+        close(field.correction.matrix, -X.sum(0).expand(3, 3))
+        with torch.no_grad():
+            base.matrix.zero_()  # the caller's module is its own
+        assert torch.equal(field.base.matrix, A)
+
+    def test_training_mode_reaches_the_correction_only(self):
+        field = Residual(Linear(dropout=0.5), Linear(dropout=0.5))
+        assert nn.Sequential(field).train()[0] is field
+        assert (field.base.dropout.training, field.correction.dropout.training) == (False, True)
+        field.eval()
+        assert (field.base.dropout.training, field.correction.dropout.training) == (False, False)
+
+    def test_a_function_may_be_the_base(self):
+        field = Residual(lambda x, t, cond=None: 2 * x, Linear())
+        close(field.train()(X, HALF), 2 * X + X @ A.mT + 0.5)
+
+
+class TestGuided:
+    null = {"label": torch.tensor([[10.0, 20.0, 30.0]], dtype=F64)}
+
+    @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5, -1.0])
+    def test_extrapolates_from_the_unconditional(self, weight):
+        field = Guided(Linear(), weight, self.null)
+        v, product = velocity_and_vjp(field, X, T, C, {"label": C})
+        expected = X @ A.mT + T[:, None] + (1 - weight) * self.null["label"] + weight * C
+        torch.testing.assert_close(v, expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(product, C @ A, rtol=1e-13, atol=1e-13)
+
+    def test_other_conditions_are_kept_in_both_branches(self):
+        field = Guided(Linear(), 3.0, self.null)
+        cond = {"label": C, "state": 7 * C}
+        plain = field(X, HALF, {"label": C})
+        torch.testing.assert_close(field(X, HALF, cond), plain + 7 * C, rtol=1e-13, atol=1e-13)
+        assert set(cond) == {"label", "state"}
+        assert cond["label"] is C
+
+    def test_null_conditions_move_with_the_module(self):
+        field = Guided(Linear(), 2.0, self.null).float()
+        assert field(X.float(), HALF, {"label": C.float()}).dtype == torch.float32
+        assert "null_label" in field.state_dict()
+
+    def test_any_name_serves(self):
+        field = Guided(Linear(), 0.0, {"names": torch.zeros(1, 3, dtype=F64)})
+        close(field(X, HALF, {"names": C}), X @ A.mT + 0.5)
+
+    def test_integer_labels(self):
+        table = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+        labels = torch.tensor([0, 1, 2, 0, 1])
+        field = Guided(lambda x, t, c: table[c["label"]], 1.5, {"label": torch.tensor([3])})
+        torch.testing.assert_close(
+            field(X, HALF, {"label": labels}), 1.5 * table[labels] - 0.5 * table[3].expand(5, 3)
+        )
+
+    def test_guidance_of_a_residual(self):
+        field = Guided(Residual(Linear(), Linear(0 * A)), 2.0, self.null)
+        expected = X @ A.mT + 1.0 + 2 * (2 * C - self.null["label"])
+        torch.testing.assert_close(field(X, HALF, {"label": C}), expected, rtol=1e-13, atol=1e-13)
+
+    @pytest.mark.parametrize("cond", [None, {}, {"lable": C}])
+    def test_a_missing_condition_is_named(self, cond):
+        with pytest.raises(ValueError, match=r"cond lacks \['label'\]"):
+            Guided(Linear(), 2.0, self.null)(X, HALF, cond)
+
+    @pytest.mark.parametrize("shape", [(3,), (2, 3), ()])
+    def test_a_null_condition_stands_for_one_sample(self, shape):
+        with pytest.raises(ValueError, match=r"null_cond\['label'\] must have leading size 1"):
+            Guided(Linear(), 2.0, {"label": torch.zeros(shape)})
+
+
+class TestChecks:
+    @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3, 3)])
+    def test_times_broadcast_against_states(self, shape):
+        x, t = torch.zeros(shape, dtype=F64), torch.arange(4.0)
+        ones = [1] * (len(shape) - 1)
+        assert batch_time(t, x).shape == (4, *ones)
+        assert batch_time(0.5, x).shape == (1, *ones)
+        assert batch_time(batch_time(t, x), x).shape == (4, *ones)
+        assert batch_time(t, x).dtype == F64
+        assert batch_time(t, x).flatten().tolist() == [0, 1, 2, 3]
+
+    def test_velocities(self):
+        assert check_velocity(X, C) is X
+        with pytest.raises(
+            ValueError, match=r"net returned shape \(5, 1\) for x of shape \(5, 3\)"
+        ):
+            check_velocity(X[:, :1], X, "net")
+        with pytest.raises(TypeError, match=r"net must return a floating.* got torch.int64"):
+            check_velocity(X.long(), X, "net")
+        with pytest.raises(TypeError, match="got tuple"):
+            check_velocity((X,), X)

@@ -18,7 +18,7 @@ class ReplayBuffer:
 
     Arguments:
         capacity: number of trajectories kept.
-        dims: name → which dimension is the batch.
+        dims: name → which dimension is the batch; the first for names not in it.
     """
 
     def __init__(self, capacity: int, dims: Mapping[str, int]) -> None:
@@ -36,13 +36,14 @@ class ReplayBuffer:
         Raises:
             ValueError: the batch exceeds the capacity.
         """
-        count = next(iter(items.values())).shape[self.dims[next(iter(items))]]
+        first, value = next(iter(items.items()))
+        count = value.shape[self._dim(first)]
         if count > self.capacity:
             raise ValueError(
                 f"a batch of {count} trajectories does not fit a replay buffer of {self.capacity}"
             )
         for name, value in items.items():
-            dim = self.dims[name]
+            dim = self._dim(name)
             if name not in self.store:
                 shape = list(value.shape)
                 shape[dim] = self.capacity
@@ -57,7 +58,7 @@ class ReplayBuffer:
         device = "cpu" if generator is None else generator.device
         index = torch.randint(self.size, (count,), generator=generator, device=device)
         return {
-            name: value.index_select(self.dims[name], index.to(value.device))
+            name: value.index_select(self._dim(name), index.to(value.device))
             for name, value in self.store.items()
         }
 
@@ -74,11 +75,15 @@ class ReplayBuffer:
         store = state["store"]
         assert isinstance(store, dict)
         for name, value in store.items():
-            if value.shape[self.dims[name]] != self.capacity:
+            capacity = value.shape[self._dim(name)]
+            if capacity != self.capacity:
                 raise ValueError(
-                    f"replay buffer of {value.shape[self.dims[name]]} trajectories in the state, "
+                    f"replay buffer of {capacity} trajectories in the state, "
                     f"expected {self.capacity}"
                 )
         self.store = {name: value.clone() for name, value in store.items()}
         self.size = int(state["size"])  # type: ignore[call-overload]
         self.position = int(state["position"])  # type: ignore[call-overload]
+
+    def _dim(self, name: str) -> int:
+        return self.dims.get(name, 0)

@@ -10,6 +10,7 @@ one's own takes `TiltLoss`, a loss of one's own takes `rollout`, `lean_adjoint` 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ CondSampler = Callable[[int, torch.Generator], Cond]
 class TiltConfig(TrainerConfig):
     """Options of a tilt; those of the trainer come first."""
 
+    grad_clip: float = 100.0
+    """Largest norm of the gradient; 0 turns clipping off.  The loss is a sum over steps whose rare
+    large terms carry the mass between modes: a tight limit would bias the tilt."""
     kernel: str = "moment_matched"
     """Memoryless scheme, one of adjoint.KERNELS."""
     steps: int = 20
@@ -78,9 +82,11 @@ class TiltConfig(TrainerConfig):
         for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.clip < 0 or (self.clip and self.clip_quantile):
+        grids.shifted(self.steps, self.shift)
+        select_steps(self.steps, late=self.late, early=self.early, generator=torch.Generator())
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not self.clip >= 0 or (self.clip and self.clip_quantile):
             raise ValueError(
                 "clip must be at least 0, and 0 where clip_quantile is on, "
                 f"got clip={self.clip}, clip_quantile={self.clip_quantile}"
@@ -151,10 +157,7 @@ class TiltLoss:
         if self.buffer is None:
             return self.collect(module, generator)
         if self.calls % self.config.refresh == 0:
-            fresh = self.collect(module, generator)
-            for name in fresh:
-                self.buffer.dims.setdefault(name, 0)
-            self.buffer.add(fresh)
+            self.buffer.add(self.collect(module, generator))
         return self.buffer.draw(self.config.batch_size, generator=generator)
 
     def __call__(
@@ -207,8 +210,6 @@ class TiltLoss:
         self.cap = cap if isinstance(cap, Tensor) else None
         if self.buffer is not None and isinstance(state["buffer"], dict):
             self.buffer.load_state_dict(state["buffer"])
-            for name in self.buffer.store:
-                self.buffer.dims.setdefault(name, 0)
 
 
 @dataclass(frozen=True)
@@ -256,11 +257,17 @@ class Tilted:
         return "\n".join([f"{'':<16}{'base':>12}{'tilted':>12}", *rows])
 
 
-def trainable(base: VelocityField, shape: tuple[int, ...], seed: int) -> nn.Module:
+def trainable(
+    base: VelocityField,
+    shape: tuple[int, ...],
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """What is trained when the caller names no model; it starts at the base.
 
     A base with parameters is copied; one without (a closed form) gets a zero-initialised residual
-    network.
+    network of ``dtype``.
 
     Raises:
         ValueError: a base without parameters whose samples are not vectors.
@@ -274,17 +281,17 @@ def trainable(base: VelocityField, shape: tuple[int, ...], seed: int) -> nn.Modu
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Residual(base, MLPVelocity(shape[0], zero_init=True))
+        return Residual(base, MLPVelocity(shape[0], zero_init=True).to(dtype))
 
 
-def _check(
-    base: VelocityField, reward: Reward, x1: Tensor, x0: Tensor, cond: Cond | None
-) -> None:
+def _check(base: VelocityField, reward: Reward, x1: Tensor, x0: Tensor, cond: Cond | None) -> None:
     """One evaluation of base and reward, with the errors of `check_velocity`, `check_reward`."""
     with torch.no_grad():
         v = check_velocity(base(x0, torch.tensor(0.5).to(x0), cond), x0, "base")
     if not bool(torch.isfinite(v).all()):
         raise ValueError("base returned NaN or infinite velocities at t = 0.5 on normal noise")
+    if not bool(torch.isfinite(x1).all()):
+        raise ValueError("base does not lead to finite samples: its ODE from noise ends in NaN")
     check_reward(reward, x1, cond)
 
 
@@ -343,10 +350,12 @@ def tilt(
     if config.kernel in MATCHED:
         mmse = measure_mmse(base, grid, x1, cond=cond, generator=generator)
     if config.kernel == "covariance_matched":
-        covariance = torch.cov(x1.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
+        with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
+            rest = x1 - (x0 + base(x0, grid[0].to(x0), cond))
+        covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
     kernel = make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
 
-    model = trainable(base, shape, config.seed) if model is None else model
+    model = trainable(base, shape, config.seed, dtype=dtype) if model is None else model
     loss = TiltLoss(
         base,
         scaled,

@@ -73,7 +73,7 @@ def density_of(
         samples: Points; those outside of the window count for the total mass only.
         extent: Half-width of the window.
         resolution: R.
-        bandwidth: Standard deviation of the kernel; unless given, a fortieth of ``extent`` for 4000
+        bandwidth: Standard deviation of the kernel; unless given, a fiftieth of ``extent`` for 4000
             samples, falling with their number as N^(-1/6) (Scott's rule in the plane).
 
     Raises:
@@ -84,5 +84,5 @@ def density_of(
     edges = np.linspace(-e, e, resolution + 1)
     counts, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=(edges, edges))
     cell = 2 * e / resolution
-    width = (e / 40 * (4000 / len(x)) ** (1 / 6) if bandwidth is None else bandwidth) / cell
+    width = (e / 50 * (4000 / len(x)) ** (1 / 6) if bandwidth is None else bandwidth) / cell
     return gaussian_filter(counts, width, mode="constant") / (len(x) * cell**2)

@@ -165,9 +165,9 @@ def control_field(
 ) -> Path:
     """The learned control u(x, t) as arrows over the tilted density, one panel a time.
 
-    Arrows fade where the density is below a hundredth of its peak: there nothing was learned, and
-    nothing matters.  All panels share one scale, whose unit is the mean of |u| under the density
-    over all panels; each panel says the root mean square of u under its own density.
+    Arrows fade where the density is below a twelfth of its peak, toward where nothing was learned.
+    All panels share one scale, compressed (tanh) from about twice the mean of |u| under the
+    densities, so that arrows do not tangle; each panel tells sqrt(E|u|²) under its own density.
 
     Arguments:
         path: The PNG to write.
@@ -213,7 +213,6 @@ def control_field(
         shown = u_t[first::stride, first::stride]
         presence = np.clip(p_t[coarse[:, None], coarse] / p_t.max() * 12, 0, 1)
         length = np.linalg.norm(shown, axis=2)
-        # Direction and order of magnitude: long arrows are compressed so that they do not tangle.
         scale = np.tanh(length / (2 * unit)) / np.maximum(length, 1e-12) * 1.7 * (axis[1] - axis[0])
         rgba = np.ones((*shown.shape[:2], 4)) * 0.97
         rgba[..., 3] = (0.08 + 0.87 * presence) * (length > unit / 40)

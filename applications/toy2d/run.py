@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -254,8 +254,8 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
     return Run(config, target, reward, tilted, before, after, exact, report)
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a mapping as JSON, atomically; paths become strings."""
+def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
+    """Write ``content`` as JSON, atomically; paths become strings."""
     with checkpoints.replacing(path, "folder") as file:
         file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 

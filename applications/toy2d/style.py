@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from flows.checkpoint import replacing
@@ -78,39 +77,33 @@ def sheet(
     return figure, axes
 
 
-def plane(ax: Axes, extent: float, *, frame: str = LINE) -> None:
+def plane(ax: Axes, extent: float) -> None:
     """Dress ``ax`` as the window [-extent, extent]²: no ticks, a thin frame."""
     ax.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[])
     ax.set_facecolor(SHEET)
     for spine in ax.spines.values():
-        spine.set(color=frame, linewidth=0.8)
+        spine.set(color=LINE, linewidth=0.8)
 
 
-def chart(ax: Axes, *, grid: str = "y") -> None:
-    """Dress ``ax`` as a chart: soft panel, faint lines along ``grid``, no box."""
+def chart(ax: Axes) -> None:
+    """Dress ``ax`` as a chart: soft panel, faint horizontal lines, no box."""
     ax.set_facecolor(PANEL)
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.tick_params(which="both", length=0, colors=MUTED, labelsize=8.5, pad=5)
-    if grid:
-        ax.grid(axis="both" if grid == "both" else "x" if grid == "x" else "y", color=LINE, lw=0.7)
+    ax.grid(axis="y", color=LINE, lw=0.7)
     ax.set_axisbelow(True)
 
 
-def heading(ax: Axes, text: str, *, color: str = INK, caption: str = "") -> tuple[Text, Text]:
+def heading(ax: Axes, text: str, *, color: str = INK, caption: str = "") -> None:
     """Panel title at the upper left, and a muted caption at the upper right."""
     at: dict[str, Any] = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",
         "annotation_clip": False,
     }
-    title = ax.annotate(
-        text, (0, 1), (0, 7), color=color, fontsize=11, weight="bold", va="baseline", **at
-    )
-    aside = ax.annotate(
-        caption, (1, 1), (0, 7), color=MUTED, fontsize=8.5, ha="right", va="baseline", **at
-    )
-    return title, aside
+    ax.annotate(text, (0, 1), (0, 7), color=color, fontsize=11, weight="bold", va="baseline", **at)
+    ax.annotate(caption, (1, 1), (0, 7), color=MUTED, fontsize=8.5, ha="right", va="baseline", **at)
 
 
 def density_image(

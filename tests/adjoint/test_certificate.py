@@ -7,17 +7,20 @@ import torch
 from problems import LAMBDA, M, PROBLEMS, S2, gaussian, linear
 
 from adjoint.certificate import certify
-from adjoint.kernel import KERNELS, make_kernel, measure_mmse
+from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
 from flows import grid as grids
 
 
 def kernel_for(base, name, steps, seed=0):
     grid = grids.uniform(steps)
-    mmse = None
-    if name == "moment_matched":
+    mmse = covariance = None
+    if name in MATCHED:
         generator = torch.Generator().manual_seed(seed)
-        mmse = measure_mmse(base, grid, base.sample(50_000, generator=generator), generator=generator)
-    return make_kernel(name, grid, mmse=mmse)
+        x1 = base.sample(50_000, generator=generator)
+        mmse = measure_mmse(base, grid, x1, generator=generator)
+    if name == "covariance_matched":
+        covariance = base.covariance()
+    return make_kernel(name, grid, mmse=mmse, covariance=covariance)
 
 
 def certificate(field, base, reward, name, steps, n=4096, seed=3):
@@ -47,18 +50,19 @@ def test_log_weights_become_constant_as_the_grid_is_refined():
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_log_z_agrees_with_the_exact_one(problem):
+    """Within two standard errors at the optimum, three from the base (one seed, ten comparisons)."""
     problem = PROBLEMS[problem]
     tilted, log_z = problem.exact()
-    for field in (problem.base, tilted):
-        found = certificate(field, problem.base, problem.reward, "moment_matched", 200)
-        assert abs(found.log_z - float(log_z)) < 2 * found.log_z_stderr + 0.0
+    for field, errors in ((tilted, 2.0), (problem.base, 3.0)):
+        found = certificate(field, problem.base, problem.reward, "covariance_matched", 100)
+        assert abs(found.log_z - float(log_z)) < errors * found.log_z_stderr
 
 
 @pytest.mark.parametrize("problem", ["A", "C", "square"])
 def test_weighted_means_are_right_from_the_untilted_model(problem):
     problem = PROBLEMS[problem]
     tilted, _ = problem.exact()
-    found = certificate(problem.base, problem.base, problem.reward, "moment_matched", 200, n=20_000)
+    found = certificate(problem.base, problem.base, problem.reward, "covariance_matched", 100, n=20_000)
     mean, error = found.weighted_mean(found.samples)
     exact = tilted.mean()
     assert bool(((mean - exact).abs() < 3 * error).all())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import LAMBDA, M, PROBLEMS, S2, gaussian, linear
 
-from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse
+from adjoint.kernel import KERNELS, MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.lean import lean_adjoint
 from adjoint.reward import Reward
 from adjoint.rollout import rollout
@@ -20,7 +20,12 @@ def mmse_of_gaussian(grid, variance=S2):
 
 def kernel_on_gaussian(name: str, steps: int) -> Kernel:
     grid = grids.uniform(steps)
-    return make_kernel(name, grid, mmse=mmse_of_gaussian(grid) if name == "moment_matched" else None)
+    return make_kernel(
+        name,
+        grid,
+        mmse=mmse_of_gaussian(grid) if name in MATCHED else None,
+        covariance=torch.tensor([[S2]]) if name == "covariance_matched" else None,
+    )
 
 
 def chain_moments(kernel: Kernel, field, start: float = 1.0) -> tuple[float, float]:

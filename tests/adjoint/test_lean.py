@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import LAMBDA, M, PROBLEMS, S2, gaussian
 
-from adjoint.kernel import KERNELS, make_kernel, measure_mmse
+from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
 from adjoint.lean import full_adjoint, lean_adjoint, scalar_adjoint
 from adjoint.reward import Reward
 from adjoint.rollout import draw_noise, rollout, velocity_along
@@ -15,11 +15,13 @@ PROBLEM = PROBLEMS["three"]
 
 def kernel_for(name, steps=6):
     grid = grids.shifted(steps, 1.5)
-    mmse = None
-    if name == "moment_matched":
+    mmse = covariance = None
+    if name == "covariance_matched":
+        covariance = PROBLEM.base.covariance()
+    if name in MATCHED:
         x1 = PROBLEM.base.sample(2000, generator=torch.Generator().manual_seed(1))
         mmse = measure_mmse(PROBLEM.base, grid, x1, generator=torch.Generator().manual_seed(2))
-    return make_kernel(name, grid, mmse=mmse)
+    return make_kernel(name, grid, mmse=mmse, covariance=covariance)
 
 
 def curved(x, cond=None):
@@ -41,7 +43,10 @@ def unrolled(kernel, x, first, noise, field=PROBLEM.base):
     return x
 
 
-@pytest.mark.parametrize("name", [n for n in KERNELS if n != "euler_published"])
+SCALAR = [n for n in KERNELS if n not in ("euler_published", "covariance_matched")]
+
+
+@pytest.mark.parametrize("name", SCALAR)
 def test_lean_adjoint_is_autograd_through_the_unrolled_chain(name):
     kernel = kernel_for(name)
     trajectory = trajectory_of(kernel)
@@ -113,7 +118,7 @@ def test_scalar_adjoint_holds_c_constant():
         torch.testing.assert_close(c[1:], terminal.expand(kernel.steps, 4, 2), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("name", [n for n in KERNELS if n != "euler_published"])
+@pytest.mark.parametrize("name", SCALAR)
 def test_full_adjoint_is_autograd_of_the_whole_cost(name):
     kernel = kernel_for(name)
     tilted = PROBLEM.exact()[0]
@@ -138,8 +143,9 @@ def test_full_adjoint_is_autograd_of_the_whole_cost(name):
         torch.testing.assert_close(values[k] * kernel.adjoint_scale[k], a, rtol=1e-9, atol=1e-11)
 
 
-def test_full_adjoint_refuses_the_published_pair():
-    kernel = kernel_for("euler_published")
+@pytest.mark.parametrize("name", ["euler_published", "covariance_matched"])
+def test_full_adjoint_refuses_chains_it_does_not_fit(name):
+    kernel = kernel_for(name)
     trajectory = trajectory_of(kernel)
     with pytest.raises(ValueError, match="not defined"):
         full_adjoint(PROBLEM.base, PROBLEM.base, kernel, trajectory, trajectory.xs[-1])

@@ -59,10 +59,10 @@ def tolerance(name, t):
     """1e-12, and what rounding native time costs near the data where σ ∝ √(1 - τ).
 
     A rounded τ is the right time of another t, ε/σ away or √ε at most; the velocity moves by as
-    much times |dv/dt|, below 100 here.
+    much times |dv/dt|, below 30 here.
     """
     rounding = torch.full_like(t, 1.2e-16) / (1 - t).clamp_min(1.1e-8)
-    return 1e-12 + 100 * rounding * ((t < 1) & (name in ("linear_vp", "vp")))
+    return 1e-12 + 30 * rounding * ((t < 1) & (name in ("linear_vp", "vp")))
 
 
 @EVERY
@@ -125,7 +125,7 @@ def test_single_precision_stays_close_and_finite(name, prediction):
     assert v.dtype == torch.float32
     # ε amplified by 1/MARGIN at the ends of the singular predictions, and the √ε of `tolerance`.
     expected, _ = canonical_velocity(STATES, held, M, S)
-    torch.testing.assert_close(v.double(), expected, rtol=0, atol=2e-2)
+    torch.testing.assert_close(v.double(), expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(("source", "target"), itertools.permutations(PREDICTIONS, 2))
@@ -238,8 +238,9 @@ class TestCall:
         field(X, 0.3).sum().backward()
         assert float(model.scale.grad) == pytest.approx(float(X.sum()), abs=1e-12)
 
-    def test_a_half_precision_model_returns_in_the_dtype_of_x(self):
-        field = OnCanonicalPath(lambda z, tau, cond: z.bfloat16(), CondOT())
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, F64])
+    def test_a_model_of_another_precision_returns_in_that_of_x(self, dtype):
+        field = OnCanonicalPath(lambda z, tau, cond: z.to(dtype), CondOT())
         assert field(X.float(), 0.5).dtype == torch.float32
 
     def test_t_range_narrows_the_calls(self):

@@ -84,6 +84,16 @@ def test_pure_noise_and_pure_data_have_a_time(name, dtype):
     assert tau[1] == clean
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("make", [lambda b: VP(beta_min=b), lambda b: VE(sigma_min=b)])
+def test_rounding_leads_no_time_out_of_the_range(make, dtype):
+    for b in torch.linspace(0.1, 8.0, 80).tolist():
+        schedule = make(b)
+        noisy, clean = torch.tensor(schedule.time_range, dtype=dtype)
+        tau = schedule.snr_inverse(torch.tensor([0.0, 0.05, 1.0, INF], dtype=dtype))
+        assert bool(((tau - noisy) * (tau - clean) <= 0).all())
+
+
 @EVERY
 def test_single_precision_follows_double(name):
     schedule = REFERENCES[name].schedule
@@ -137,6 +147,17 @@ class TestTable:
         torch.testing.assert_close(table.alpha(k), alphas, rtol=1e-14, atol=0)
         torch.testing.assert_close(table.sigma(k), sigmas, rtol=1e-14, atol=0)
         torch.testing.assert_close(table.snr_inverse(alphas / sigmas), k, rtol=1e-12, atol=1e-12)
+
+    def test_derivatives_include_those_of_the_variance(self):
+        table = Table([0.3, 0.5, 2.0], [0.9, 1.1, 0.7])
+        t = torch.tensor([0.2, 0.7, 1.0, 1.4], dtype=F64, requires_grad=True)
+        a, s = table.alpha(t), table.sigma(t)
+        for value, derivative in ((a, table.alpha_dot(t)), (s, table.sigma_dot(t))):
+            (grad,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+            torch.testing.assert_close(derivative, grad, rtol=1e-13, atol=0)
+        inside = torch.tensor([1.0, 1.0 + 1e-9], dtype=F64)  # an entry has the slope after it
+        at_entry, after = table.alpha_dot(inside)
+        assert float(at_entry) == pytest.approx(float(after), rel=1e-7)
 
     def test_between_entries_snr_is_geometric_and_variance_kept(self):
         table = ddpm()

@@ -1,1 +1,40 @@
-"""placeholder"""
+"""Adjoint matching: tilt a flow toward a reward, p*(x) ∝ p(x) exp(r(x)), and certify the result.
+
+Three levels, each built from the one below: `tilt` (one call), `TiltLoss` with
+`flows.training.Trainer` (a loop of one's own), and the pure functions `rollout`, `lean_adjoint`,
+`adjoint_matching_loss`, `certify` over a `Kernel` table.
+"""
+
+from adjoint.certificate import Certificate, certify, path_log_ratio
+from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse
+from adjoint.lean import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
+from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
+from adjoint.reward import Reward
+from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
+from adjoint.tilt import TiltConfig, Tilted, TiltLoss, tilt
+
+__all__ = [
+    "KERNELS",
+    "Adjoint",
+    "Certificate",
+    "Kernel",
+    "Reward",
+    "TiltConfig",
+    "TiltLoss",
+    "Tilted",
+    "Trajectory",
+    "adjoint_matching_loss",
+    "certify",
+    "draw_noise",
+    "full_adjoint",
+    "importance_weights",
+    "lean_adjoint",
+    "make_kernel",
+    "measure_mmse",
+    "path_log_ratio",
+    "rollout",
+    "scalar_adjoint",
+    "select_steps",
+    "tilt",
+    "velocity_along",
+]

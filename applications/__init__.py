@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Applications supply rewards; the tilting is that of the package ``adjoint``."""

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Tilted two-dimensional laws, to look at: targets, rewards, exact tilts, pictures, digits."""

@@ -1,0 +1,207 @@
+"""``tilt`` given bad input: one clear error each, before any training, and no harm done."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from linear_tilt import FAST, SLOPES, Shift, Slope, run, with_options
+
+from adjoint.tilt import TiltConfig, tilt
+from flows import checkpoint as checkpoints
+from flows.callbacks import CSVLogger
+from flows.checkpoint import CheckpointError
+from flows.networks import MLPVelocity
+from flows.training import TrainingDiverged
+
+
+class Untouched(Shift):
+    """A model that no bad input may reach."""
+
+    def forward(self, x, t, cond=None):
+        raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "match"),
+    [
+        (lambda x, c: x, ValueError, r"shape \(8192, 2\).*expected one value per sample"),
+        (lambda x, c: x.sum(), ValueError, r"reward returned shape \(\)"),
+        (lambda x, c: x.detach().sum(1), ValueError, "not differentiable"),
+        (
+            lambda x, c: torch.from_numpy(x.detach().numpy()).sum(1),
+            ValueError,
+            "not differentiable",
+        ),
+        (lambda x, c: (x > 0).all(1), TypeError, "floating-point"),
+        (lambda x, c: torch.nan * x.sum(1), ValueError, "reward is not finite"),
+        (lambda x, c: x.sum(1).log(), ValueError, "reward is not finite"),
+        (lambda x, c: (x.sum(1) * 0).sqrt(), ValueError, "gradient is not finite"),
+        (lambda x: x.sum(1), TypeError, "two arguments"),
+        ("digits", TypeError, "reward must be a callable"),
+    ],
+)
+def test_bad_rewards_are_refused_before_training(reward, error, match):
+    with pytest.raises(error, match=match):
+        run(reward=reward, model=Untouched())
+
+
+@pytest.mark.parametrize(
+    ("base", "error", "match"),
+    [
+        (lambda x, t, c=None: x[:, :1], ValueError, r"base returned shape \(64, 1\)"),
+        (lambda x, t, c=None: x.sum(1), ValueError, r"base returned shape \(64,\)"),
+        (lambda x, t, c=None: x.long(), TypeError, "base must return a floating-point"),
+        (lambda x, t, c=None: torch.nan * x, ValueError, "base returned NaN or infinite"),
+        (lambda x, t, c=None: x / (t < 0.9), ValueError, "base does not lead to finite samples"),
+        (lambda x, t, c=None: 1e5 * x, ValueError, "base does not lead to finite samples"),
+    ],
+)
+def test_bad_bases_are_refused_before_training(base, error, match):
+    with pytest.raises(error, match=match):
+        tilt(base, Slope(), shape=(2,), config=FAST, model=Untouched())
+
+
+def test_a_conditional_base_without_conditions_is_refused():
+    base = MLPVelocity(2, hidden=(4,), cond_dims={"c": 1})
+    with pytest.raises(ValueError, match=r"cond must name \['c'\]"):
+        tilt(base, Slope(), shape=(2,), config=FAST)
+
+
+def test_a_closed_form_of_images_needs_a_model():
+    def base(x, t, cond=None):
+        return -x
+
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 2\) needs model="):
+        tilt(base, lambda x, c: x.sum((1, 2, 3)), shape=(1, 2, 2), config=FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kernel": "heun"}, "kernel must be one of .*got 'heun'"),
+        ({"steps": 1}, "steps must be at least 2, got 1"),
+        ({"steps": 2.5}, "steps must be a positive integer, got 2.5"),
+        ({"shift": 0.0}, "shift must be positive and finite, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"late": 1.5}, r"late must lie in \[0, 1\], got 1.5"),
+        ({"late": 0.5, "early": -0.1}, r"early must lie in \[0, 1\], got -0.1"),
+        ({"late": 0.0, "early": 0.0}, "select none of 20 steps"),
+        ({"clip": -1.0}, "clip must be at least 0.*got clip=-1.0"),
+        ({"clip": math.nan}, "clip must be at least 0.*got clip=nan"),
+        ({"clip": 1.0, "clip_quantile": True}, "0 where clip_quantile is on, got clip=1.0"),
+        ({"replay": -1}, "replay must be at least 0, got -1"),
+        ({"replay": 100}, "replay must be 0 or at least batch_size=256, got 100"),
+        ({"refresh": 0}, "refresh must be at least 1, got 0"),
+        ({"refresh": 2}, "refresh=2 needs a replay buffer"),
+        ({"certificate_samples": -1}, "certificate_samples must be at least 0, got -1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        TiltConfig(**options)
+
+
+class Poison:
+    """The linear reward until its evaluation number ``at``, then NaN."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def __call__(self, x, cond=None):
+        self.calls += 1
+        value = x @ SLOPES.to(x)
+        return value * torch.nan if self.calls > self.at else value
+
+
+def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
+    path, log = tmp_path / "c.pt", tmp_path / "log.csv"
+    config = with_options(iterations=30, checkpoint_every=4)
+    poison = Poison(1 + 22)  # one evaluation is the check before training
+    match = r"loss is nan in iteration 23; the last good checkpoint is .*c.pt \(iteration 20\)"
+    with pytest.raises(TrainingDiverged, match=match):
+        run(config, reward=poison, checkpoint=path, callbacks=[CSVLogger(log, every=1)])
+    state = checkpoints.load(path)
+    assert state["iteration"] == 20
+    assert bool(state["module"]["w"].isfinite().all())
+    assert len(log.read_text().splitlines()) == 1 + 22
+    resumed = run(config, checkpoint=path, resume=True, callbacks=[CSVLogger(log, every=1)])
+    assert torch.equal(resumed.field.w, run(config).field.w)  # as if nothing had happened
+    assert len(log.read_text().splitlines()) == 1 + 30
+
+
+def finished(tmp_path, **options):
+    """A checkpoint of a short run with a replay buffer, its path and its options."""
+    path = tmp_path / "c.pt"
+    config = with_options(iterations=3, replay=32, **options)
+    run(config, checkpoint=path, problem={"base": "gaussian"})
+    return path, config
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    path, config = finished(tmp_path)
+    reward = Slope()
+    found = run(config, reward=reward, checkpoint=path, resume=True, problem={"base": "gaussian"})
+    assert reward.sizes == [8192]
+    assert torch.equal(found.field.w, checkpoints.load(path)["module"]["w"])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "match"),
+    [
+        ({}, {"base": "ring"}, "base: 'gaussian' in the checkpoint, expected 'ring'"),
+        ({}, {}, "base: 'gaussian' in the checkpoint, expected 'absent'"),
+        ({"steps": 7}, {"base": "gaussian"}, "steps: 5 in the checkpoint, expected 7"),
+        ({"temperature": 2.0}, {"base": "gaussian"}, "temperature: 1.0 in the checkpoint"),
+        ({"seed": 1}, {"base": "gaussian"}, "seed: 0 in the checkpoint, expected 1"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_problem_is_refused(tmp_path, options, problem, match):
+    path, config = finished(tmp_path)
+    content = path.read_bytes()
+    with pytest.raises(CheckpointError, match=f"another problem; .*{match}"):
+        run(replace(config, **options), checkpoint=path, resume=True, problem=problem)
+    assert path.read_bytes() == content
+
+
+def test_damaged_checkpoints_and_pickles_with_code_are_refused(tmp_path):
+    path, config = finished(tmp_path)
+    whole, marker = path.read_bytes(), tmp_path / "executed"
+
+    def resume():
+        run(config, checkpoint=path, resume=True, problem={"base": "gaussian"})
+
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="truncated, damaged or not a checkpoint"):
+            resume()
+
+    class Bomb:
+        def __reduce__(self):
+            return marker.touch, ()
+
+    for state in (Bomb(), {"problem": Bomb()}):
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match=r"was refused.*could run code"):
+            resume()
+    assert not marker.exists()
+    path.write_bytes(whole)
+    resume()
+
+
+def test_an_unwritable_checkpoint_is_known_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"checkpoint: cannot write .*below"):
+        run(checkpoint=tmp_path / "file" / "below" / "c.pt", model=Untouched())
+    with pytest.raises(OSError, match=r"checkpoint: cannot write .*it is a folder"):
+        run(checkpoint=tmp_path, model=Untouched())
+    with pytest.raises(OSError, match="logger: cannot write"):
+        run(callbacks=[CSVLogger(tmp_path / "file" / "log.csv")], model=Untouched())

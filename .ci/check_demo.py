@@ -6,10 +6,31 @@ import sys
 from pathlib import Path
 
 TOY = (
-    "target reward kernel steps reward_base reward_tilted reward_exact log_z log_z_exact "
-    "log_weight_std_base log_weight_std ess path_kl w2_ratio mode_tv seconds"
-).split()
-PICTURES = ("densities.png", "paths.png", "control.png", "certificate.png", "training.png", "flow.gif")
+    "target",
+    "reward",
+    "kernel",
+    "steps",
+    "reward_base",
+    "reward_tilted",
+    "reward_exact",
+    "log_z",
+    "log_z_exact",
+    "log_weight_std_base",
+    "log_weight_std",
+    "ess",
+    "path_kl",
+    "w2_ratio",
+    "mode_tv",
+    "seconds",
+)
+PICTURES = (
+    "densities.png",
+    "paths.png",
+    "control.png",
+    "certificate.png",
+    "training.png",
+    "flow.gif",
+)
 
 
 def check(folder: Path) -> None:

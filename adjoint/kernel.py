@@ -57,6 +57,7 @@ the own-time reading and the two matched chains were derived for this project.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class Kernel:
 
     def to(self, device: torch.device | str) -> Kernel:
         """The same table on another device (still float64)."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

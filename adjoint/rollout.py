@@ -34,9 +34,7 @@ class Trajectory:
     whiten: Tensor | None = None
 
 
-def draw_noise(
-    kernel: Kernel, x0: Tensor, *, generator: torch.Generator | None = None
-) -> Tensor:
+def draw_noise(kernel: Kernel, x0: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal step noises (K, B, *) for a start x0 of shape (B, *)."""
     shape = (kernel.steps, *x0.shape)
     return torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
@@ -69,15 +67,16 @@ def rollout(
             x = x + kernel.std[k] * noise[k]
         xs.append(x)
         vs.append(v)
-    whiten = torch.stack(whitens) if whitens else None
-    return Trajectory(torch.stack(xs), noise, torch.stack(vs), whiten)
+    whitening = torch.stack(whitens) if whitens else None
+    return Trajectory(torch.stack(xs), noise, torch.stack(vs), whitening)
 
 
 def noise_roots(
     base: VelocityField, kernel: Kernel, k: int, x: Tensor, cond: Cond | None = None
 ) -> tuple[Tensor, Tensor]:
     """L and L⁻¹ with L Lᵀ = q I + g² Cov(X_1 | x_k), each (B, d, d), at step k of a full chain."""
-    assert kernel.bridge is not None and kernel.gain is not None
+    assert kernel.bridge is not None
+    assert kernel.gain is not None
     assert kernel.start_covariance is not None
     if k == 0:
         values, vectors = torch.linalg.eigh(kernel.start_covariance)
@@ -90,9 +89,7 @@ def noise_roots(
     return vectors * spread.unsqueeze(1), (vectors / spread.unsqueeze(1)).transpose(1, 2)
 
 
-def velocity_along(
-    field: VelocityField, xs: Tensor, t: Tensor, cond: Cond | None = None
-) -> Tensor:
+def velocity_along(field: VelocityField, xs: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
     """Velocities (S, B, *) at states xs (S, B, *) and times t (S,), in one batch of S·B."""
     steps, batch = xs.shape[:2]
     times = t.to(xs.dtype).repeat_interleave(batch)

@@ -80,7 +80,7 @@ def plane_problem(target_name: str, reward_name: str) -> Problem:
     assert target.modes is not None
     reward = make_reward(reward_name, target)
     fine = grid_tilt(target.mixture.log_prob, reward, target.extent + 2.0, 600)
-    coarse = grid_tilt(target.mixture.log_prob, reward, target.extent + 1.0, 150)
+    coarse = grid_tilt(target.mixture.log_prob, reward, target.extent + 1.0, 100)
     return Problem(
         name=f"{target_name}/{reward_name}",
         dim=2,

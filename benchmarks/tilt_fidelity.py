@@ -59,7 +59,7 @@ class FidelityConfig:
     """Kernels to compare."""
     steps: tuple[int, ...] = (10, 20, 40)
     """Numbers of steps K."""
-    iterations: int = 600
+    iterations: int = 400
     """Updates of every run."""
     batch_size: int = 512
     """Trajectories an update."""
@@ -88,7 +88,7 @@ def velocity_error(problem: Problem, v: VelocityField, n: int = 2048) -> float:
 def flow_samples(v: VelocityField, dim: int, n: int) -> Tensor:
     """ODE samples (n, dim) from fixed noise."""
     x0 = torch.randn(n, dim, generator=torch.Generator().manual_seed(8))
-    return torch.cat([sample(v, part, grid=50) for part in x0.split(4096)])
+    return torch.cat([sample(v, part, grid=64, method="ab2") for part in x0.split(8192)])
 
 
 def make_model(problem: Problem, width: int = 64) -> nn.Module:

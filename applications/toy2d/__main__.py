@@ -97,7 +97,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; an expected failure is one line on stderr and exit status 1."""
-    command = tyro.cli(Command, args=arguments, prog="python -m applications.toy2d")  # type: ignore[arg-type]
+    command = tyro.cli(Command, args=arguments, prog="python -m applications.toy2d")
     torch.set_flush_denormal(True)
     try:
         COMMANDS[type(command)](command)

@@ -31,7 +31,9 @@ def plane_points(extent: float, resolution: int) -> Tensor:
 def control_on_grid(tilted: VelocityField, base: VelocityField, extent: float) -> Tensor:
     """u = v_tilted - v_base at the times ``CONTROL_TIMES``, (T, R, R, 2) with R = 50."""
     points = plane_points(extent, 50)
-    fields = [tilted(points, torch.tensor(t)) - base(points, torch.tensor(t)) for t in CONTROL_TIMES]
+    fields = [
+        tilted(points, torch.tensor(t)) - base(points, torch.tensor(t)) for t in CONTROL_TIMES
+    ]
     return torch.stack(fields).reshape(len(CONTROL_TIMES), 50, 50, 2)
 
 
@@ -59,7 +61,7 @@ def draw(run: Run) -> list[Path]:
         sample(field, x0, grid=times, trajectory=True)
         for field in (run.tilted.base, run.tilted.field)
     ]
-    moments = [int(round(60 * t)) for t in CONTROL_TIMES]
+    moments = [round(60 * t) for t in CONTROL_TIMES]
     certificate, before = run.tilted.certificate, run.tilted.certificate_base
     assert certificate is not None
     assert before is not None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import LAMBDA, M, PROBLEMS, S2, gaussian, linear
+from problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 
 from adjoint.certificate import certify
 from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
@@ -50,11 +50,13 @@ def test_log_weights_become_constant_as_the_grid_is_refined():
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_log_z_agrees_with_the_exact_one(problem):
-    """Within two standard errors at the optimum, three from the base (one seed, ten comparisons)."""
+    """Within two standard errors at the optimum, three from the base (ten comparisons)."""
     problem = PROBLEMS[problem]
     tilted, log_z = problem.exact()
     for field, errors in ((tilted, 2.0), (problem.base, 3.0)):
-        found = certificate(field, problem.base, problem.reward, "covariance_matched", 100, n=20_000, seed=0)
+        found = certificate(
+            field, problem.base, problem.reward, "covariance_matched", 100, n=20_000, seed=0
+        )
         assert abs(found.log_z - float(log_z)) < errors * found.log_z_stderr
 
 
@@ -62,7 +64,9 @@ def test_log_z_agrees_with_the_exact_one(problem):
 def test_weighted_means_are_right_from_the_untilted_model(problem):
     problem = PROBLEMS[problem]
     tilted, _ = problem.exact()
-    found = certificate(problem.base, problem.base, problem.reward, "covariance_matched", 100, n=20_000)
+    found = certificate(
+        problem.base, problem.base, problem.reward, "covariance_matched", 100, n=20_000
+    )
     mean, error = found.weighted_mean(found.samples)
     exact = tilted.mean()
     assert bool(((mean - exact).abs() < 3 * error).all())

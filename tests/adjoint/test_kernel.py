@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import LAMBDA, M, PROBLEMS, S2, gaussian, linear
+from problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 
 from adjoint.kernel import KERNELS, MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.lean import lean_adjoint
@@ -74,14 +74,16 @@ def test_consistent_pairs_tilt_their_own_chain_exactly(name, steps):
 
 @pytest.mark.parametrize(("steps", "ratio"), [(5, 0.949), (10, 0.998), (40, 0.999)])
 def test_published_pair_has_its_known_ratio(steps, ratio):
-    assert tilt_ratio(kernel_on_gaussian("euler_published", steps)) == pytest.approx(ratio, abs=5e-4)
+    assert tilt_ratio(kernel_on_gaussian("euler_published", steps)) == pytest.approx(
+        ratio, abs=5e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("steps", "under", "over"), [(5, 0.59, 1.44), (10, 0.78, 1.24), (40, 0.94, 1.06)]
 )
 def test_mixed_pairs_are_wrong_by_the_known_amounts(steps, under, over):
-    """On a chain whose last step is noisy too: a_k with its own Jacobian, a_{k+1} with that at t+h."""
+    """With a noisy last step too: a_k with its own Jacobian, a_{k+1} with that at t+h."""
     grid = grids.uniform(steps)
     t, s, h = grid[:-1], grid[1:], 1 / steps
     sigma = (2 * (1 - t + h) / s).sqrt()
@@ -162,8 +164,12 @@ def test_ancestral_kernel_is_the_posterior_average_of_bridges():
         t, s = grid[k], grid[k + 1]
         rho = t * (1 - s) / (s * (1 - t))
         mean = s * (x + (1 - t) * v) + (1 - s) * rho * (x - t * v)
-        torch.testing.assert_close(kernel.mean_x[k] * x + kernel.mean_v[k] * v, mean, rtol=0, atol=1e-14)
-        assert kernel.std[k].item() == pytest.approx(((1 - s) * (1 - rho**2).sqrt()).item(), abs=1e-15)
+        torch.testing.assert_close(
+            kernel.mean_x[k] * x + kernel.mean_v[k] * v, mean, rtol=0, atol=1e-14
+        )
+        assert kernel.std[k].item() == pytest.approx(
+            ((1 - s) * (1 - rho**2).sqrt()).item(), abs=1e-15
+        )
 
 
 def test_bad_arguments_are_refused():

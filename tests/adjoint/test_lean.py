@@ -1,8 +1,10 @@
 """Adjoints against autograd through the unrolled chain and against closed forms."""
 
+import itertools
+
 import pytest
 import torch
-from problems import LAMBDA, M, PROBLEMS, S2, gaussian
+from problems import LAMBDA, PROBLEMS, S2, M, gaussian
 
 from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
 from adjoint.lean import full_adjoint, lean_adjoint, scalar_adjoint
@@ -39,7 +41,11 @@ def unrolled(kernel, x, first, noise, field=PROBLEM.base):
     """End of the chain from state ``first`` on, with gradient."""
     for k in range(first, kernel.steps):
         follow = PROBLEM.base if kernel.noiseless_last and k == kernel.steps - 1 else field
-        x = kernel.mean_x[k] * x + kernel.mean_v[k] * follow(x, kernel.t[k]) + kernel.std[k] * noise[k]
+        x = (
+            kernel.mean_x[k] * x
+            + kernel.mean_v[k] * follow(x, kernel.t[k])
+            + kernel.std[k] * noise[k]
+        )
     return x
 
 
@@ -58,7 +64,9 @@ def test_lean_adjoint_is_autograd_through_the_unrolled_chain(name):
         x = trajectory.xs[k].clone().requires_grad_(True)
         cost = -curved(unrolled(kernel, x, k, trajectory.noise)).sum()
         (a,) = torch.autograd.grad(cost, x)
-        torch.testing.assert_close(adjoint.values[k] * kernel.adjoint_scale[k], a, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            adjoint.values[k] * kernel.adjoint_scale[k], a, rtol=1e-10, atol=1e-12
+        )
 
 
 def test_published_adjoint_is_its_formula_with_an_explicit_jacobian():
@@ -71,6 +79,7 @@ def test_published_adjoint_is_its_formula_with_an_explicit_jacobian():
         t, s = kernel.t[k], kernel.t[k + 1]
         rows = []
         for b in range(4):
+
             def drift(x, t=t, s=s):
                 return 2 * PROBLEM.base(x[None], s)[0] - x / s
 
@@ -100,11 +109,11 @@ def euler_adjoint_error(steps: int) -> float:
 
 def test_euler_adjoint_converges_at_first_order_and_extrapolates_to_the_closed_form():
     errors = [euler_adjoint_error(steps) for steps in (200, 400, 800, 1600)]
-    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
+    ratios = [a / b for a, b in itertools.pairwise(errors)]
     assert ratios == pytest.approx([2.0] * 3, abs=0.03)
     table = errors  # Richardson: eliminate h, h², h³
     for order in (1, 2, 3):
-        table = [(2**order * b - a) / (2**order - 1) for a, b in zip(table, table[1:], strict=False)]
+        table = [(2**order * b - a) / (2**order - 1) for a, b in itertools.pairwise(table)]
     assert abs(table[0]) < 1e-6
 
 
@@ -133,7 +142,9 @@ def test_full_adjoint_is_autograd_of_the_whole_cost(name):
             v_base = PROBLEM.base(x, kernel.t[k])
             v = v_base if last else tilted(x, kernel.t[k])
             if not last:
-                total = total + 0.5 * (kernel.mean_v[k] / kernel.std[k] * (v - v_base)).square().sum()
+                total = (
+                    total + 0.5 * (kernel.mean_v[k] / kernel.std[k] * (v - v_base)).square().sum()
+                )
             x = kernel.mean_x[k] * x + kernel.mean_v[k] * v + kernel.std[k] * trajectory.noise[k]
         return total - curved(x).sum()
 
@@ -152,7 +163,7 @@ def test_full_adjoint_refuses_chains_it_does_not_fit(name):
 
 
 def test_mean_of_the_adjoint_is_the_gradient_of_the_value_function():
-    """E_{p*}[c_t | X_t = x] (1-t) = v_β - v*: with exact bridges of a tilted Gaussian, any reward."""
+    """E_{p*}[c_t | X_t = x] (1-t) = v_β - v*, here without any spread of c."""
     base, tilted = gaussian(), gaussian(M + LAMBDA * S2)
     kernel = make_kernel("ancestral", grids.uniform(10))
     xs = trajectory_of(make_kernel("ancestral", grids.uniform(10))).xs[:, :, :1]

@@ -38,7 +38,9 @@ def test_consistent_loss_is_its_formula():
     by_hand = 0.0
     for k in range(K - 1):  # the last step is noiseless
         d = kernel.mean_v[k] * (v[k] - adjoint.v_base[k])
-        by_hand += (d / kernel.std[k] + kernel.std[k] * adjoint.values[k + 1]).square().sum(1).mean()
+        by_hand += (
+            (d / kernel.std[k] + kernel.std[k] * adjoint.values[k + 1]).square().sum(1).mean()
+        )
     assert float(loss) == pytest.approx(float(by_hand), rel=1e-13)
 
 
@@ -71,7 +73,9 @@ def test_subset_clip_and_weights():
     cap = float(terms.median())
     loss, metrics = adjoint_matching_loss(v, adjoint, kernel, clip=cap)
     assert float(loss) == pytest.approx(float(terms.clamp_max(cap).sum(0).mean()), rel=1e-13)
-    assert float(metrics["term_quantile"]) == pytest.approx(float(torch.quantile(terms, 0.9)), rel=1e-5)
+    assert float(metrics["term_quantile"]) == pytest.approx(
+        float(torch.quantile(terms, 0.9)), rel=1e-5
+    )
     weights = torch.arange(1.0, B + 1, dtype=torch.float64)
     loss, _ = adjoint_matching_loss(v, adjoint, kernel, weights=weights)
     assert float(loss) == pytest.approx(float((weights * terms.sum(0)).mean()), rel=1e-13)

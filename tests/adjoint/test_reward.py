@@ -55,7 +55,11 @@ def test_scaled_rewards_compose():
 @pytest.mark.parametrize(
     ("value", "error", "match"),
     [
-        (lambda x, c: x, ValueError, r"shape \(6, 2\).*expected one value per sample, shape \(6,\)"),
+        (
+            lambda x, c: x,
+            ValueError,
+            r"shape \(6, 2\).*expected one value per sample, shape \(6,\)",
+        ),
         (lambda x, c: x.sum(), ValueError, r"returned shape \(\)"),
         (lambda x, c: x.sum(1).detach(), ValueError, "not differentiable"),
         (lambda x, c: x.argmax(1), TypeError, "floating-point"),

@@ -18,9 +18,7 @@ from benchmarks.control import (
     riccati,
 )
 from benchmarks.soc import Args, ControlLoss, control_error, euler_maruyama, main, solve
-from flows.field import Residual
 from flows.grid import uniform
-from flows.networks import MLPVelocity
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +72,7 @@ def test_finite_differences_solve_the_quadratic_case():
 @pytest.mark.parametrize(("dimension", "kappa", "nu"), [(0, 5.0, 3.0), (9, 1.0, 1.0)])
 def test_well_control_is_the_gradient_of_a_simulated_log_psi(dimension, kappa, nu):
     """Feynman-Kac: ψ(x, t) = E[e^{-g(X_1)} | X_t = x], differentiated along the paths."""
-    problem, n, steps, t = double_well(), 40_000, 400, 0.9
+    problem, n, steps, t = double_well(), 20_000, 300, 0.9
     h = (1 - t) / steps
     generator = torch.Generator().manual_seed(0)
     for start in (-1.15, 0.3, 0.9):
@@ -138,39 +136,35 @@ def test_running_cost_enters_the_adjoint_as_the_gradient_of_the_cost_along_the_c
     torch.testing.assert_close(values[0], expected, rtol=1e-6, atol=1e-8)
 
 
+class Perturbed(torch.nn.Module):
+    """b + factor u* + shift + scale x, with shift = scale = 0 to differentiate in."""
+
+    def __init__(self, problem, factor: float) -> None:
+        super().__init__()
+        self.problem, self.factor = problem, factor
+        self.directions = torch.nn.Parameter(torch.zeros(2, problem.dim))
+
+    def forward(self, x, t, cond=None):
+        parts = zip(x.split(len(x) // max(1, len(t.unique()))), t.unique(), strict=True)
+        u = torch.cat([self.problem.control(part, float(time)) for part, time in parts])
+        return (
+            self.problem.drift(x, t) + self.factor * u + self.directions[0] + self.directions[1] * x
+        )
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_loss_has_no_gradient_at_the_reference_control(name):
-    """The residual of the loss at u*, seen through a constant shift of the control, is O(h)."""
+def test_the_loss_is_stationary_at_the_reference_control(name):
+    """Up to noise and O(h), in the directions of a constant and of a linear feedback."""
     problem = PROBLEMS[name]()
-    kernel = euler_maruyama(uniform(400))
-
-    class Shifted(torch.nn.Module):
-        def __init__(self, factor: float) -> None:
-            super().__init__()
-            self.shift = torch.nn.Parameter(torch.zeros(problem.dim))
-            self.factor = factor
-
-        def forward(self, x, t, cond=None):
-            if t.ndim:  # the loss asks for one step's states at its time
-                u = problem.control(x, float(t[0]))
-            else:
-                u = problem.control(x, float(t))
-            return problem.drift(x, t) + self.factor * u + self.shift
-
+    kernel = euler_maruyama(1 - (1 - uniform(100)) ** 1.5)
+    loss = ControlLoss(problem, kernel, batch_size=2000, fraction=1.0)
     norms = []
     for factor in (1.0, 0.0):
-        module = Shifted(factor)
-        generator = torch.Generator().manual_seed(0)
-        loss = ControlLoss(problem, kernel, batch_size=2000, fraction=1 / 400)
-        total = torch.zeros(problem.dim)
-        for _ in range(12):
-            value, _ = loss(module, generator)
-            (gradient,) = torch.autograd.grad(value, module.shift)
-            total += gradient * 400 / 2 / 12
-        norms.append(float(total.norm()))
-    if name == "double_well":  # symmetric: a constant shift sees nothing either way
-        return
-    assert norms[0] < 0.1 * norms[1]
+        module = Perturbed(problem, factor)
+        value, _ = loss(module, torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad(value, module.directions)
+        norms.append(float(gradient.norm()))
+    print(norms); assert norms[0] < 0.2 * norms[1]
 
 
 def test_control_error_of_the_optimum_and_of_no_control():

@@ -1,0 +1,140 @@
+"""Runs and the command line: reports, resume, and one clear error for each bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from applications.toy2d.__main__ import main
+from applications.toy2d.run import RunConfig, run, table
+from flows import checkpoint as checkpoints
+
+FIELDS = (
+    "target reward kernel steps reward_base reward_tilted reward_exact log_z log_z_exact "
+    "log_weight_std_base log_weight_std ess path_kl w2_ratio mode_tv seconds"
+).split()  # fmt: skip
+
+
+def small(folder, **changes) -> RunConfig:
+    options = {
+        "target": "two_gaussians",
+        "reward": "linear",
+        "base": "closed_form",
+        "iterations": 40,
+        "batch_size": 128,
+        "steps": 10,
+        "samples": 4000,
+        "folder": folder,
+        "animation": False,
+    }
+    return RunConfig(**(options | changes))
+
+
+def arguments(config: RunConfig, *extra: str) -> list[str]:
+    names = ("target", "reward", "base", "iterations", "batch_size", "steps", "samples", "folder")
+    flags = [part for n in names for part in (f"--{n.replace('_', '-')}", str(getattr(config, n)))]
+    return ["run", *flags, "--no-animation", *extra]
+
+
+def test_a_run_writes_a_flat_report_and_moves_toward_the_exact_tilt(tmp_path):
+    finished = run(small(tmp_path / "a", iterations=150))
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert list(report) == FIELDS
+    assert report == pytest.approx(finished.report)
+    gained = report["reward_tilted"] - report["reward_base"]
+    assert gained > 0.7 * (report["reward_exact"] - report["reward_base"])
+    assert report["log_weight_std"] < 0.6 * report["log_weight_std_base"]
+    # The closed form and the quadrature must agree on log Z whatever the training did.
+    mixture, form = finished.target.mixture, finished.reward.quadratic_form
+    assert report["log_z_exact"] == pytest.approx(float(mixture.tilt(*form)[1]), abs=1e-5)
+    assert "reward_exact" in table(report)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_a_trained_base_is_judged_by_its_own_samples(tmp_path):
+    finished = run(small(tmp_path / "b", base="trained", base_iterations=60, target="moons"))
+    assert finished.exact.samples.shape == (8000, 2)
+    assert (tmp_path / "b" / "base.csv").read_text().startswith("iteration,loss")
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
+    reports = [run(small(tmp_path / n, seed=s)).report for n, s in (("a", 0), ("b", 0), ("c", 1))]
+    for report in reports:
+        report.pop("seconds")
+    assert reports[0] == reports[1]
+    assert reports[0] != reports[2]
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    """SIGKILL of the command line itself, in the middle of the tilt."""
+    config = small(tmp_path / "killed", iterations=1500)
+    command = [sys.executable, "-m", "applications.toy2d", *arguments(config)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    checkpoint = config.path / "tilt.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoints.load(checkpoint)["iteration"] < 1500
+    assert not (config.path / "report.json").exists()
+    assert main(arguments(config, "--resume")) == 0
+    undisturbed = small(tmp_path / "undisturbed", iterations=1500)
+    assert main(arguments(undisturbed)) == 0
+    a, b = (checkpoints.load(c.path / "tilt.pt") for c in (config, undisturbed))
+    for name, value in a["module"].items():
+        assert torch.equal(value, b["module"][name]), name
+    for name in ("tilt.csv", "densities.png"):
+        assert (config.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": "moon"}, "unknown target 'moon'; expected one of ring"),
+        ({"reward": "lineal"}, "unknown reward 'lineal'; expected one of linear"),
+        ({"target": "moons"}, "base 'closed_form' needs a mixture target"),
+        ({"steps": 1}, "steps must be at least 2, got 1"),
+        ({"samples": 10}, "samples must be at least 100, got 10"),
+    ],
+)
+def test_bad_options_are_one_clear_line(tmp_path, capsys, changes, message):
+    assert main(arguments(small(tmp_path / "x", **changes))) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(arguments(small(tmp_path / "file" / "run"))) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_checkpoints_that_do_not_belong_are_refused(tmp_path, capsys):
+    config = small(tmp_path / "a")
+    assert main(arguments(config)) == 0
+    other = small(tmp_path / "a", reward="peaks")
+    assert main(arguments(other, "--resume")) == 1
+    assert "reward" in capsys.readouterr().err
+    checkpoint = config.path / "tilt.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    assert main(arguments(config, "--resume")) == 1
+    assert "tilt.pt" in capsys.readouterr().err
+
+
+def test_help_and_list_explain_themselves(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = capsys.readouterr().out
+    for text in ("--target", "What the base flow generates", "--resume", "Steps K"):
+        assert text in shown
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("checkerboard", "half_plane", "moment_matched"):
+        assert name in shown

@@ -139,11 +139,6 @@ def names() -> list[str]:
     return plane + [f"mixture-{dim}d" for dim in MIXTURE_DIMS]
 
 
-def make_dim(name: str) -> int:
-    """Dimension of the problem called ``name``, without making it."""
-    return int(name.removeprefix("mixture-").removesuffix("d")) if "/" not in name else 2
-
-
 def make_problem(name: str) -> Problem:
     """The problem called ``name``.
 

@@ -8,7 +8,9 @@ table, whose adjoint is that of its own mean plus the gradient of the running co
 
 Its unique solution is the optimal control of the chain, which differs from that of the diffusion by
 O(h).  The grid is finer toward t = 1, 1 - t ∝ (1 - k/K)^1.5: there the control of the double well
-changes as fast as its drift contracts, in a fortieth of the horizon.  The metric is that of the source: on trajectories of the optimal control,
+changes as fast as its drift contracts, in a fortieth of the horizon (relative error of the chain's
+own optimum, by dynamic programming: .0011 at K = 100, .009 on the uniform grid).  The metric is
+that of the source: on trajectories of the optimal control,
 
     control error = E Σ_k h ‖u - u*‖²(x_k, t_k),   relative: divided by E Σ_k h ‖u*‖²,
 
@@ -62,6 +64,18 @@ def euler_maruyama(grid: Tensor) -> Kernel:
         noiseless_last=False,
         own_time=(True,) * len(h),
     )
+
+
+class LateTime(nn.Module):
+    """A network that sees 1 - (1-t)^(1/3) for t: the last fortieth of the horizon as a third."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """The network's value, (B, dim)."""
+        return self.network(x, 1 - (1 - t).clamp_min(0.0) ** (1 / 3), cond)
 
 
 class ControlLoss:
@@ -162,7 +176,8 @@ def solve(name: str, args: Args) -> dict[str, Any]:
     steps = args.steps * (2 if name == "double_well" else 1)
     kernel = euler_maruyama(1 - (1 - uniform(steps)) ** 1.5)
     torch.manual_seed(args.seed)
-    field = Residual(problem.drift, MLPVelocity(problem.dim, hidden=(128, 128), zero_init=True))
+    control = LateTime(MLPVelocity(problem.dim, hidden=(128, 128), zero_init=True))
+    field = Residual(problem.drift, control)
 
     def judged(module: nn.Module) -> tuple[float, float]:
         generator = torch.Generator().manual_seed(1)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -95,9 +95,14 @@ Command = (
 )
 
 
+def parse(arguments: list[str] | None = None) -> Any:
+    """The configuration that a command line (``sys.argv`` if None) asks for."""
+    return tyro.cli(Command, args=arguments, prog="python -m applications.toy2d")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; an expected failure is one line on stderr and exit status 1."""
-    command = tyro.cli(Command, args=arguments, prog="python -m applications.toy2d")
+    command = parse(arguments)
     torch.set_flush_denormal(True)
     try:
         COMMANDS[type(command)](command)

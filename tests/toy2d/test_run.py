@@ -13,10 +13,24 @@ from applications.toy2d.__main__ import main
 from applications.toy2d.run import RunConfig, run, table
 from flows import checkpoint as checkpoints
 
-FIELDS = (
-    "target reward kernel steps reward_base reward_tilted reward_exact log_z log_z_exact "
-    "log_weight_std_base log_weight_std ess path_kl w2_ratio mode_tv seconds"
-).split()  # fmt: skip
+FIELDS = [
+    "target",
+    "reward",
+    "kernel",
+    "steps",
+    "reward_base",
+    "reward_tilted",
+    "reward_exact",
+    "log_z",
+    "log_z_exact",
+    "log_weight_std_base",
+    "log_weight_std",
+    "ess",
+    "path_kl",
+    "w2_ratio",
+    "mode_tv",
+    "seconds",
+]
 
 
 def small(folder, **changes) -> RunConfig:

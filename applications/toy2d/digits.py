@@ -1,0 +1,277 @@
+"""Real data: a flow of handwritten digits, tilted toward the log-probability of one of them.
+
+The judge is importance-resampling of the base's own samples (``digit_judge``), once for the law of
+the ODE's samples and once for that of the memoryless chain's.
+
+A run's folder holds ``config.json``, ``classifier.csv``, ``base.csv``, ``tilt.csv`` (metrics),
+three checkpoints of the same names, ``report.json``, ``digits.png`` and ``classes.png``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adjoint.tilt import TiltConfig, Tilted, tilt
+from applications.toy2d import handwriting, images
+from applications.toy2d.digit_judge import Comparison, compare, distances
+from applications.toy2d.handwriting import CLASSES, DIM, SIZE, Classifier, DigitReward, Digits
+from applications.toy2d.run import write_json
+from flows import checkpoint as checkpoints
+from flows.callbacks import Callback, CSVLogger, ProgressBar
+from flows.field import VelocityField
+from flows.sampling import sample
+
+Report = dict[str, str | int | float]
+
+SAMPLE_STEPS = 50
+"""Adams-Bashforth steps of every ODE sample."""
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """Tilt a flow of handwritten digits toward one digit, and see how good the tilt is."""
+
+    digit: int = 3
+    """The digit whose log-probability is the reward."""
+    temperature: float = 1.0
+    """The target is p(x) P(digit | x)^(1 / temperature)."""
+    kernel: str = "moment_matched"
+    """Memoryless scheme of the tilt."""
+    steps: int = 20
+    """Steps K of the training chain."""
+    iterations: int = 300
+    """Updates of the tilt."""
+    batch_size: int = 128
+    """Trajectories an update."""
+    lr: float = 2e-3
+    """Learning rate of the tilt."""
+    importance: bool = True
+    """Weight trajectories by their importance."""
+    base_iterations: int = 2000
+    """Updates of the base flow."""
+    base_batch_size: int = 256
+    """Images an update of the base flow."""
+    classifier_iterations: int = 600
+    """Updates of the classifier."""
+    samples: int = 4096
+    """Samples of the tilted flow, and half the samples of the base."""
+    seed: int = 0
+    """Seed of everything random."""
+    folder: Path = Path("outputs/digits")
+    """Where the run is written."""
+    resume: bool = False
+    """Continue from the checkpoints in the folder."""
+    quick: bool = False
+    """A tenth of the training, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            ValueError: naming the option, its value and what was expected.
+        """
+        if not 0 <= self.digit < CLASSES:
+            raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
+        if self.samples < 100:
+            raise ValueError(f"samples must be at least 100, got {self.samples}")
+
+    @property
+    def sized(self) -> DigitsConfig:
+        """The options with what ``quick`` stands for written out."""
+        if not self.quick:
+            return self
+        return replace(
+            self,
+            quick=False,
+            iterations=max(1, self.iterations // 10),
+            base_iterations=max(1, self.base_iterations // 10),
+            classifier_iterations=max(1, self.classifier_iterations // 3),
+            samples=min(self.samples, 1024),
+        )
+
+
+def ode_samples(field: VelocityField, n: int, *, seed: int) -> Tensor:
+    """``n`` images (n, 64) by the ODE of ``field``, from noise that depends only on ``seed``."""
+    x0 = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed))
+    parts = [sample(field, part, grid=SAMPLE_STEPS, method="ab2") for part in x0.split(4096)]
+    return torch.cat(parts)
+
+
+def watchers(config: DigitsConfig, name: str) -> list[Callback]:
+    """Progress bar and log of one of the three trainings."""
+    return [ProgressBar(f"digits: {name}"), CSVLogger(config.folder / f"{name}.csv")]
+
+
+def train_judge(config: DigitsConfig, data: Digits) -> Classifier:
+    """The classifier of a run, trained or resumed."""
+    return handwriting.fit_classifier(
+        data,
+        iterations=config.classifier_iterations,
+        seed=config.seed,
+        callbacks=watchers(config, "classifier"),
+        checkpoint=config.folder / "classifier.pt",
+        resume=config.resume,
+    )
+
+
+def train_base(config: DigitsConfig, data: Digits) -> nn.Module:
+    """The base flow of a run, trained or resumed."""
+    return handwriting.fit_base(
+        data,
+        iterations=config.base_iterations,
+        batch_size=config.base_batch_size,
+        seed=config.seed,
+        callbacks=watchers(config, "base"),
+        checkpoint=config.folder / "base.pt",
+        resume=config.resume,
+    )
+
+
+def tilt_digits(
+    config: DigitsConfig, base: nn.Module, reward: DigitReward, *, name: str = "tilt"
+) -> Tilted:
+    """The tilt of a run, trained or resumed; its files are called ``name``."""
+    options = TiltConfig(
+        kernel=config.kernel,
+        steps=config.steps,
+        iterations=config.iterations,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        temperature=config.temperature,
+        importance=config.importance,
+        ema_decay=0.99,
+        seed=config.seed,
+        certificate_samples=config.samples,
+        checkpoint_every=100,
+    )
+    names = ("digit", "base_iterations", "base_batch_size", "classifier_iterations")
+    return tilt(
+        base,
+        reward,
+        shape=(DIM,),
+        config=options,
+        callbacks=watchers(config, name),
+        checkpoint=config.folder / f"{name}.pt",
+        resume=config.resume,
+        problem={key: getattr(config, key) for key in names},
+    )
+
+
+def make_report(config: DigitsConfig, tilted: Tilted, ode: Comparison, chain: Comparison) -> Report:
+    """The numbers of a run, flat.
+
+    Rewards (unscaled) and ``target_fraction_*`` are of the ODE's samples; ``chain_fraction_*``,
+    the log-weights and both log Z of the chain's.
+    """
+    after, before = tilted.certificate, tilted.certificate_base
+    assert after is not None
+    assert before is not None
+    d = config.digit
+    return {
+        "digit": d,
+        "temperature": config.temperature,
+        "kernel": config.kernel,
+        "steps": config.steps,
+        "target_fraction_base": float(ode.base[d]),
+        "target_fraction_tilted": float(ode.tilted[d]),
+        "target_fraction_tilted_stderr": float(ode.tilted_error[d]),
+        "target_fraction_exact": float(ode.exact[d]),
+        "target_fraction_exact_stderr": float(ode.exact_error[d]),
+        "class_tv": ode.total_variation,
+        "chain_fraction_base": float(chain.base[d]),
+        "chain_fraction_tilted": float(chain.tilted[d]),
+        "chain_fraction_exact": float(chain.exact[d]),
+        "chain_fraction_exact_stderr": float(chain.exact_error[d]),
+        "chain_class_tv": chain.total_variation,
+        "log_z": after.log_z,
+        "log_z_stderr": after.log_z_stderr,
+        "log_z_exact": chain.resampled.log_z,
+        "log_z_exact_stderr": chain.resampled.log_z_stderr,
+        "log_weight_std_base": before.log_weight_std,
+        "log_weight_std": after.log_weight_std,
+        "ess_base": before.ess,
+        "ess": after.ess,
+        "path_kl": after.path_kl,
+    }
+
+
+def run(config: DigitsConfig) -> Report:
+    """Train or resume classifier, base and tilt, judge them, and write the folder.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: an unknown kernel or an option out of range.
+        OSError: the folder cannot be written; before any training.
+        CheckpointError: resuming from a file that is damaged or of another problem.
+        TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
+    """
+    started = time.perf_counter()
+    config = config.sized
+    checkpoints.ensure_writable(config.folder / "report.json", "folder")
+    kept = ("classifier.pt", "base.pt", "tilt.pt") if config.resume else ()
+    for name in {"report.json", "classifier.pt", "base.pt", "tilt.pt"} - set(kept):
+        (config.folder / name).unlink(missing_ok=True)
+    settings = asdict(config) | {"versions": checkpoints.versions()}
+    write_json(config.folder / "config.json", settings)
+
+    data = handwriting.load(config.seed)
+    classifier = train_judge(config, data)
+    base = train_base(config, data)
+    reward = DigitReward(classifier, config.digit)
+    tilted = tilt_digits(config, base, reward)
+
+    before = ode_samples(base, 2 * config.samples, seed=1000 * config.seed + 1)
+    after = ode_samples(tilted.field, config.samples, seed=1000 * config.seed + 2)
+    ode = compare(classifier, before, after, reward, config.temperature)
+    assert tilted.certificate is not None
+    assert tilted.certificate_base is not None
+    chain = compare(
+        classifier,
+        tilted.certificate_base.samples,
+        tilted.certificate.samples,
+        reward,
+        config.temperature,
+    )
+    report = make_report(config, tilted, ode, chain)
+    report |= {
+        "reward_base": float(reward(before).mean()),
+        "reward_tilted": float(reward(after).mean()),
+        "reward_exact": ode.resampled.reward_tilted * config.temperature,
+    }
+    report |= distances(classifier, data, config.digit, after, ode.resampled)
+    report["classifier_accuracy"] = classifier.accuracy(data.test, data.test_labels)
+    draw(config, before, after, ode)
+    report["seconds"] = time.perf_counter() - started
+    write_json(config.folder / "report.json", report)
+    return report
+
+
+def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -> None:
+    """Write digits.png (images before and after) and classes.png (frequencies)."""
+    about = f"reward log P({config.digit} | x), temperature {config.temperature:g}"
+    d = config.digit
+    images.image_grid(
+        config.folder / "digits.png",
+        before[:96].reshape(-1, SIZE, SIZE),
+        after[:96].reshape(-1, SIZE, SIZE),
+        value_range=(-1, 1),
+        title=f"Handwritten digits, tilted toward {d}",
+        subtitle=about,
+        captions=(f"{ode.base[d]:.0%} are a {d}", f"{ode.tilted[d]:.0%} are a {d}"),
+    )
+    images.class_frequencies(
+        config.folder / "classes.png",
+        ode.base,
+        ode.tilted,
+        ode.exact,
+        exact_error=ode.exact_error,
+        title="Which digits are drawn",
+        subtitle=f"frequency of each digit; {about}",
+    )

@@ -1,0 +1,48 @@
+"""The README's commands parse, its Python runs, and its files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from applications.toy2d.__main__ import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(prefix: str) -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line.removeprefix(prefix).strip() for line in lines if line.startswith(prefix)]
+
+
+@pytest.mark.parametrize("command", commands("python -m applications.toy2d"))
+def test_toy_commands_parse(command):
+    parse(shlex.split(command))
+
+
+@pytest.mark.parametrize("target", commands("make"))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code, capsys):
+    """As written, but for the numbers of iterations."""
+    assert "iterations=" in code
+    exec(re.sub(r"iterations=\d+", "iterations=3", code), {})
+    assert "log_weight_std" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?:docs|benchmarks)/[^)]+)\)", README))
+def test_linked_files_exist(path):
+    assert (ROOT / path).is_file()
+
+
+def test_opens_with_two_commands():
+    assert commands("make")[:2] == ["demo", "test"]

@@ -10,7 +10,8 @@ p_β(path) e^{r} with respect to the path law of the model, so E[w] = Z = E_β[e
 and E[w f]/E[w] is the expectation of f under the exact tilt of the base chain.  At the optimum
 log w is constant and equals log Z: its standard deviation is the headline number, and zero means
 done.  What the certificate cannot see is what the model never visits, and the discretisation error
-of the base chain itself.
+of the base chain itself.  With conditions, log w at the optimum is log Z(c): its spread over the
+conditions remains, so judge a conditional tilt one condition at a time.
 
 Sources: Girsanov's theorem in discrete time; Nüsken and Richter 2005.05409 (log-variance as a
 measure of optimality); self-normalised importance sampling as in Owen's "Monte Carlo theory".

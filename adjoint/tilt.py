@@ -65,7 +65,7 @@ class TiltConfig(TrainerConfig):
     replay: int = 0
     """Trajectories kept for reuse; 0 is none."""
     refresh: int = 1
-    """With replay: updates per fresh rollout."""
+    """With replay: losses per fresh rollout (updates, unless they accumulate)."""
     certificate_samples: int = 4096
     """Trajectories of each of the two certificates; 0 is none."""
 
@@ -366,13 +366,14 @@ def tilt(
         dtype=dtype,
     )
     identity = {**asdict(config), **(problem or {}), "shape": list(shape)}
+    free = ("checkpoint_every", "certificate_samples")  # a resumed run may change these
     trainer = Trainer(
         model.to(device),
         loss,
         config,
         callbacks=callbacks,
         checkpoint=checkpoint,
-        problem={name: value for name, value in identity.items() if name != "checkpoint_every"},
+        problem={name: value for name, value in identity.items() if name not in free},
     )
     field = trainer.fit(resume=resume)
     before, after = (

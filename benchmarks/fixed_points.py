@@ -243,13 +243,10 @@ def main(args: Args) -> list[dict[str, str | int | float]]:
         error = scheme_error(PROBLEMS[name], scheme, steps)
         rows.append({"problem": name, "scheme": scheme, "steps": steps, "velocity_error": error})
     print(f"{'':<28}" + "".join(f"{f'K={k}, A/B/C':>20}" for k in args.steps))
+    texts = iter([f"{row['velocity_error']:.3f}".lstrip("0") for row in rows])
     for scheme in args.schemes:
-        line = f"{scheme:<28}"
-        for steps in args.steps:
-            cells = [r for r in rows if (r["scheme"], r["steps"]) == (scheme, steps)]
-            errors = [f"{r['velocity_error']:.3f}".lstrip("0") for r in cells]
-            line += f"{'/'.join(errors):>20}"
-        print(line)
+        groups = ("/".join(itertools.islice(texts, len(PROBLEMS))) for _ in args.steps)
+        print(f"{scheme:<28}" + "".join(f"{group:>20}" for group in groups))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     return rows

@@ -150,13 +150,13 @@ class Args:
     """Problems, of ou_quadratic_easy, ou_quadratic_hard, ou_linear, double_well."""
     steps: int = 50
     """Steps of the chain; the double well, which is stiff, takes twice as many."""
-    iterations: int = 1500
+    iterations: int = 1000
     """Optimiser steps."""
-    batch_size: int = 128
+    batch_size: int = 256
     """Trajectories per optimiser step."""
     fraction: float = 0.25
     """Random part of a trajectory's steps on which the loss is taken."""
-    lr: float = 3e-3
+    lr: float = 1e-2
     """Learning rate, the start of a cosine."""
     seed: int = 0
     """Of the network and the training noise."""

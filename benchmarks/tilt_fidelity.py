@@ -64,9 +64,9 @@ class FidelityConfig:
     """Kernels to compare; the suffix _weighted adds importance weights."""
     steps: tuple[int, ...] = (40, 10, 20)
     """Numbers of steps K."""
-    iterations: int = 400
+    iterations: int = 1000
     """Updates of every run."""
-    batch_size: int = 512
+    batch_size: int = 128
     """Trajectories an update."""
     workers: int = 2
     """Processes, one thread each."""
@@ -115,8 +115,6 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
         iterations=config.iterations,
         batch_size=config.batch_size,
         lr=2e-3,
-        late=0.25,
-        early=0.25,
     )
     started = time.perf_counter()
     result = tilt(

@@ -57,18 +57,32 @@ def one_hot(classifier: Classifier, x: Tensor) -> Tensor:
 
 
 def compare(
-    classifier: Classifier, base: Tensor, tilted: Tensor, reward: DigitReward, temperature: float
+    classifier: Classifier,
+    base: Tensor,
+    tilted: Tensor,
+    reward: DigitReward,
+    temperature: float,
+    *,
+    weights: Tensor | None = None,
 ) -> Comparison:
-    """Compare samples ``tilted`` (M, 64) with the exact tilt of the law of ``base`` (N, 64)."""
+    """Compare samples ``tilted`` (M, 64) with the exact tilt of the law of ``base`` (N, 64).
+
+    Arguments:
+        weights: (M,) of the tilted samples, summing to one; those of a certificate, which correct
+            what the tilt still lacks.  Equal unless given.
+    """
 
     def scaled(x: Tensor, cond: Cond | None = None) -> Tensor:
         return reward(x, cond) / temperature
 
     resampled = resample_tilt(base, scaled)
-    classes, drawn = one_hot(classifier, base), one_hot(classifier, tilted).mean(0)
+    classes, drawn = one_hot(classifier, base), one_hot(classifier, tilted)
     exact, exact_error = resampled.mean(classes)
-    tilted_error = (drawn * (1 - drawn) / len(tilted)).sqrt()
-    return Comparison(classes.mean(0), drawn, exact, tilted_error, exact_error, resampled)
+    w = torch.full((len(tilted), 1), 1 / len(tilted)) if weights is None else weights[:, None]
+    w = w.to(drawn)
+    found = (w * drawn).sum(0)
+    found_error = (w * (drawn - found)).square().sum(0).sqrt()
+    return Comparison(classes.mean(0), found, exact, found_error, exact_error, resampled)
 
 
 def nearest_distance(x: Tensor, images: Tensor) -> Tensor:

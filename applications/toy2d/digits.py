@@ -9,6 +9,7 @@ three checkpoints of the same names, ``report.json``, ``digits.png`` and ``class
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -52,6 +53,8 @@ class DigitsConfig:
     """Learning rate of the tilt."""
     importance: bool = True
     """Weight trajectories by their importance."""
+    width: int = 256
+    """Width of the base flow's three hidden layers."""
     base_iterations: int = 2000
     """Updates of the base flow."""
     base_batch_size: int = 256
@@ -125,6 +128,7 @@ def train_base(config: DigitsConfig, data: Digits) -> nn.Module:
         data,
         iterations=config.base_iterations,
         batch_size=config.base_batch_size,
+        width=config.width,
         seed=config.seed,
         callbacks=watchers(config, "base"),
         checkpoint=config.folder / "base.pt",
@@ -149,7 +153,7 @@ def tilt_digits(
         certificate_samples=config.samples,
         checkpoint_every=100,
     )
-    names = ("digit", "base_iterations", "base_batch_size", "classifier_iterations")
+    names = ("digit", "width", "base_iterations", "base_batch_size", "classifier_iterations")
     return tilt(
         base,
         reward,
@@ -227,6 +231,7 @@ def run(config: DigitsConfig) -> Report:
     reward = DigitReward(classifier, config.digit)
     tilted = tilt_digits(config, base, reward)
 
+    print("digits: drawing samples and pictures", file=sys.stderr)
     before = ode_samples(base, 2 * config.samples, seed=1000 * config.seed + 1)
     after = ode_samples(tilted.field, config.samples, seed=1000 * config.seed + 2)
     ode = compare(classifier, before, after, reward, config.temperature)

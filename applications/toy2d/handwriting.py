@@ -196,7 +196,7 @@ def fit_base(
     return fit_flow(
         make_flow(data.train, width=width, seed=seed),
         noisy_sampler(data.train),
-        config=TrainerConfig(iterations=iterations, lr=4e-3, seed=seed),
+        config=TrainerConfig(iterations=iterations, lr=4e-3, ema_decay=0.995, seed=seed),
         batch_size=batch_size,
         callbacks=callbacks,
         checkpoint=checkpoint,

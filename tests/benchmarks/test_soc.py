@@ -90,6 +90,13 @@ def test_well_control_is_the_gradient_of_a_simulated_log_psi(dimension, kappa, n
         assert found == pytest.approx(float(terms.mean()), abs=4 * stderr + 0.01)
 
 
+def test_well_drift_is_minus_the_gradient_of_its_potential():
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    kappa = torch.tensor([5.0] * 3 + [1.0] * 7)
+    (slope,) = torch.autograd.grad((kappa * (x**2 - 1) ** 2).sum(), x)
+    torch.testing.assert_close(double_well().drift(x.detach(), torch.tensor(0.0)), -slope)
+
+
 def test_well_control_at_the_ends_of_time_and_of_the_table():
     problem = double_well()
     x = torch.linspace(-1.5, 1.5, 7)[:, None].expand(-1, 10)

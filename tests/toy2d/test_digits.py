@@ -1,0 +1,217 @@
+"""Handwritten digits: the data, the judge on laws that are known, and a whole run in small."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from applications.toy2d import digits, handwriting
+from applications.toy2d.digit_judge import compare, distances, nearest_distance
+from applications.toy2d.digits import DigitsConfig
+from applications.toy2d.exact import resample_tilt
+from applications.toy2d.handwriting import Classifier, DigitReward
+from flows.checkpoint import CheckpointError
+from flows.matching import flow_matching_loss
+from flows.sampling import sample
+
+TINY = DigitsConfig(
+    kernel="ancestral",
+    width=16,
+    iterations=12,
+    batch_size=16,
+    steps=4,
+    base_iterations=20,
+    base_batch_size=32,
+    classifier_iterations=30,
+    samples=200,
+)
+
+
+class Template(Classifier):
+    """Reads the class off the first ten pixels; a perfect classifier of `one_of`."""
+
+    def __init__(self, sharpness: float = 1.0):
+        super().__init__(4)
+        self.sharpness = sharpness
+
+    def forward(self, x):
+        return self.sharpness * x[:, :10]
+
+
+def one_of(n, generator, probabilities):
+    """Images whose first ten pixels are one-hot: class c with probability p_c."""
+    labels = torch.multinomial(probabilities, n, replacement=True, generator=generator)
+    return nn.functional.one_hot(labels, 64).float()
+
+
+def tilted_law(probabilities, temperature, digit, sharpness):
+    """The exact tilt of the law of `one_of`, and its log Z."""
+    other = -math.log(math.exp(sharpness) + 9)
+    rewards = torch.full((10,), other, dtype=torch.float64)
+    rewards[digit] += sharpness
+    weights = probabilities.double() * (rewards / temperature).exp()
+    return weights / weights.sum(), float(weights.sum().log())
+
+
+def test_split_is_disjoint_complete_and_scaled():
+    data = handwriting.load(3)
+    assert data.test.shape == (450, 64)
+    assert data.train.shape == (1347, 64)
+    everything = torch.cat([data.train, data.test])
+    assert everything.min() == -1
+    assert everything.max() == 1
+    # No image occurs twice in the whole set, so a shared one would be at distance zero.
+    assert torch.cdist(data.train, data.test).min() > 0
+    counts = torch.cat([data.train_labels, data.test_labels]).bincount()
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert not torch.equal(data.test, handwriting.load(4).test)
+
+
+def test_noise_has_the_stated_strength():
+    clean = torch.zeros(4000, 64)
+    noise = handwriting.add_noise(clean, generator=torch.Generator().manual_seed(0))
+    assert float(noise.std()) == pytest.approx(handwriting.NOISE, rel=0.01)
+    rows = handwriting.noisy_sampler(clean)(4000, torch.Generator().manual_seed(1))
+    assert float(rows.std()) == pytest.approx(handwriting.NOISE, rel=0.01)
+
+
+def test_reward_is_the_log_probability_of_its_digit():
+    classifier = Classifier()
+    x = torch.randn(6, 64)
+    together = torch.stack([DigitReward(classifier, d)(x) for d in range(10)])
+    assert torch.allclose(together.exp().sum(0), torch.ones(6), atol=1e-6)
+    assert torch.equal(together.argmax(0), classifier.labels(x))
+    with pytest.raises(ValueError, match="digit must be one of 0 … 9, got 10"):
+        DigitReward(classifier, 10)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_exact_frequencies_and_their_errors_cover_the_truth(temperature):
+    """Resampled frequencies of a law whose tilt is known: z has variance about 1 and mean 0."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.arange(1.0, 11.0) / 55
+    classifier, digit = Template(2.0), 1
+    truth, log_z = tilted_law(p, temperature, digit, 2.0)
+    reward = DigitReward(classifier, digit)
+    errors, log_zs, zs = [], [], []
+    for _ in range(60):
+        drawn = one_of(1000, generator, truth.float())
+        found = compare(classifier, one_of(2000, generator, p), drawn, reward, temperature)
+        errors.append((found.exact - truth) / found.exact_error)
+        log_zs.append((found.resampled.log_z - log_z) / found.resampled.log_z_stderr)
+        zs.append(found.z)
+    for z in (torch.stack(errors), torch.stack(zs)):
+        assert abs(float(z.mean())) < 0.15
+        assert float(z.square().mean()) == pytest.approx(1.0, abs=0.25)
+    assert abs(sum(log_zs) / len(log_zs)) < 0.5
+
+
+def test_a_wrong_tilt_is_found_out():
+    generator = torch.Generator().manual_seed(1)
+    p = torch.full((10,), 0.1)
+    classifier, digit = Template(2.0), 7
+    reward = DigitReward(classifier, digit)
+    base = one_of(20_000, generator, p)
+    truth, _ = tilted_law(p, 1.0, digit, 2.0)
+    right = compare(classifier, base, one_of(5000, generator, truth.float()), reward, 1.0)
+    wrong = compare(classifier, base, one_of(5000, generator, p), reward, 1.0)
+    assert right.z.abs().max() < 4
+    assert right.total_variation < 0.03
+    assert wrong.z[digit] < -10
+    exact_tv = float((p - truth).abs().sum() / 2)
+    assert wrong.total_variation == pytest.approx(exact_tv, abs=0.03)
+
+
+def test_weights_correct_samples_of_another_law():
+    """Base samples with their own importance weights are the exact tilt itself."""
+    generator = torch.Generator().manual_seed(2)
+    p = torch.full((10,), 0.1)
+    classifier = Template(2.0)
+    reward = DigitReward(classifier, 2)
+    base, other = one_of(20_000, generator, p), one_of(5000, generator, p)
+    weights = resample_tilt(other, reward).weights
+    found = compare(classifier, base, other, reward, 1.0, weights=weights)
+    assert found.z.abs().max() < 4
+    assert compare(classifier, base, other, reward, 1.0).z.abs().max() > 10
+
+
+def test_distances_are_of_one_digit_only():
+    """Class 0 lies on the training images, class 1 at distance one from them."""
+    train = torch.zeros(1, 64)
+    train[0, 0] = 1.0
+    at = {0: train[0], 1: torch.zeros(64)}
+    at[1][1] = 1.0
+    base = torch.stack([at[0], at[1], at[1], at[0]])
+    data = handwriting.Digits(train, torch.tensor([0]), base, torch.tensor([0, 1, 1, 0]))
+    exact = resample_tilt(base, lambda x, cond=None: x[:, 0])
+    for digit, expected in ((0, 0.0), (1, math.sqrt(2))):
+        found = distances(Template(), data, digit, base, exact)
+        for name in ("base", "exact", "tilted"):
+            assert found[f"nn_distance_{name}"] == pytest.approx(expected, abs=1e-3)
+    assert torch.equal(nearest_distance(train, torch.cat([base, train])), torch.zeros(1))
+
+
+def test_untrained_flow_has_the_gaussian_law_of_the_images():
+    data = handwriting.load()
+    flow = handwriting.make_flow(data.train, width=16)
+    x0 = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    x1 = sample(flow, x0, grid=20)
+    variance = data.train.var(0) + handwriting.NOISE**2
+    assert torch.allclose(x1.mean(0), data.train.mean(0), atol=0.06)
+    assert torch.allclose(x1.var(0), variance, rtol=0.12, atol=0.002)
+
+
+def test_training_improves_the_flow_and_the_classifier_reads():
+    data = handwriting.load()
+    classifier = handwriting.fit_classifier(data, iterations=150)
+    assert classifier.accuracy(data.test, data.test_labels) > 0.93
+    assert not any(p.requires_grad for p in classifier.parameters())
+    before = handwriting.make_flow(data.train, width=128)
+    after = handwriting.fit_base(data, iterations=600, batch_size=128, width=128)
+    with torch.no_grad():
+        losses = [
+            float(
+                flow_matching_loss(
+                    field,
+                    handwriting.add_noise(data.test.repeat(8, 1), generator=generator),
+                    generator=generator,
+                )[0]
+            )
+            for field in (before, after)
+            for generator in [torch.Generator().manual_seed(0)]
+        ]
+    assert losses[1] < losses[0] - 0.008
+
+
+def test_a_run_writes_its_folder_and_resumes_to_the_same_numbers(tmp_path):
+    folder = tmp_path / "digits"
+    report = digits.run(replace(TINY, folder=folder))
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert all(math.isfinite(v) for v in report.values() if isinstance(v, float))
+    assert report["digit"] == 3
+    assert report["log_z"] < 0
+    assert 0 <= report["target_fraction_tilted"] <= 1
+    for name in ("digits.png", "classes.png", "tilt.csv", "config.json"):
+        assert (folder / name).stat().st_size > 50
+    weights = torch.load(folder / "tilt.pt", weights_only=True)["module"]
+    (folder / "tilt.pt").unlink()  # as if killed before the tilt's first checkpoint
+    again = digits.run(replace(TINY, folder=folder, resume=True))
+    assert {k: v for k, v in again.items() if k != "seconds"} == {
+        k: v for k, v in report.items() if k != "seconds"
+    }
+    resumed = torch.load(folder / "tilt.pt", weights_only=True)["module"]
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    with pytest.raises(CheckpointError, match="digit"):
+        digits.run(replace(TINY, folder=folder, resume=True, digit=5))
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="digit must be one of 0 … 9, got -1"):
+        DigitsConfig(digit=-1)
+    with pytest.raises(ValueError, match="samples must be at least 100, got 10"):
+        DigitsConfig(samples=10)
+    quick = DigitsConfig(quick=True).sized
+    assert (quick.iterations, quick.base_iterations, quick.quick) == (30, 200, False)

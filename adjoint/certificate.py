@@ -41,12 +41,12 @@ def path_log_ratio(trajectory: Trajectory, v_base: Tensor, kernel: Kernel) -> tu
     """
     noisy = kernel.steps - int(kernel.noiseless_last)
     difference = (trajectory.v - v_base)[:noisy].flatten(2)
-    if trajectory.whiten is None:
+    if trajectory.roots is None:
         ratio = (kernel.mean_v[:noisy] / kernel.std[:noisy]).to(v_base.dtype)
         u = ratio.reshape(-1, 1, 1) * difference
     else:
         d = kernel.mean_v.to(v_base.dtype).reshape(-1, 1, 1) * difference
-        u = (trajectory.whiten @ d.unsqueeze(3)).squeeze(3)
+        u = torch.linalg.solve_triangular(trajectory.roots, d.unsqueeze(3), upper=False).squeeze(3)
     kl = 0.5 * u.square().sum((0, 2))
     cross = (u * trajectory.noise[:noisy].flatten(2)).sum((0, 2))
     return -kl - cross, kl

@@ -43,10 +43,9 @@ Mean and reading belong together.  The schemes, with h = s - t:
 ``covariance_matched``
     The ancestral mean with the covariance the exact transition has at each state,
     q I + g² Cov(X_1|x_k), from d vector-Jacobian products of the base (`adjoint.covariance`): for
-    low dimensions.  Same adjoint and reading; the column std is that of ``moment_matched`` and
-    only weights the loss.  The most exact chain for certificates and for sampling the SDE (its
-    bias of log Z falls with the square of the step), but not for training: the lean adjoint leaves
-    out the derivative of the noise, a bias that refining the grid does not remove.
+    low dimensions.  Its adjoint has a further term, the derivative of the state-dependent noise;
+    the reading is the same.  The column std is that of ``moment_matched`` and only weights the
+    loss.  With importance weights its fixed point is the most exact of all.
 
 The own-time schemes weight step k by g²(1-t)²/std², the path-measure weight of d_k, capped and
 normalised to mean 1 (any positive weight has the same minimiser).  At t = 0 the left-point

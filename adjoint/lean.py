@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adjoint.covariance import noise_pull
 from adjoint.kernel import Kernel
 from adjoint.rollout import Trajectory, velocity_along
 from flows.field import Cond, VelocityField, velocity_and_vjp
@@ -45,22 +46,34 @@ def lean_adjoint(
     terminal: Tensor,
     cond: Cond | None = None,
     *,
+    noise: Tensor | None = None,
     running: Tensor | None = None,
 ) -> Adjoint:
     """Lean adjoint of the base along states xs (K+1, B, *) from ``terminal`` = -∇r(x_K) (B, *).
 
     Arguments:
+        noise: (K, B, *) step noises of the trajectory, which the adjoint of a chain with full
+            covariance needs (`adjoint.covariance`); unused otherwise.
         running: (K, B, *) gradient of a running state cost at x_k, times the step; for control
             problems other than tilting, which have none.
 
     The product costs a forward and a backward pass a step and also yields v_β(x_k, t_k) where the
     rule reads it at that time; the others are evaluated in one batch.
+
+    Raises:
+        ValueError: the kernel has full covariance and no noise is given.
     """
+    if kernel.start_covariance is not None and noise is None:
+        raise ValueError(f"noise of the trajectory is needed with kernel {kernel.name!r}, got None")
     value = terminal.detach()
     values, v_base = [value], []
     for k in reversed(range(kernel.steps)):
         v, product = velocity_and_vjp(base, xs[k], kernel.adjoint_t[k], value, cond)
-        value = kernel.adjoint_x[k] * value + kernel.adjoint_v[k] * product
+        pull = torch.zeros_like(value)
+        if kernel.start_covariance is not None and noise is not None:
+            scale = kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k]
+            pull = scale * noise_pull(base, kernel, k, xs[k], noise[k], value, cond)
+        value = kernel.adjoint_x[k] * value + kernel.adjoint_v[k] * product + pull
         if running is not None:
             value = value + running[k]
         values.append(value)

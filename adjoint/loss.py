@@ -92,6 +92,12 @@ def adjoint_matching_loss(
     return per_trajectory.mean(), metrics
 
 
-def importance_weights(log_weights: Tensor, *, cap: float = 10.0) -> Tensor:
-    """Self-normalised weights softmax(log w) · B, capped: (B,) → (B,)."""
-    return (torch.softmax(log_weights, 0) * log_weights.shape[0]).clamp_max(cap)
+def importance_weights(log_weights: Tensor, *, cap: float = 10.0, min_ess: float = 0.0) -> Tensor:
+    """Self-normalised weights softmax(log w) · B, capped: (B,) → (B,).
+
+    All ones where the batch's effective sample size / B is below ``min_ess``: then a few
+    trajectories would stand for all, and the noise would cost more than the bias they remove.
+    """
+    weights = torch.softmax(log_weights, 0) * log_weights.shape[0]
+    ess = 1 / weights.square().mean()
+    return torch.where(ess >= min_ess, weights.clamp_max(cap), torch.ones_like(weights))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adjoint.covariance import covariance_spectrum, jacobian
+from adjoint.covariance import noise_root
 from adjoint.kernel import Kernel
 from flows.field import Cond, VelocityField
 
@@ -24,14 +24,14 @@ class Trajectory:
         xs: (K+1, B, *) states at the times of the grid.
         noise: (K, B, *) standard normal noise of each step.
         v: (K, B, *) velocities that moved the states (the base's on a noiseless last step).
-        whiten: (K, B, d, d) inverse square roots of the noise covariances, for a chain with full
+        roots: (K, B, d, d) Cholesky factors of the noise covariances, for a chain with full
             covariance; None for a scalar noise.
     """
 
     xs: Tensor
     noise: Tensor
     v: Tensor
-    whiten: Tensor | None = None
+    roots: Tensor | None = None
 
 
 def draw_noise(kernel: Kernel, x0: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -54,39 +54,22 @@ def rollout(
     ``base`` moves the last step where that step is noiseless.  States keep the dtype of x0, also
     where the field computes in another one.
     """
-    xs, vs, whitens = [x0], [], []
+    xs, vs, roots = [x0], [], []
     for k in range(kernel.steps):
         follows_base = kernel.noiseless_last and k == kernel.steps - 1
         v = (base if follows_base else field)(xs[-1], kernel.t[k], cond).to(x0.dtype)
         x = kernel.mean_x[k] * xs[-1] + kernel.mean_v[k] * v
         if kernel.start_covariance is not None:
-            root, whiten = noise_roots(base, kernel, k, xs[-1], cond)
+            root = noise_root(base, kernel, k, xs[-1], cond).detach()
             x = x + (root @ noise[k].flatten(1).unsqueeze(2)).reshape(x.shape)
-            whitens.append(whiten)
+            roots.append(root)
         elif not follows_base:
             x = x + kernel.std[k] * noise[k]
         xs.append(x)
         vs.append(v)
-    whitening = torch.stack(whitens) if whitens else None
-    return Trajectory(torch.stack(xs), noise, torch.stack(vs), whitening)
-
-
-def noise_roots(
-    base: VelocityField, kernel: Kernel, k: int, x: Tensor, cond: Cond | None = None
-) -> tuple[Tensor, Tensor]:
-    """L and L⁻¹ with L Lᵀ = q I + g² Cov(X_1 | x_k), each (B, d, d), at step k of a full chain."""
-    assert kernel.bridge is not None
-    assert kernel.gain is not None
-    assert kernel.start_covariance is not None
-    if k == 0:
-        values, vectors = torch.linalg.eigh(kernel.start_covariance)
-        values = values.to(x.dtype).expand(x.shape[0], -1)
-        vectors = vectors.to(x.dtype).expand(x.shape[0], -1, -1)
-    else:
-        _, jac = jacobian(base, x, kernel.t[k], cond)
-        values, vectors = covariance_spectrum(jac, kernel.t[k])
-    spread = (kernel.bridge[k] + kernel.gain[k] * values).sqrt()
-    return vectors * spread.unsqueeze(1), (vectors / spread.unsqueeze(1)).transpose(1, 2)
+    return Trajectory(
+        torch.stack(xs), noise, torch.stack(vs), torch.stack(roots) if roots else None
+    )
 
 
 def velocity_along(field: VelocityField, xs: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:

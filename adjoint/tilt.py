@@ -60,8 +60,10 @@ class TiltConfig(TrainerConfig):
     """Constant cap on the loss of one step of one trajectory; 0 is none."""
     clip_quantile: bool = False
     """Cap at a running mean of the 0.9 quantile of those losses instead."""
-    importance: bool = False
-    """Weight trajectories by softmax(log w): removes bias where the ESS is above a half."""
+    importance: bool = True
+    """Weight trajectories by softmax(log w), which removes most of the bias of a coarse grid."""
+    min_ess: float = 0.5
+    """With importance: batches whose effective sample size / B is smaller go unweighted."""
     replay: int = 0
     """Trajectories kept for reuse; 0 is none."""
     refresh: int = 1
@@ -140,7 +142,7 @@ class TiltLoss:
         noise = draw_noise(self.kernel, x0, generator=generator)
         trajectory = rollout(module, self.base, self.kernel, x0, noise, cond)
         value, gradient = self.reward.value_and_gradient(trajectory.xs[-1], cond)
-        adjoint = lean_adjoint(self.base, self.kernel, trajectory.xs, -gradient, cond)
+        adjoint = lean_adjoint(self.base, self.kernel, trajectory.xs, -gradient, cond, noise=noise)
         log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel)
         return {
             "xs": trajectory.xs[:-1],
@@ -179,12 +181,15 @@ class TiltLoss:
         clip: Tensor | float | None = config.clip or None
         if config.clip_quantile:
             clip = self.cap
+        weights = None
+        if config.importance:
+            weights = importance_weights(batch["log_w"], min_ess=config.min_ess)
         loss, metrics = adjoint_matching_loss(
             v,
             Adjoint(batch["values"], batch["v_base"]),
             kernel,
             steps=steps,
-            weights=importance_weights(batch["log_w"]) if config.importance else None,
+            weights=weights,
             clip=clip,
         )
         if config.clip_quantile:

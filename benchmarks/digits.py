@@ -59,7 +59,7 @@ class BenchmarkConfig:
     """Memoryless scheme."""
     steps: int = 20
     """Steps K of the chain."""
-    iterations: int = 1600
+    iterations: int = 1000
     """Updates of each tilt."""
     batch_size: int = 128
     """Trajectories an update."""

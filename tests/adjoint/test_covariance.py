@@ -7,9 +7,9 @@ import torch
 from problems import PROBLEMS, Problem
 
 from adjoint.certificate import certify
-from adjoint.covariance import FLOOR, MAX_DIM, covariance_spectrum, jacobian
+from adjoint.covariance import FLOOR, MAX_DIM, conditional_covariance, jacobian, noise_root
 from adjoint.kernel import make_kernel, measure_mmse
-from adjoint.rollout import draw_noise, noise_roots, rollout
+from adjoint.rollout import draw_noise, rollout
 from flows import grid as grids
 from flows.mixture import GaussianMixture
 
@@ -40,8 +40,7 @@ def test_jacobian_and_spectrum_are_those_of_the_mixture(t):
     for b in range(5):  # entry by entry, with rows ∂v_i
         explicit = torch.autograd.functional.jacobian(lambda y: BASE(y[None], t)[0], x[b])
         torch.testing.assert_close(jac[b], explicit, rtol=1e-10, atol=1e-10)
-    values, vectors = covariance_spectrum(jac, t)
-    found = vectors @ torch.diag_embed(values) @ vectors.mT
+    found = conditional_covariance(jac, t)
     torch.testing.assert_close(found, BASE.posterior_covariance(x, t), rtol=1e-8, atol=1e-9)
 
 
@@ -60,16 +59,16 @@ def test_jacobian_rows_belong_to_outputs_shapes_and_conditions():
     torch.testing.assert_close(jac, scale[:, :, None] * matrix)
 
 
-def test_spectrum_takes_the_symmetric_part_and_keeps_it_positive():
+def test_covariance_is_the_symmetric_part_lifted_to_the_floor():
     t = torch.tensor(0.5, dtype=torch.float64)
-    jac = torch.tensor([[[1.0, 4.0], [0.0, -20.0]]], dtype=torch.float64)
-    values, vectors = covariance_spectrum(jac, t)
-    symmetric = 0.5 * (torch.eye(2) + 0.5 * torch.tensor([[1.0, 2.0], [2.0, -20.0]])).double()
-    exact, _ = torch.linalg.eigh(symmetric)
-    assert float(exact[0]) < 0
-    assert float(values[0, 0]) == pytest.approx(FLOOR * 0.25)
-    assert float(values[0, 1]) == pytest.approx(float(exact[1]))
-    torch.testing.assert_close(vectors[0].T @ vectors[0], torch.eye(2, dtype=torch.float64))
+    jac = torch.tensor([[[1.0, 4.0], [0.0, -20.0]], [[1.0, 2.0], [0.0, 3.0]]], dtype=torch.float64)
+    found = conditional_covariance(jac, t)
+    plain = 0.5 * (torch.eye(2).double() + 0.25 * (jac + jac.mT))
+    assert float(torch.linalg.eigvalsh(plain[0])[0]) < 0
+    assert float(torch.linalg.eigvalsh(found[0])[0]) == pytest.approx(FLOOR * 0.25)
+    moved = (found - plain)[0]
+    torch.testing.assert_close(moved, moved[0, 0] * torch.eye(2).double(), atol=1e-14, rtol=0)
+    torch.testing.assert_close(found[1], plain[1])
 
 
 def test_large_samples_are_refused():
@@ -84,13 +83,11 @@ def test_noise_roots_are_square_roots_of_the_exact_transition_covariance(k):
     _, kernel = kernels(BASE, 10, samples=100)
     t, s = kernel.t[k], kernel.t[k + 1]
     x = states(BASE, t)
-    root, whiten = noise_roots(BASE, kernel, k, x)
+    root = noise_root(BASE, kernel, k, x)
     rho = t * (1 - s) / (s * (1 - t))
     g, q = s * (1 - rho**2), (1 - s) ** 2 * (1 - rho**2)
     exact = q * torch.eye(2, dtype=x.dtype) + g**2 * BASE.posterior_covariance(x, t)
     torch.testing.assert_close(root @ root.mT, exact, rtol=1e-8, atol=1e-12)
-    eye = torch.eye(2, dtype=torch.float64).expand(64, 2, 2)
-    torch.testing.assert_close(whiten @ root, eye, rtol=0, atol=1e-9)
 
 
 def test_chain_of_a_gaussian_has_its_moments_at_every_time():
@@ -118,7 +115,7 @@ def log_z_of_chain(kernel, problem, points=801, extent=7.0):
         if kernel.start_covariance is None:
             std = kernel.std[k].expand(points, 1)
         else:
-            std = noise_roots(base, kernel, k, x)[0][:, 0]
+            std = noise_root(base, kernel, k, x)[:, 0]
         transition = torch.exp(-0.5 * ((x.T - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
         density = h * transition.T @ density
     assert h * float(density.sum()) == pytest.approx(1.0, abs=1e-3)

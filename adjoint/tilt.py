@@ -60,8 +60,9 @@ class TiltConfig(TrainerConfig):
     """Constant cap on the loss of one step of one trajectory; 0 is none."""
     clip_quantile: bool = False
     """Cap at a running mean of the 0.9 quantile of those losses instead."""
-    importance: bool = True
-    """Weight trajectories by softmax(log w), which removes most of the bias of a coarse grid."""
+    importance: bool = False
+    """Weight trajectories by softmax(log w): less bias of a coarse grid, more noise; wants large
+    batches."""
     min_ess: float = 0.5
     """With importance: batches whose effective sample size / B is smaller go unweighted."""
     replay: int = 0

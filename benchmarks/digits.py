@@ -63,11 +63,11 @@ class BenchmarkConfig:
     """Updates of each tilt."""
     batch_size: int = 128
     """Trajectories an update."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Learning rate of the tilts."""
-    base_iterations: int = 3000
+    base_iterations: int = 2000
     """Updates of the base flow."""
-    base_batch_size: int = 512
+    base_batch_size: int = 256
     """Images an update of the base flow."""
     base_samples: int = 32_768
     """Samples of the base that are resampled."""

@@ -6,6 +6,7 @@ table (`adjoint.kernel`), J the Jacobian of v_β and Λ_K = -r',
 
     M_k(x)  = E[Λ_{k+1}(x_{k+1}) | x_k = x],     x_{k+1} = mean_x x + mean_v v_θ(x, t_k) + std ε,
     Λ_k(x)  = (adjoint_x + adjoint_v J(x, adjoint_t)) M_k(x)  =  E[λ_k | x_k = x],
+              plus (scale_{k+1} / scale_k) L'(x) E[ε Λ_{k+1}] where the noise is L(x) ε,
     v_θ(x, t_k) = v_β(x, t_k) - (read_a / read_v) · (M_k if read_next else Λ_k)(x).
 
 Solved backward in k on a grid of states, M_k by Gauss-Hermite quadrature.  The mean of the step
@@ -36,8 +37,8 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 from tqdm import tqdm
 
+from adjoint.covariance import noise_pull, noise_root
 from adjoint.kernel import MATCHED, Kernel, make_kernel
-from adjoint.rollout import noise_roots
 from flows import grid as grids
 from flows.field import velocity_and_vjp
 from flows.mixture import GaussianMixture
@@ -126,8 +127,8 @@ class Curve:
         return value + np.where(out < 0, self.slope[0], self.slope[1]) * out
 
 
-def first_root(target: Curve, start: Array, scale: Array, move: Array, spread: Array) -> Array:
-    """Solve c = scale · E[target(start + move c + spread ε)] for c (N,) at every state.
+def first_root(target: Curve, start: Array, factor: Array, move: float, spread: Array) -> Array:
+    """Solve c = E[factor(ε) · target(start + move c + spread ε)] for c (N,) at every state.
 
     Of several roots the first between 0 and the side to which the right-hand side pulls at c = 0.
 
@@ -137,10 +138,10 @@ def first_root(target: Curve, start: Array, scale: Array, move: Array, spread: A
 
     def excess(c: Array) -> Array:
         x = (start + move * c)[:, None] + spread[:, None] * NODES
-        return c - scale * (target(x) @ WEIGHTS)
+        return c - (factor * target(x)) @ WEIGHTS
 
     at_zero = excess(np.zeros_like(start))
-    bound = np.abs(scale) * 1.5 * np.abs(target(STATES)).max() + 1e-9
+    bound = (np.abs(factor) @ WEIGHTS) * 1.5 * np.abs(target(STATES)).max() + 1e-9
     side = -np.sign(at_zero) * bound
     low, high = np.zeros_like(start), np.zeros_like(start)
     open_ = at_zero != 0
@@ -168,22 +169,27 @@ def fixed_point(problem: Problem, kernel: Kernel, *, weighted: bool = False) -> 
     for k in reversed(range(kernel.steps)):
         v_base = base(x, kernel.t[k])[:, 0].numpy()
         _, jacobian = velocity_and_vjp(base, x, kernel.adjoint_t[k], torch.ones_like(x))
-        back = float(kernel.adjoint_x[k]) + float(kernel.adjoint_v[k]) * jacobian[:, 0].numpy()
+        slope = float(kernel.adjoint_x[k]) + float(kernel.adjoint_v[k]) * jacobian.numpy()
+        back = np.broadcast_to(slope, (len(STATES), len(NODES)))
         follows_base = kernel.noiseless_last and k == kernel.steps - 1
         if kernel.start_covariance is not None:
-            spread = noise_roots(base, kernel, k, x)[0][:, 0, 0].numpy()
+            spread = noise_root(base, kernel, k, x)[:, 0, 0].detach().numpy()
+            one = torch.ones_like(x)
+            pull = noise_pull(base, kernel, k, x, one, one)[:, 0].numpy()
+            pull = pull * float(kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k])
+            back = back + pull[:, None] * NODES
         else:
             spread = np.full_like(STATES, 0.0 if follows_base else float(kernel.std[k]))
         read_v, read_a = float(kernel.read_v[k]), float(kernel.read_a[k])
         read = read_a / read_v if read_v else 0.0  # a step without a residual keeps the base
-        scale = -read * (np.ones_like(back) if kernel.read_next else back)
+        factor = -read * (np.ones_like(back) if kernel.read_next else back)
 
         mean_v = float(kernel.mean_v[k])
         start = float(kernel.mean_x[k]) * STATES + mean_v * v_base
         moved = Curve(value)
         correction = np.zeros_like(STATES)
         if not (weighted or follows_base):
-            correction = first_root(moved, start, scale, np.full_like(scale, mean_v), spread)
+            correction = first_root(moved, start, factor, mean_v, spread)
         ends = (start + mean_v * correction)[:, None] + spread[:, None] * NODES
         weights = np.broadcast_to(WEIGHTS, ends.shape)
         if weighted:
@@ -191,9 +197,10 @@ def fixed_point(problem: Problem, kernel: Kernel, *, weighted: bool = False) -> 
             top = log_w.max(1, keepdims=True)
             weights = np.exp(log_w - top)
             log_h = np.log(weights.sum(1)) + top[:, 0]
-        mean = (weights * moved(ends)).sum(1) / weights.sum(1)
-        value = back * mean
-        found.append((v_base + scale * mean, v_base))
+        weights = weights / weights.sum(1, keepdims=True)
+        ahead = weights * moved(ends)
+        value = (back * ahead).sum(1)
+        found.append((v_base + (factor * ahead).sum(1), v_base))
     v, v_base_all = (np.stack(part) for part in zip(*found[::-1], strict=True))
     return v, v_base_all
 

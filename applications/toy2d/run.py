@@ -66,7 +66,7 @@ class RunConfig:
     """Learning rate of the tilt."""
     temperature: float = 1.0
     """The target of the tilt is p(x) exp(r(x) / temperature)."""
-    importance: bool = True
+    importance: bool = False
     """Weight trajectories by their importance."""
     base_iterations: int = 1500
     """Updates of the trained base."""

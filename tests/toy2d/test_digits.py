@@ -120,6 +120,8 @@ def test_a_wrong_tilt_is_found_out():
     wrong = compare(classifier, base, one_of(5000, generator, p), reward, 1.0)
     assert right.z.abs().max() < 4
     assert right.total_variation < 0.03
+    binomial = (right.tilted * (1 - right.tilted) / 5000).sqrt()
+    assert torch.allclose(right.tilted_error, binomial, rtol=1e-9)
     assert wrong.z[digit] < -10
     exact_tv = float((p - truth).abs().sum() / 2)
     assert wrong.total_variation == pytest.approx(exact_tv, abs=0.03)

@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m applications.toy2d demo $(DEMO)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

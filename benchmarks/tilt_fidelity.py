@@ -1,6 +1,6 @@
 """How exact is a trained tilt?  Every kernel, every problem, equal training budgets.
 
-    python -m benchmarks.tilt_fidelity                 # all of it: hours on two cores
+    python -m benchmarks.tilt_fidelity                 # all of it: about an hour on two cores
     python -m benchmarks.tilt_fidelity --problems ring/linear --steps 10 --iterations 200
 
 Each row trains one network from the same seed with the same number of updates and trajectories and
@@ -37,6 +37,7 @@ from adjoint.tilt import TiltConfig, tilt
 from applications.toy2d.distances import mode_frequencies, w2_ratio
 from applications.toy2d.run import write_json
 from benchmarks import problems
+from benchmarks.figures import kernel_comparison
 from benchmarks.problems import Problem
 from flows.field import Residual, VelocityField
 from flows.networks import MLPVelocity
@@ -167,6 +168,7 @@ def main(config: FidelityConfig) -> None:
             rows.append(future.result())
             write_json(config.output, rows)
     print(summary(rows))
+    print(f"wrote {kernel_comparison(config.output.with_suffix('.png'), rows, kernels=SCHEMES)}")
 
 
 def summary(rows: list[Row]) -> str:

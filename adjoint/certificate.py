@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from adjoint.kernel import Kernel
 from adjoint.reward import Reward, ValueFunction, as_reward
-from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
+from adjoint.rollout import Trajectory, draw_noise, rollout
 from flows.field import Cond, VelocityField
 
 
@@ -58,7 +58,7 @@ class Certificate:
 
     Attributes:
         samples: (N, *) ends of the trajectories.
-        rewards: (N,) r at the samples.
+        rewards: (N,) r at the samples; where a temperature T was given to `tilt`, r / T.
         log_weights: (N,) log w.
         path_kls: (N,) Σ‖d_k‖²/(2 std_k²); their mean bounds KL(tilted ‖ base).
     """
@@ -158,7 +158,9 @@ def certify(
         if field is base:
             v_base = trajectory.v
         else:
-            v_base = velocity_along(base, trajectory.xs[:-1], kernel.t[:-1], some).to(chunk.dtype)
+            times, states = kernel.t.to(chunk.dtype), trajectory.xs[:-1]
+            v_base = torch.stack([base(x, times[k], some) for k, x in enumerate(states)])
+            v_base = v_base.to(chunk.dtype)
         log_ratio, kl = path_log_ratio(trajectory, v_base, kernel)
         value = reward(trajectory.xs[-1], some)
         parts.append((trajectory.xs[-1], value, value + log_ratio, kl))

@@ -106,7 +106,7 @@ def noise_root(
     if k == 0:
         covariance = kernel.start_covariance.to(x.dtype).expand(x.shape[0], -1, -1)
     else:
-        _, jac = jacobian(base, x, kernel.t[k], cond, create_graph=create_graph)
+        _, jac = jacobian(base, x, kernel.t[k].to(x.dtype), cond, create_graph=create_graph)
         covariance = conditional_covariance(jac, kernel.t[k])
     eye = torch.eye(covariance.shape[-1], dtype=x.dtype, device=x.device)
     full = kernel.bridge[k].to(x.dtype) * eye + kernel.gain[k].to(x.dtype) * covariance

@@ -68,14 +68,14 @@ def lean_adjoint(
     value = terminal.detach()
     values, v_base = [value], []
     for k in reversed(range(kernel.steps)):
-        v, product = velocity_and_vjp(base, xs[k], kernel.adjoint_t[k], value, cond)
+        v, product = velocity_and_vjp(base, xs[k], kernel.adjoint_t[k].to(xs.dtype), value, cond)
         pull = torch.zeros_like(value)
         if kernel.start_covariance is not None and noise is not None:
             scale = kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k]
             pull = scale * noise_pull(base, kernel, k, xs[k], noise[k], value, cond)
         value = kernel.adjoint_x[k] * value + kernel.adjoint_v[k] * product + pull
         if running is not None:
-            value = value + running[k]
+            value = value + running[k] / kernel.adjoint_scale[k]
         values.append(value)
         v_base.append(v.to(xs.dtype))
     return Adjoint(torch.stack(values[::-1]), _at_own_time(base, kernel, xs, v_base[::-1], cond))
@@ -128,7 +128,8 @@ def full_adjoint(
     a = terminal.detach()
     values, v_base = [a / kernel.adjoint_scale[-1]], []
     for k in reversed(range(kernel.steps)):
-        x, t, mean_v = trajectory.xs[k], kernel.t[k], kernel.mean_v[k]
+        x, mean_v = trajectory.xs[k], kernel.mean_v[k]
+        t = kernel.t[k].to(x.dtype)
         if kernel.noiseless_last and k == kernel.steps - 1:
             v, product = velocity_and_vjp(base, x, t, mean_v * a, cond)
         else:

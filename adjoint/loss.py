@@ -61,7 +61,7 @@ def adjoint_matching_loss(
         adjoint: of the whole trajectory.
         kernel: the table.
         steps: (S,) indices of the selected steps; all K if None.
-        weights: (B,) importance weights of the trajectories, of mean 1; none if None.
+        weights: (B,) importance weights of the trajectories; none if None.
         clip: cap on the term of one step of one trajectory.
 
     Returns:

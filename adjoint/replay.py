@@ -2,7 +2,7 @@
 
 Without importance weights a stale trajectory carries the adjoints of an earlier model, a small
 bias that vanishes as training converges.  With importance weights its log-weight, computed when it
-was collected, corrects it exactly: replay is then off-policy and still unbiased.
+was collected, corrects for that, up to the weights' self-normalisation and cap.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ class ReplayBuffer:
         dims: name → which dimension is the batch; the first for names not in it.
     """
 
-    def __init__(self, capacity: int, dims: Mapping[str, int]) -> None:
+    def __init__(
+        self, capacity: int, dims: Mapping[str, int], *, device: torch.device | str = "cpu"
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity
         self.dims = dict(dims)
+        self.device = device
         self.store: dict[str, Tensor] = {}
         self.size = 0
         self.position = 0
@@ -81,7 +84,7 @@ class ReplayBuffer:
                     f"replay buffer of {capacity} trajectories in the state, "
                     f"expected {self.capacity}"
                 )
-        self.store = {name: value.clone() for name, value in store.items()}
+        self.store = {name: value.to(self.device, copy=True) for name, value in store.items()}
         self.size = int(state["size"])  # type: ignore[call-overload]
         self.position = int(state["position"])  # type: ignore[call-overload]
 

@@ -14,11 +14,12 @@ Three optional transformations, each of which defines a new reward or a new grad
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.field import Cond
 
@@ -56,7 +57,8 @@ class Reward:
         if not callable(value):
             raise TypeError(f"reward must be a callable (x, cond) -> (B,), got {value!r}")
         try:
-            inspect.signature(value).bind(None, None)
+            called = value.forward if isinstance(value, nn.Module) else value
+            inspect.signature(called).bind(None, None)
         except TypeError as error:
             raise TypeError(f"reward must take two arguments (x, cond): {error}") from error
         except ValueError:  # a builtin without a signature: let the first call decide
@@ -75,15 +77,10 @@ class Reward:
         self.probes = probes
 
     def scaled(self, factor: float) -> Reward:
-        """The same reward with its scale multiplied by ``factor``."""
-        return Reward(
-            self._value,
-            gradient=self._gradient,
-            scale=self.scale * factor,
-            max_norm=self.max_norm,
-            smoothing=self.smoothing,
-            probes=self.probes,
-        )
+        """The same reward, of the same class, with its scale multiplied by ``factor``."""
+        clone = copy.copy(self)
+        clone.scale = self.scale * factor
+        return clone
 
     def _directions(self, x: Tensor) -> Tensor:
         """Fixed antithetic smoothing directions, shape (probes, 1, *)."""

@@ -57,7 +57,7 @@ def rollout(
     xs, vs, roots = [x0], [], []
     for k in range(kernel.steps):
         follows_base = kernel.noiseless_last and k == kernel.steps - 1
-        v = (base if follows_base else field)(xs[-1], kernel.t[k], cond).to(x0.dtype)
+        v = (base if follows_base else field)(xs[-1], kernel.t[k].to(x0.dtype), cond).to(x0.dtype)
         x = kernel.mean_x[k] * xs[-1] + kernel.mean_v[k] * v
         if kernel.start_covariance is not None:
             root = noise_root(base, kernel, k, xs[-1], cond).detach()

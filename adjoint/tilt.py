@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adjoint.certificate import Certificate, certify, path_log_ratio
+from adjoint.covariance import MAX_DIM
 from adjoint.kernel import KERNELS, MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.lean import Adjoint, lean_adjoint
 from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
@@ -27,6 +29,7 @@ from adjoint.reward import Reward, ValueFunction, as_reward, check_reward
 from adjoint.rollout import draw_noise, rollout, velocity_along
 from flows import grid as grids
 from flows.callbacks import Callback
+from flows.checkpoint import ensure_writable
 from flows.field import Cond, Residual, VelocityField, check_velocity, frozen
 from flows.networks import MLPVelocity
 from flows.sampling import sample
@@ -69,8 +72,12 @@ class TiltConfig(TrainerConfig):
     """Trajectories kept for reuse; 0 is none."""
     refresh: int = 1
     """With replay: losses per fresh rollout (updates, unless they accumulate)."""
+    probe_samples: int = 8192
+    """ODE samples of the base that its mmse, the checks and the comparison of log Z are made of."""
     certificate_samples: int = 4096
     """Trajectories of each of the two certificates; 0 is none."""
+    max_batch: int = 4096
+    """Largest batch at which probe and certificates evaluate base and model."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -81,7 +88,8 @@ class TiltConfig(TrainerConfig):
         super().__post_init__()
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
-        minima = {"steps": 2, "batch_size": 1, "refresh": 1, "replay": 0, "certificate_samples": 0}
+        minima = {"steps": 2, "batch_size": 1, "refresh": 1, "replay": 0}
+        minima |= {"certificate_samples": 0, "probe_samples": 64, "max_batch": 1}
         for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -100,6 +108,8 @@ class TiltConfig(TrainerConfig):
             )
         if self.refresh > 1 and not self.replay:
             raise ValueError(f"refresh={self.refresh} needs a replay buffer, got replay=0")
+        if self.certificate_samples == 1:
+            raise ValueError("certificate_samples must be 0 or at least 2, got 1")
 
 
 class TiltLoss:
@@ -133,7 +143,9 @@ class TiltLoss:
         self.cap: Tensor | None = None
         self.buffer: ReplayBuffer | None = None
         if config.replay:
-            self.buffer = ReplayBuffer(config.replay, {"xs": 1, "values": 1, "v_base": 1})
+            self.buffer = ReplayBuffer(
+                config.replay, {"xs": 1, "values": 1, "v_base": 1}, device=kernel.t.device
+            )
 
     def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
@@ -141,7 +153,10 @@ class TiltLoss:
         x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
         cond = None if self.cond_sampler is None else self.cond_sampler(n, generator)
         noise = draw_noise(self.kernel, x0, generator=generator)
+        training = module.training
+        module.eval()  # no dropout in the trajectories, no statistics from them
         trajectory = rollout(module, self.base, self.kernel, x0, noise, cond)
+        module.train(training)
         value, gradient = self.reward.value_and_gradient(trajectory.xs[-1], cond)
         adjoint = lean_adjoint(self.base, self.kernel, trajectory.xs, -gradient, cond, noise=noise)
         log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel)
@@ -198,7 +213,9 @@ class TiltLoss:
             self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
         metrics["reward"] = batch["reward"].mean()
         metrics["path_kl"] = batch["kl"].mean()
-        metrics["log_weight_std"] = batch["log_w"].std()
+        metrics["log_weight_std"] = batch["log_w"].std(correction=0)
+        relative = torch.softmax(batch["log_w"], 0)
+        metrics["ess"] = 1 / (len(relative) * relative.square().sum())
         return loss, metrics
 
     def state_dict(self) -> dict[str, object]:
@@ -213,7 +230,7 @@ class TiltLoss:
         """Restore what `state_dict` gave."""
         self.calls = int(state["calls"])  # type: ignore[call-overload]
         cap = state["cap"]
-        self.cap = cap if isinstance(cap, Tensor) else None
+        self.cap = cap.to(self.kernel.t.device) if isinstance(cap, Tensor) else None
         if self.buffer is not None and isinstance(state["buffer"], dict):
             self.buffer.load_state_dict(state["buffer"])
 
@@ -230,6 +247,9 @@ class Tilted:
         certificate_base: before: the untilted base judged as the tilt.
         shape: of one sample.
         config: options of the run.
+        log_z_ode, log_z_ode_stderr: log mean e^r over ODE samples of the base.  It must agree with
+            the certificates' log_z, up to the error of the grid, if the base is the flow that the
+            method assumes; see `tilt`.
     """
 
     field: nn.Module
@@ -239,6 +259,8 @@ class Tilted:
     certificate_base: Certificate | None
     shape: tuple[int, ...]
     config: TiltConfig
+    log_z_ode: float
+    log_z_ode_stderr: float
 
     def sample(
         self,
@@ -249,9 +271,13 @@ class Tilted:
         cond: Cond | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``n`` samples (n, *) by the ODE of the tilted flow; see `flows.sampling.sample`."""
+        """``n`` samples (n, *) by the ODE of the tilted flow; see `flows.sampling.sample`.
+
+        The certificate judges the chain; its own samples are ``certificate.samples``.
+        """
         like = next(self.field.parameters())
-        x0 = torch.randn((n, *self.shape), generator=generator, dtype=like.dtype)
+        device = like.device if generator is None else generator.device
+        x0 = torch.randn((n, *self.shape), generator=generator, dtype=like.dtype, device=device)
         return sample(self.field, x0.to(like.device), grid=grid, method=method, cond=cond)
 
     def __str__(self) -> str:
@@ -259,8 +285,12 @@ class Tilted:
         if self.certificate is None or self.certificate_base is None:
             return f"tilted flow, kernel {self.kernel.name}, {self.kernel.steps} steps"
         before, after = self.certificate_base.summary(), self.certificate.summary()
-        rows = [f"{name:<16}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
-        return "\n".join([f"{'':<16}{'base':>12}{'tilted':>12}", *rows])
+        for column in (before, after):
+            column["reward"] *= self.config.temperature
+        rows = [f"{name:<18}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
+        error = f"± {self.log_z_ode_stderr:.4f}"
+        check = f"{'log_z by ODE':<18}{self.log_z_ode:>12.4f}{error:>12}"
+        return "\n".join([f"{'':<18}{'base':>12}{'tilted':>12}", *rows, check])
 
 
 def trainable(
@@ -268,37 +298,111 @@ def trainable(
     shape: tuple[int, ...],
     seed: int,
     *,
+    cond: Cond | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """What is trained when the caller names no model; it starts at the base.
 
-    A base with parameters is copied; one without (a closed form) gets a zero-initialised residual
-    network of ``dtype``.
+    A base with parameters is copied, and those of its parameters that require a gradient (all, if
+    none does) are trained; one without (a closed form) gets a zero-initialised residual network of
+    ``dtype`` that sees the conditions.
 
     Raises:
-        ValueError: a base without parameters whose samples are not vectors.
+        ValueError: a base without parameters whose samples or conditions are not vectors.
     """
     if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
-        return copy.deepcopy(base).requires_grad_(True)
-    if len(shape) != 1:
+        clone = copy.deepcopy(base)
+        if not any(p.requires_grad for p in clone.parameters()):
+            clone.requires_grad_(True)
+        return clone
+    sizes = {name: tuple(c.shape[1:]) for name, c in (cond or {}).items()}
+    if len(shape) != 1 or any(len(size) != 1 for size in sizes.values()):
         raise ValueError(
-            f"a base without parameters and with samples of shape {shape} needs model=, a module "
-            "to train; only vectors, shape (d,), get a residual network by default"
+            f"a base without parameters, samples of shape {shape} and conditions {sizes} needs "
+            "model=, a module to train; only vectors get a residual network by default"
         )
+    dims = {name: size[0] for name, size in sizes.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Residual(base, MLPVelocity(shape[0], zero_init=True).to(dtype))
+        network = MLPVelocity(shape[0], cond_dims=dims, zero_init=True)
+        return Residual(base, network.to(dtype))
 
 
-def _check(base: VelocityField, reward: Reward, x1: Tensor, x0: Tensor, cond: Cond | None) -> None:
-    """One evaluation of base and reward, with the errors of `check_velocity`, `check_reward`."""
-    with torch.no_grad():
-        v = check_velocity(base(x0, torch.tensor(0.5).to(x0), cond), x0, "base")
-    if not bool(torch.isfinite(v).all()):
-        raise ValueError("base returned NaN or infinite velocities at t = 0.5 on normal noise")
+def _head(cond: Cond | None, n: int) -> Cond | None:
+    return None if cond is None else {name: c[:n] for name, c in cond.items()}
+
+
+@torch.no_grad()
+def _check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -> None:
+    """Evaluate ``field`` at a scalar time and at times (B,).
+
+    Raises:
+        TypeError, ValueError: wrong type or shape, or not finite.
+    """
+    for t in (torch.tensor(0.5).to(x), torch.full(x.shape[:1], 0.5).to(x)):
+        try:
+            v = check_velocity(field(x, t, cond), x, name)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{name} fails for x of shape {tuple(x.shape)} and {x.dtype} at a time of shape "
+                f"{tuple(t.shape)}; times come as scalars and as (B,): {error}"
+            ) from error
+        if not bool(torch.isfinite(v).all()):
+            raise ValueError(f"{name} returned NaN or infinite velocities at t = 0.5 on noise")
+
+
+def _probe(
+    base: VelocityField,
+    reward: Reward,
+    shape: tuple[int, ...],
+    config: TiltConfig,
+    cond_sampler: CondSampler | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[Kernel, Cond | None, Tensor]:
+    """Check base and reward, and measure what the kernel needs: the kernel, conditions, rewards.
+
+    Raises:
+        TypeError, ValueError: as `tilt`.
+    """
+    n, size = config.probe_samples, config.max_batch
+    if config.kernel == "covariance_matched" and math.prod(shape) > MAX_DIM:
+        raise ValueError(
+            f"kernel 'covariance_matched' serves up to {MAX_DIM} dimensions, got shape {shape}; "
+            "use 'moment_matched'"
+        )
+    generator = torch.Generator(device).manual_seed(config.seed + 1)
+    x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
+    cond = None if cond_sampler is None else cond_sampler(n, generator)
+    _check_field(base, x0[:64], _head(cond, 64), "base")
+    parts = []
+    for i in range(0, n, size):
+        some = None if cond is None else {name: c[i : i + size] for name, c in cond.items()}
+        parts.append(sample(base, x0[i : i + size], grid=50, method="midpoint", cond=some))
+    x1 = torch.cat(parts)
     if not bool(torch.isfinite(x1).all()):
         raise ValueError("base does not lead to finite samples: its ODE from noise ends in NaN")
-    check_reward(reward, x1, cond)
+    check_reward(reward, x1[:size], _head(cond, size))
+    with torch.no_grad():
+        values = torch.cat(
+            [
+                reward(
+                    x1[i : i + size],
+                    None if cond is None else {m: c[i : i + size] for m, c in cond.items()},
+                )
+                for i in range(0, n, size)
+            ]
+        )
+    grid = grids.shifted(config.steps, config.shift)
+    mmse = covariance = None
+    if config.kernel in MATCHED:
+        mmse = measure_mmse(base, grid, x1, cond=cond, batch_size=size, generator=generator)
+    if config.kernel == "covariance_matched":
+        with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
+            rest = x1 - (x0 + base(x0, grid[0].to(x0), cond))
+        covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
+    kernel = make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
+    return kernel, cond, values.double()
 
 
 def tilt(
@@ -318,6 +422,12 @@ def tilt(
 ) -> Tilted:
     """Tilt ``base`` toward ``reward``: p*(x) ∝ p(x) exp(r(x) / temperature).
 
+    The base must be the flow of independent noise, v = E[X_1 - X_0 | X_t] with X_0 independent of
+    X_1: then its memoryless chain and its ODE sample one law.  Flows trained with optimal-transport
+    couplings, reflowed, distilled or guided are not; they are tilted as the law of their *chain*.
+    The two estimates of log Z, by ODE samples and by the chain, tell: a warning says where they
+    differ by more than five standard errors and a tenth of a nat.
+
     Arguments:
         base: velocity field on the canonical path; it is copied and never changed.
         reward: callable (x, cond) → (B,) or a `Reward`.
@@ -330,38 +440,31 @@ def tilt(
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.
         problem: what identifies the run beside the options (names of base and reward, say); a
             checkpoint of another problem is refused.
-        device, dtype: of the SDE state.
+        device, dtype: of the SDE state; the reward must live on that device.
 
     Raises:
-        TypeError, ValueError: base or reward return the wrong type or shape, are not finite, or the
-            reward is not differentiable; before any training.
+        TypeError, ValueError: base, model or reward return the wrong type or shape, are not finite,
+            or the reward is not differentiable; before any training.
         CheckpointError: a checkpoint that is damaged or belongs to another problem.
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
     """
     config = TiltConfig() if config is None else config
+    if not isinstance(shape, tuple | list) or not all(isinstance(n, int) for n in shape):
+        raise ValueError(f"shape must be a tuple of sizes such as (2,), got {shape!r}")
+    shape = tuple(shape)
+    if checkpoint is not None:
+        ensure_writable(checkpoint, "checkpoint")
     scaled = as_reward(reward).scaled(1 / config.temperature)
-    base = frozen(base)
-    generator = torch.Generator(device).manual_seed(config.seed + 1)
-    grid = grids.shifted(config.steps, config.shift)
-
-    n_probe = 8192 if config.kernel in MATCHED else 64
-    x0 = torch.randn((n_probe, *shape), generator=generator, dtype=dtype, device=device)
-    cond = None if cond_sampler is None else cond_sampler(n_probe, generator)
-    head = None if cond is None else {name: c[:64] for name, c in cond.items()}
-    with torch.no_grad():
-        check_velocity(base(x0[:64], torch.tensor(0.5).to(x0), head), x0[:64], "base")
-    x1 = sample(base, x0, grid=50, method="midpoint", cond=cond)
-    _check(base, scaled, x1, x0, cond)
-    mmse = covariance = None
-    if config.kernel in MATCHED:
-        mmse = measure_mmse(base, grid, x1, cond=cond, generator=generator)
-    if config.kernel == "covariance_matched":
-        with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
-            rest = x1 - (x0 + base(x0, grid[0].to(x0), cond))
-        covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
-    kernel = make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
-
-    model = trainable(base, shape, config.seed, dtype=dtype) if model is None else model
+    original, base = base, frozen(base)
+    if isinstance(base, nn.Module):
+        base = base.to(device)
+    kernel, cond, values = _probe(base, scaled, shape, config, cond_sampler, device, dtype)
+    if model is None:
+        model = trainable(original, shape, config.seed, cond=cond, dtype=dtype)
+    model = model.to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    x0 = torch.randn((4, *shape), generator=generator, dtype=dtype, device=device)
+    _check_field(model.eval(), x0, _head(cond, 4), "model")
     loss = TiltLoss(
         base,
         scaled,
@@ -371,22 +474,53 @@ def tilt(
         cond_sampler=cond_sampler,
         dtype=dtype,
     )
-    identity = {**asdict(config), **(problem or {}), "shape": list(shape)}
-    free = ("checkpoint_every", "certificate_samples")  # a resumed run may change these
+    free = (
+        "checkpoint_every",
+        "certificate_samples",
+        "max_batch",
+    )  # a resumed run may change these
+    options = {name: value for name, value in asdict(config).items() if name not in free}
     trainer = Trainer(
-        model.to(device),
+        model,
         loss,
         config,
         callbacks=callbacks,
         checkpoint=checkpoint,
-        problem={name: value for name, value in identity.items() if name not in free},
+        problem={
+            **options,
+            **{f"problem.{k}": v for k, v in (problem or {}).items()},
+            "shape": list(shape),
+        },
     )
     field = trainer.fit(resume=resume)
     before, after = (
         certificate_of(v, base, scaled, kernel, shape, config, cond_sampler, device, dtype)
         for v in (base, field)
     )
-    return Tilted(field, base, kernel, after, before, shape, config)
+    log_z, error = _log_mean_exp(values)
+    if before is not None and cond is None:
+        _compare_log_z(log_z, error, before)
+    return Tilted(field, base, kernel, after, before, shape, config, log_z, error)
+
+
+def _log_mean_exp(values: Tensor) -> tuple[float, float]:
+    """log mean e^values and its standard error by the delta method."""
+    weights = torch.softmax(values, 0) * len(values)
+    log_z = float(torch.logsumexp(values, 0)) - math.log(len(values))
+    return log_z, float(weights.std(correction=0)) / math.sqrt(len(values))
+
+
+def _compare_log_z(log_z: float, error: float, chain: Certificate) -> None:
+    """Warn where ODE and chain of the base disagree about log Z."""
+    gap = abs(log_z - chain.log_z)
+    if gap > max(0.1, 5 * math.hypot(error, chain.log_z_stderr)):
+        warnings.warn(
+            f"the base's ODE gives log Z = {log_z:.3f} ± {error:.3f}, its memoryless chain "
+            f"{chain.log_z:.3f} ± {chain.log_z_stderr:.3f}: the tilt is that of the chain's law. "
+            "Either the grid is coarse (more steps), or the base is not the flow of independent "
+            "noise (optimal-transport coupling, reflow, distillation, guidance)",
+            stacklevel=3,
+        )
 
 
 def certificate_of(
@@ -407,4 +541,13 @@ def certificate_of(
     generator = torch.Generator(device).manual_seed(config.seed + 2)
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
     cond = None if cond_sampler is None else cond_sampler(n, generator)
-    return certify(field, base, reward, kernel, x0, cond=cond, generator=generator)
+    return certify(
+        field,
+        base,
+        reward,
+        kernel,
+        x0,
+        cond=cond,
+        batch_size=config.max_batch,
+        generator=generator,
+    )

@@ -2,7 +2,7 @@
 
 A callback never changes the run.  Metrics arrive as tensors, perhaps on a device that is still
 computing them; turning one into a number waits for the device, so every callback does that only
-once in a number of iterations.
+once in a number of iterations, and in the last one.
 
 A logged file is a function of the run alone (no clock, no host), and a run that is killed and
 resumed writes the same file as one left undisturbed: rows are written out before the checkpoint of
@@ -72,7 +72,7 @@ class ProgressBar(Callback):
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
         """Move the bar; read the metrics once in ``every`` iterations and at the end."""
-        if iteration % self.every == 0 or iteration == trainer.config.iterations:
+        if _due(trainer, iteration, self.every):
             shown = {name: f"{float(metrics[name]):.4g}" for name in [*metrics][: self.shown]}
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(1)
@@ -91,7 +91,7 @@ class CSVLogger(Callback):
 
     Arguments:
         path: the file; one of an earlier run is replaced unless the run is resumed.
-        every: iterations between two rows.
+        every: iterations between two rows; the last iteration always has one.
 
     Raises (when training starts):
         OSError: the file cannot be written.
@@ -115,8 +115,8 @@ class CSVLogger(Callback):
         self._file = _rewrite(self.path, "".join(header + kept))
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
-        """Append a row once in ``every`` iterations."""
-        if self._file is None or iteration % self.every:
+        """Append a row once in ``every`` iterations and at the end."""
+        if self._file is None or not _due(trainer, iteration, self.every):
             return
         row = {"iteration": iteration, **_numbers(metrics)}
         new = [name for name in row if name not in self._columns]
@@ -163,8 +163,8 @@ class JSONLLogger(Callback):
         self._file = _rewrite(self.path, "".join(kept))
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
-        """Append a line once in ``every`` iterations."""
-        if self._file is None or iteration % self.every:
+        """Append a line once in ``every`` iterations and at the end."""
+        if self._file is None or not _due(trainer, iteration, self.every):
             return
         numbers = {k: v if math.isfinite(v) else None for k, v in _numbers(metrics).items()}
         self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
@@ -179,6 +179,10 @@ class JSONLLogger(Callback):
 
 class TensorBoardLogger(Callback):
     """Metrics as TensorBoard scalars; after a resume TensorBoard hides what came later.
+
+    Arguments:
+        folder: of the event files.
+        every: iterations between two points; the last iteration always has one.
 
     Raises (when training starts):
         ImportError: TensorBoard is not installed.
@@ -202,8 +206,8 @@ class TensorBoardLogger(Callback):
         self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1)
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
-        """Add one point per metric once in ``every`` iterations."""
-        if iteration % self.every == 0:
+        """Add one point per metric once in ``every`` iterations and at the end."""
+        if _due(trainer, iteration, self.every):
             for name, value in _numbers(metrics).items():
                 self._writer.add_scalar(name, value, iteration)
             self._writer.flush()  # before the checkpoint of this iteration
@@ -219,6 +223,11 @@ def _check_every(every: int) -> int:
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     return every
+
+
+def _due(trainer: Trainer, iteration: int, every: int) -> bool:
+    """Whether metrics are read after this iteration."""
+    return iteration % every == 0 or iteration == trainer.config.iterations
 
 
 def _numbers(metrics: Metrics) -> dict[str, float]:

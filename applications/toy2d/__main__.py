@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,9 +72,8 @@ def show_list(_: List) -> None:
         closed = " (closed form)" if target.mixture is not None else ""
         print(f"  {name:<18}{target.description}{closed}")
     print("rewards")
-    example = next(iter(TARGETS.values()))
-    for name, make in REWARDS.items():
-        print(f"  {name:<18}{make(example).description}")
+    for name, make in REWARDS.items():  # their own words: making one may train a network
+        print(f"  {name:<18}{inspect.getdoc(make) or ''}".splitlines()[0].rstrip("."))
     print("kernels")
     print("\n".join(f"  {name}" for name in KERNELS))
 
@@ -100,17 +100,30 @@ def parse(arguments: list[str] | None = None) -> Any:
     return tyro.cli(Command, args=arguments, prog="python -m applications.toy2d")
 
 
+def describe(error: OSError) -> str:
+    """What went wrong and where, without the number of the error."""
+    if error.strerror is None:
+        return str(error)
+    if error.filename is None:
+        return error.strerror  # those of `flows.checkpoint` name the path
+    return f"cannot access {error.filename}: {error.strerror}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; an expected failure is one line on stderr and exit status 1."""
     command = parse(arguments)
     torch.set_flush_denormal(True)
     try:
         COMMANDS[type(command)](command)
-    except (ValueError, OSError, CheckpointError, TrainingDiverged) as error:
+    except OSError as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, CheckpointError, TrainingDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
+        hint = "; the same command with --resume continues" if hasattr(command, "resume") else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     return 0
 

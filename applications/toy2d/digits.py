@@ -80,8 +80,32 @@ class DigitsConfig:
         """
         if not 0 <= self.digit < CLASSES:
             raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
-        if self.samples < 100:
-            raise ValueError(f"samples must be at least 100, got {self.samples}")
+        minima = {"samples": 100, "width": 1, "base_batch_size": 1}
+        minima |= {"base_iterations": 0, "classifier_iterations": 0}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def tilt_options(self) -> TiltConfig:
+        """Options of the tilt itself.
+
+        Raises:
+            ValueError: an unknown kernel, or an option out of range.
+        """
+        return TiltConfig(
+            kernel=self.kernel,
+            steps=self.steps,
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            temperature=self.temperature,
+            importance=self.importance,
+            ema_decay=0.99,
+            seed=self.seed,
+            certificate_samples=self.samples,
+            checkpoint_every=100,
+        )
 
     @property
     def sized(self) -> DigitsConfig:
@@ -140,25 +164,12 @@ def tilt_digits(
     config: DigitsConfig, base: nn.Module, reward: DigitReward, *, name: str = "tilt"
 ) -> Tilted:
     """The tilt of a run, trained or resumed; its files are called ``name``."""
-    options = TiltConfig(
-        kernel=config.kernel,
-        steps=config.steps,
-        iterations=config.iterations,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        temperature=config.temperature,
-        importance=config.importance,
-        ema_decay=0.99,
-        seed=config.seed,
-        certificate_samples=config.samples,
-        checkpoint_every=100,
-    )
     names = ("digit", "width", "base_iterations", "base_batch_size", "classifier_iterations")
     return tilt(
         base,
         reward,
         shape=(DIM,),
-        config=options,
+        config=config.tilt_options,
         callbacks=watchers(config, name),
         checkpoint=config.folder / f"{name}.pt",
         resume=config.resume,
@@ -211,25 +222,27 @@ def run(config: DigitsConfig) -> Report:
         What report.json holds.
 
     Raises:
-        ValueError: an unknown kernel or an option out of range.
+        ValueError: an unknown kernel or an option out of range; before any file changes.
         OSError: the folder cannot be written; before any training.
         CheckpointError: resuming from a file that is damaged or of another problem.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     started = time.perf_counter()
     config = config.sized
+    _ = config.tilt_options  # refuse bad options before files change and classifier and base train
     checkpoints.ensure_writable(config.folder / "report.json", "folder")
-    kept = ("classifier.pt", "base.pt", "tilt.pt") if config.resume else ()
-    for name in {"report.json", "classifier.pt", "base.pt", "tilt.pt"} - set(kept):
-        (config.folder / name).unlink(missing_ok=True)
     settings = asdict(config) | {"versions": checkpoints.versions()}
-    write_json(config.folder / "config.json", settings)
+    if not config.resume:  # what a resume finds stays until its checkpoints are accepted
+        for name in ("report.json", "classifier.pt", "base.pt", "tilt.pt"):
+            (config.folder / name).unlink(missing_ok=True)
+        write_json(config.folder / "config.json", settings)
 
     data = handwriting.load(config.seed)
     classifier = train_judge(config, data)
     base = train_base(config, data)
     reward = DigitReward(classifier, config.digit)
     tilted = tilt_digits(config, base, reward)
+    write_json(config.folder / "config.json", settings)
 
     print("digits: drawing samples and pictures", file=sys.stderr)
     before = ode_samples(base, 2 * config.samples, seed=1000 * config.seed + 1)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from applications.toy2d import pictures
 from applications.toy2d.animation import flow_animation
 from applications.toy2d.charts import certificate_histogram, training_curves
-from applications.toy2d.exact import GridTilt
+from applications.toy2d.exact import GridTilt, ResampledTilt
 from applications.toy2d.run import Run
 from flows.field import VelocityField
 from flows.grid import uniform
@@ -19,6 +19,7 @@ from flows.sampling import sample
 
 CONTROL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 RESOLUTION = 160
+CURVES = ("loss", "reward", "log_weight_std", "path_kl", "grad_norm", "adjoint_norm")
 
 
 def plane_points(extent: float, resolution: int) -> Tensor:
@@ -66,6 +67,9 @@ def draw(run: Run) -> list[Path]:
     assert certificate is not None
     assert before is not None
     title = f"{run.config.target}, tilted toward {run.config.reward}"
+    subtitle = run.reward.description
+    if isinstance(run.exact, ResampledTilt):
+        subtitle += "; exact tilt: the base's own samples, resampled (with repeats)"
 
     def triptych() -> Path:
         def caption(name: str) -> str:
@@ -83,7 +87,7 @@ def draw(run: Run) -> list[Path]:
             extent=extent,
             reward=reward_map,
             title=title,
-            subtitle=run.reward.description,
+            subtitle=subtitle,
         )
 
     jobs = [
@@ -102,8 +106,11 @@ def draw(run: Run) -> list[Path]:
             certificate.log_weights,
             log_z_exact=float(report["log_z_exact"]),
         ),
-        lambda: training_curves(folder / "training.png", folder / "tilt.csv"),
     ]
+    if run.config.iterations:
+        jobs.append(
+            lambda: training_curves(folder / "training.png", folder / "tilt.csv", columns=CURVES)
+        )
     if run.config.animation:
         jobs.append(
             lambda: flow_animation(

@@ -89,7 +89,46 @@ class RunConfig:
     @property
     def problem(self) -> dict[str, str | int | float | bool]:
         """What identifies the run: a checkpoint of another problem is refused."""
-        return {"target": self.target, "reward": self.reward, "base": self.base}
+        problem: dict[str, str | int | float | bool] = {
+            "target": self.target,
+            "reward": self.reward,
+            "base": self.base,
+        }
+        return problem | ({"base_iterations": self.base_iterations} if self.trains_base else {})
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base is a network to train."""
+        return self.base == "trained"
+
+    @property
+    def tilt_options(self) -> TiltConfig:
+        """Options of the tilt itself.
+
+        Raises:
+            ValueError: an unknown kernel, or an option out of range.
+        """
+        return TiltConfig(
+            kernel=self.kernel,
+            steps=self.steps,
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            temperature=self.temperature,
+            importance=self.importance,
+            seed=self.seed,
+        )
+
+    @property
+    def base_options(self) -> TrainerConfig:
+        """How a base is trained.
+
+        Raises:
+            ValueError: an option out of range.
+        """
+        if self.base_iterations < 0:
+            raise ValueError(f"base_iterations must be at least 0, got {self.base_iterations}")
+        return TrainerConfig(iterations=self.base_iterations, lr=2e-3, seed=self.seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,17 +154,25 @@ class Run:
     report: dict[str, str | int | float]
 
 
-def make_base(config: RunConfig, target: Target) -> VelocityField:
-    """The base flow of a run.
+def validate(config: RunConfig, target: Target) -> None:
+    """Refuse what cannot be run, before any file of the folder changes.
 
     Raises:
-        ValueError: a closed form is asked for where the target has none.
+        ValueError: an option out of range, or a closed form where the target has none.
     """
-    if config.base == "closed_form":
-        if target.mixture is None:
-            raise ValueError(
-                f"base 'closed_form' needs a mixture target, got {config.target!r}; use 'trained'"
-            )
+    if not config.trains_base and target.mixture is None:
+        raise ValueError(
+            f"base 'closed_form' needs a mixture target, got {config.target!r}; use 'trained'"
+        )
+    if config.samples < 100:
+        raise ValueError(f"samples must be at least 100, got {config.samples}")
+    _ = config.tilt_options, config.base_options
+
+
+def make_base(config: RunConfig, target: Target) -> VelocityField:
+    """The base flow of a run, whose options are valid."""
+    if not config.trains_base:
+        assert target.mixture is not None
         return copy.deepcopy(target.mixture).float()
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -135,12 +182,16 @@ def make_base(config: RunConfig, target: Target) -> VelocityField:
     return fit_flow(
         network,
         data_sampler(data),
-        config=TrainerConfig(iterations=config.base_iterations, lr=2e-3, seed=config.seed),
+        config=config.base_options,
         batch_size=512,
         callbacks=[ProgressBar("base flow"), CSVLogger(config.path / "base.csv")],
         checkpoint=config.path / "base.pt",
         resume=config.resume,
-        problem={"target": config.target, "seed": config.seed},
+        problem={
+            "target": config.target,
+            "seed": config.seed,
+            "base_iterations": config.base_iterations,
+        },
     )
 
 
@@ -152,7 +203,7 @@ def exact_tilt(
     def scaled(x: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
         return reward(x, cond) / config.temperature
 
-    if config.base == "closed_form" and target.mixture is not None:
+    if not config.trains_base and target.mixture is not None:
         return grid_tilt(target.mixture.log_prob, scaled, target.extent + 2.0)
     return resample_tilt(base_samples(config, base, 2 * config.samples, stream=1), scaled)
 
@@ -209,7 +260,8 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
         base: a base of an earlier run of this target, instead of training it again.
 
     Raises:
-        ValueError: an unknown target, reward or kernel, or an option out of range.
+        ValueError: an unknown target, reward or kernel, or an option out of range; before any
+            file changes.
         OSError: the folder cannot be written; before any training.
         CheckpointError: resuming from a file that is damaged or of another problem.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
@@ -217,34 +269,25 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
     started = time.perf_counter()
     target = find_target(config.target)
     reward = make_reward(config.reward, target)
-    options = TiltConfig(
-        kernel=config.kernel,
-        steps=config.steps,
-        iterations=config.iterations,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        temperature=config.temperature,
-        importance=config.importance,
-        seed=config.seed,
-    )
-    if config.samples < 100:
-        raise ValueError(f"samples must be at least 100, got {config.samples}")
+    validate(config, target)
     checkpoints.ensure_writable(config.path / "report.json", "folder")
-    stale = ["report.json"] if config.resume else ["report.json", "base.pt", "tilt.pt"]
-    for name in stale:
-        (config.path / name).unlink(missing_ok=True)
-    write_json(config.path / "config.json", asdict(config) | {"versions": checkpoints.versions()})
+    settings = asdict(config) | {"versions": checkpoints.versions()}
+    if not config.resume:  # what a resume finds stays until its checkpoints are accepted
+        for name in ("report.json", "base.pt", "tilt.pt"):
+            (config.path / name).unlink(missing_ok=True)
+        write_json(config.path / "config.json", settings)
     base = make_base(config, target) if base is None else base
     tilted = tilt(
         base,
         reward,
         shape=(2,),
-        config=options,
+        config=config.tilt_options,
         callbacks=[ProgressBar("tilt"), CSVLogger(config.path / "tilt.csv")],
         checkpoint=config.path / "tilt.pt",
         resume=config.resume,
         problem=config.problem,
     )
+    write_json(config.path / "config.json", settings)
     exact = exact_tilt(config, target, reward, base)
     before = base_samples(config, base, config.samples, stream=2)
     after = base_samples(config, tilted.field, config.samples, stream=2)

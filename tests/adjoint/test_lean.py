@@ -201,3 +201,15 @@ def test_velocity_along_repeats_times_and_conditions():
     found = velocity_along(field, xs, t, {"c": c})
     torch.testing.assert_close(found, xs * t[:, None, None] + c)
     assert seen["t"].shape == (12,)
+
+
+def test_running_costs_do_not_depend_on_the_variable_of_the_kernel():
+    """a_k = c_k · scale: one running cost, the same adjoint a in both variables."""
+    pair, own = kernel_for("ancestral_pair"), kernel_for("ancestral")
+    xs = trajectory_of(pair).xs
+    terminal = torch.randn(4, 2, dtype=torch.float64)
+    running = torch.randn(pair.steps, 4, 2, dtype=torch.float64)
+    a = lean_adjoint(PROBLEM.base, pair, xs, terminal, running=running).values
+    c = lean_adjoint(PROBLEM.base, own, xs, terminal, running=running).values
+    scale = own.adjoint_scale.reshape(-1, 1, 1)
+    torch.testing.assert_close((c * scale)[1:], a[1:], rtol=1e-11, atol=1e-12)

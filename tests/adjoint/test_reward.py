@@ -84,3 +84,23 @@ def test_bad_arguments_are_refused():
         Reward(quartic, smoothing=-1.0)
     with pytest.raises(ValueError, match="gradient returned shape"):
         Reward(quartic, gradient=lambda x, c: x[:, :1]).value_and_gradient(torch.ones(2, 2))
+
+
+def test_scaling_keeps_subclasses():
+    class Constant(Reward):
+        def value_and_gradient(self, x, cond=None):
+            return torch.zeros(len(x)), torch.full_like(x, 7.0)
+
+    scaled = Constant(quartic).scaled(2.0)
+    assert type(scaled) is Constant
+    assert scaled.scale == 2.0
+    assert float(scaled.value_and_gradient(torch.ones(1, 1))[1]) == 7.0
+
+
+def test_a_module_with_one_argument_is_refused_by_its_forward():
+    class One(torch.nn.Module):
+        def forward(self, x):
+            return x.sum(1)
+
+    with pytest.raises(TypeError, match="two arguments"):
+        Reward(One())

@@ -153,7 +153,7 @@ def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
 def test_rollouts_per_update(options, rollouts):
     reward = Slope()
     run(with_options(iterations=10, **options), reward=reward)
-    assert reward.sizes == [8192, *[FAST.batch_size] * rollouts]  # the first is the check
+    assert reward.sizes.count(FAST.batch_size) == rollouts  # the others are checks
 
 
 def test_a_subset_of_the_steps_always_has_the_late_ones():
@@ -261,7 +261,8 @@ def test_autocast_computes_the_network_in_bfloat16_and_the_chain_in_float32():
     model = Residual(BASE, Probe(2, hidden=(32,), zero_init=True))
     config = with_options(autocast=True, iterations=150, lr=0.01, batch_size=64)
     found = tilt(BASE, Slope(), shape=(2,), config=config, model=model)
-    assert seen == {(torch.float32, torch.bfloat16)}
+    # float32 throughout only where the model is checked, before training
+    assert seen == {(torch.float32, torch.float32), (torch.float32, torch.bfloat16)}
     assert all(p.dtype == torch.float32 for p in found.field.parameters())
     x = found.sample(4096, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(x.mean(0), M + S2 * SLOPES, rtol=0, atol=0.08)

@@ -11,6 +11,7 @@ from adjoint.tilt import TiltConfig, tilt
 from flows import checkpoint as checkpoints
 from flows.callbacks import CSVLogger
 from flows.checkpoint import CheckpointError
+from flows.field import batch_time
 from flows.networks import MLPVelocity
 from flows.training import TrainingDiverged
 
@@ -25,7 +26,7 @@ class Untouched(Shift):
 @pytest.mark.parametrize(
     ("reward", "error", "match"),
     [
-        (lambda x, c: x, ValueError, r"shape \(8192, 2\).*expected one value per sample"),
+        (lambda x, c: x, ValueError, r"shape \(4096, 2\).*expected one value per sample"),
         (lambda x, c: x.sum(), ValueError, r"reward returned shape \(\)"),
         (lambda x, c: x.detach().sum(1), ValueError, "not differentiable"),
         (
@@ -53,7 +54,12 @@ def test_bad_rewards_are_refused_before_training(reward, error, match):
         (lambda x, t, c=None: x.sum(1), ValueError, r"base returned shape \(64,\)"),
         (lambda x, t, c=None: x.long(), TypeError, "base must return a floating-point"),
         (lambda x, t, c=None: torch.nan * x, ValueError, "base returned NaN or infinite"),
-        (lambda x, t, c=None: x / (t < 0.9), ValueError, "base does not lead to finite samples"),
+        (
+            lambda x, t, c=None: x / (batch_time(t, x) < 0.9),
+            ValueError,
+            "base does not lead to finite samples",
+        ),
+        (lambda x, t, c=None: x * t, ValueError, r"base fails for x .* at a time of shape \(64,\)"),
         (lambda x, t, c=None: 1e5 * x, ValueError, "base does not lead to finite samples"),
     ],
 )
@@ -72,7 +78,7 @@ def test_a_closed_form_of_images_needs_a_model():
     def base(x, t, cond=None):
         return -x
 
-    with pytest.raises(ValueError, match=r"shape \(1, 2, 2\) needs model="):
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 2\).*needs model="):
         tilt(base, lambda x, c: x.sum((1, 2, 3)), shape=(1, 2, 2), config=FAST)
 
 
@@ -124,7 +130,7 @@ class Poison:
 def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
     path, log = tmp_path / "c.pt", tmp_path / "log.csv"
     config = with_options(iterations=30, checkpoint_every=4)
-    poison = Poison(1 + 22)  # one evaluation is the check before training
+    poison = Poison(3 + 22)  # three evaluations are the checks before training
     match = r"loss is nan in iteration 23; the last good checkpoint is .*c.pt \(iteration 20\)"
     with pytest.raises(TrainingDiverged, match=match):
         run(config, reward=poison, checkpoint=path, callbacks=[CSVLogger(log, every=1)])
@@ -149,7 +155,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     path, config = finished(tmp_path)
     reward = Slope()
     found = run(config, reward=reward, checkpoint=path, resume=True, problem={"base": "gaussian"})
-    assert reward.sizes == [8192]
+    assert reward.sizes == [4096] * 3  # the checks before training
     assert torch.equal(found.field.w, checkpoints.load(path)["module"]["w"])
 
 
@@ -204,4 +210,33 @@ def test_an_unwritable_checkpoint_is_known_before_training(tmp_path):
     with pytest.raises(OSError, match=r"checkpoint: cannot write .*it is a folder"):
         run(checkpoint=tmp_path, model=Untouched())
     with pytest.raises(OSError, match="logger: cannot write"):
-        run(callbacks=[CSVLogger(tmp_path / "file" / "log.csv")], model=Untouched())
+        run(callbacks=[CSVLogger(tmp_path / "file" / "log.csv")])
+
+
+def test_a_model_is_checked_too():
+    with pytest.raises(ValueError, match=r"model returned shape \(4, 1\)"):
+        run(model=Narrow())
+
+
+class Narrow(Shift):
+    """A model that drops a coordinate."""
+
+    def forward(self, x, t, cond=None):
+        return super().forward(x, t, cond)[:, :1]
+
+
+@pytest.mark.parametrize("shape", [2, (2.0,), "2"])
+def test_a_shape_is_a_tuple_of_sizes(shape):
+    with pytest.raises(ValueError, match="shape must be a tuple of sizes"):
+        tilt(lambda x, t, c=None: x, Slope(), shape=shape)
+
+
+def test_a_base_that_is_no_flow_of_independent_noise_is_noticed():
+    """The optimal-transport flow of N(0, 1) to N(0, 9): its chain samples another law."""
+
+    def transport(x, t, cond=None):
+        return 2 * x / (1 + 2 * batch_time(t, x))
+
+    config = TiltConfig(steps=20, iterations=1, batch_size=16, certificate_samples=2000)
+    with pytest.warns(UserWarning, match=r"ODE gives log Z = 1\.\d+.*memoryless chain 0\.\d+"):
+        tilt(transport, lambda x, c: 0.5 * x[:, 0], shape=(1,), config=config)

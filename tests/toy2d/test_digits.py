@@ -217,3 +217,21 @@ def test_options_are_checked():
         DigitsConfig(samples=10)
     quick = DigitsConfig(quick=True).sized
     assert (quick.iterations, quick.base_iterations, quick.quick) == (30, 200, False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("kernel", "none"), ("temperature", 0.0), ("lr", -1.0), ("steps", 1)],
+)
+def test_bad_options_of_the_tilt_are_refused_before_anything_else(tmp_path, option, value):
+    work = tmp_path / "classifier.pt"
+    work.write_text("work")
+    with pytest.raises(ValueError, match=option):
+        digits.run(replace(TINY, folder=tmp_path, **{option: value}))
+    assert [*tmp_path.iterdir()] == [work]
+
+
+@pytest.mark.parametrize("option", ["digit", "width", "base_iterations", "base_batch_size"])
+def test_bad_options_of_a_run_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} must be .* got -1"):
+        replace(TINY, **{option: -1})

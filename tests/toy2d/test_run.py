@@ -9,7 +9,9 @@ import time
 import pytest
 import torch
 
-from applications.toy2d.__main__ import main
+from applications.toy2d import rewards
+from applications.toy2d.__main__ import List, main
+from applications.toy2d.digits import DigitsConfig
 from applications.toy2d.run import RunConfig, run, table
 from flows import checkpoint as checkpoints
 
@@ -124,18 +126,71 @@ def test_bad_options_are_one_clear_line(tmp_path, capsys, changes, message):
     assert message in error[0]
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_resume_with_another_length_of_the_base_is_refused(tmp_path, capsys):
+    """Otherwise a base of one run and a tilt of another would be mixed."""
+    config = small(tmp_path / "a", base="trained", base_iterations=20, iterations=5)
+    run(config)
+    before = contents(config.path)
+    extra = ("--base-iterations", "40", "--resume")
+    assert main(arguments(config, *extra)) == 1
+    assert "base_iterations: 20 in the checkpoint, expected 40" in capsys.readouterr().err
+    assert contents(config.path) == before
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": "moons"},
+        {"steps": 1},
+        {"samples": 10},
+        {"reward": "lineal"},
+        {"base": "trained", "base_iterations": -1},
+    ],
+)
+def test_a_command_that_fails_leaves_the_folder_alone(tmp_path, changes, resume):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name in ("config.json", "report.json", "base.pt", "tilt.pt", "tilt.csv"):
+        (folder / name).write_text("work")
+    before = contents(folder)
+    config = small(folder, **changes)
+    extra = ["--base-iterations", str(config.base_iterations), *resume]
+    assert main(arguments(config, *extra)) == 1
+    assert contents(folder) == before
+
+
+def test_a_run_of_few_iterations_has_its_curves(tmp_path):
+    config = small(tmp_path / "a", iterations=5)
+    assert main(arguments(config)) == 0
+    rows = (config.path / "tilt.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["iteration", "5"]
+    assert (config.path / "training.png").exists()
+
+
 def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(arguments(small(tmp_path / "file" / "run"))) == 1
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: folder: cannot write")
+    assert str(tmp_path / "file") in error
+    (tmp_path / "run" / "tilt.pt").mkdir(parents=True)
+    assert main(arguments(small(tmp_path / "run"))) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot access {tmp_path}/run/tilt.pt: ")
 
 
 def test_checkpoints_that_do_not_belong_are_refused(tmp_path, capsys):
     config = small(tmp_path / "a")
     assert main(arguments(config)) == 0
+    before = contents(config.path)
     other = small(tmp_path / "a", reward="peaks")
     assert main(arguments(other, "--resume")) == 1
     assert "reward" in capsys.readouterr().err
+    assert contents(config.path) == before
     checkpoint = config.path / "tilt.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])
     assert main(arguments(config, "--resume")) == 1
@@ -150,5 +205,26 @@ def test_help_and_list_explain_themselves(capsys):
         assert text in shown
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    for name in ("checkerboard", "half_plane", "moment_matched"):
+    for name in ("checkerboard", "half_plane", "moment_matched", "log P(label | x)"):
         assert name in shown
+
+
+def test_listing_trains_nothing(monkeypatch):
+    monkeypatch.setattr(rewards, "_train_classifier", None)
+    assert main(["list"]) == 0
+
+
+@pytest.mark.parametrize(("command", "resumes"), [("list", False), ("digits", True)])
+def test_an_interrupt_suggests_resuming_only_where_that_exists(
+    monkeypatch, capsys, command, resumes
+):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "applications.toy2d.__main__.COMMANDS", {List: interrupted, DigitsConfig: interrupted}
+    )
+    assert main([command]) == 130
+    shown = capsys.readouterr().err
+    assert "interrupted" in shown
+    assert ("--resume" in shown) == resumes

@@ -46,3 +46,7 @@ def test_linked_files_exist(path):
 
 def test_opens_with_two_commands():
     assert commands("make")[:2] == ["demo", "test"]
+
+
+def test_no_placeholder_remains():
+    assert not re.search(r"^[A-Z]{3,}$", README, flags=re.MULTILINE)

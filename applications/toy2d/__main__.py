@@ -42,7 +42,7 @@ class List:
 def show_run(config: RunConfig) -> None:
     """Run, print the table, write the pictures."""
     finished = run(config)
-    print(f"\n{table(finished.report)}\n")
+    print(f"\n{finished.tilted}\n\n{table(finished.report)}\n")
     pictures = draw(finished)
     print("\n".join(f"wrote {path}" for path in [config.path / "report.json", *pictures]))
 

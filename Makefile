@@ -18,7 +18,7 @@ lint: $(VENV)/.test
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first and alone: its pinned version has a CPU build, which the other packages then accept.
 $(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python

@@ -9,9 +9,10 @@ from adjoint.certificate import Certificate, certify, path_log_ratio
 from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse
 from adjoint.lean import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
 from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
+from adjoint.objective import TiltConfig, TiltLoss
 from adjoint.reward import Reward
 from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
-from adjoint.tilt import TiltConfig, Tilted, TiltLoss, tilt
+from adjoint.tilt import Tilted, tilt
 
 __all__ = [
     "KERNELS",

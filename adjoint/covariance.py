@@ -25,6 +25,7 @@ the identity lifts it there.
 from __future__ import annotations
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from adjoint.kernel import Kernel
@@ -61,11 +62,11 @@ def jacobian(
         )
     rows = torch.eye(dim, dtype=x.dtype, device=x.device).repeat_interleave(batch, 0)
     if cond is not None:
-        cond = {name: c.repeat(dim, *([1] * (c.ndim - 1))) for name, c in cond.items()}
+        cond = {name: repeat(c, "b ... -> (d b) ...", d=dim) for name, c in cond.items()}
     with torch.enable_grad():
         if not create_graph:
             x = x.detach().requires_grad_(True)
-        repeated = x.repeat(dim, *([1] * (x.ndim - 1)))
+        repeated = repeat(x, "b ... -> (d b) ...", d=dim)
         v = field(repeated, t, cond)
         products = torch.zeros_like(repeated)  # a constant velocity has a zero Jacobian
         if v.requires_grad:

@@ -129,7 +129,7 @@ class Kernel:
     @property
     def is_exact_adjoint(self) -> bool:
         """Whether the adjoint is the Jacobian of the chain's own mean (all but the published)."""
-        return self.name != "euler_published"
+        return self.own_time[-1]
 
     def to(self, device: torch.device | str) -> Kernel:
         """The same table on another device (still float64)."""

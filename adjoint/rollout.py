@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from adjoint.covariance import noise_root
@@ -78,5 +79,5 @@ def velocity_along(field: VelocityField, xs: Tensor, t: Tensor, cond: Cond | Non
     times = t.to(xs.dtype).repeat_interleave(batch)
     repeated = None
     if cond is not None:
-        repeated = {name: c.repeat(steps, *([1] * (c.ndim - 1))) for name, c in cond.items()}
+        repeated = {name: repeat(c, "b ... -> (s b) ...", s=steps) for name, c in cond.items()}
     return field(xs.flatten(0, 1), times, repeated).reshape(xs.shape)

@@ -1,4 +1,4 @@
-"""Tilt a base flow toward a reward: one call, and the loss it trains.
+"""Tilt a base flow toward a reward in one call.
 
 ``tilt(base, reward, shape=(2,))`` checks its input, measures what the kernel needs of the base,
 trains a copy of the base (or a zero-initialised residual on it) with `flows.training.Trainer` on
@@ -12,227 +12,27 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from adjoint.certificate import Certificate, certify, path_log_ratio
+from adjoint.certificate import Certificate, certify
 from adjoint.covariance import MAX_DIM
-from adjoint.kernel import KERNELS, MATCHED, Kernel, make_kernel, measure_mmse
-from adjoint.lean import Adjoint, lean_adjoint
-from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
-from adjoint.replay import ReplayBuffer
+from adjoint.kernel import MATCHED, Kernel, make_kernel, measure_mmse
+from adjoint.objective import CondSampler, TiltConfig, TiltLoss
 from adjoint.reward import Reward, ValueFunction, as_reward, check_reward
-from adjoint.rollout import draw_noise, rollout, velocity_along
 from flows import grid as grids
 from flows.callbacks import Callback
 from flows.checkpoint import ensure_writable
 from flows.field import Cond, Residual, VelocityField, check_velocity, frozen
 from flows.networks import MLPVelocity
 from flows.sampling import sample
-from flows.training import Trainer, TrainerConfig
+from flows.training import Trainer
 
-CondSampler = Callable[[int, torch.Generator], Cond]
-
-
-@dataclass(frozen=True)
-class TiltConfig(TrainerConfig):
-    """Options of a tilt; those of the trainer come first."""
-
-    grad_clip: float = 100.0
-    """Largest norm of the gradient; 0 turns clipping off.  The loss is a sum over steps whose rare
-    large terms carry the mass between modes: a tight limit would bias the tilt."""
-    kernel: str = "moment_matched"
-    """Memoryless scheme, one of adjoint.KERNELS."""
-    steps: int = 20
-    """Steps K of the training chain."""
-    shift: float = 1.0
-    """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise."""
-    temperature: float = 1.0
-    """The target is p(x) exp(r(x) / temperature)."""
-    batch_size: int = 256
-    """Trajectories an update (a micro-batch, where updates accumulate)."""
-    late: float = 1.0
-    """Fraction of the steps, the last ones, that always enter the loss."""
-    early: float = 1.0
-    """Fraction of the other steps, drawn at random, that enter the loss."""
-    clip: float = 0.0
-    """Constant cap on the loss of one step of one trajectory; 0 is none."""
-    clip_quantile: bool = False
-    """Cap at a running mean of the 0.9 quantile of those losses instead."""
-    importance: bool = False
-    """Weight trajectories by softmax(log w): less bias of a coarse grid, more noise; wants large
-    batches."""
-    min_ess: float = 0.5
-    """With importance: batches whose effective sample size / B is smaller go unweighted."""
-    replay: int = 0
-    """Trajectories kept for reuse; 0 is none."""
-    refresh: int = 1
-    """With replay: losses per fresh rollout (updates, unless they accumulate)."""
-    probe_samples: int = 8192
-    """ODE samples of the base that its mmse, the checks and the comparison of log Z are made of."""
-    certificate_samples: int = 4096
-    """Trajectories of each of the two certificates; 0 is none."""
-    max_batch: int = 4096
-    """Largest batch at which probe and certificates evaluate base and model."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            ValueError: naming the option, its value and what was expected.
-        """
-        super().__post_init__()
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
-        minima = {"steps": 2, "batch_size": 1, "refresh": 1, "replay": 0}
-        minima |= {"certificate_samples": 0, "probe_samples": 64, "max_batch": 1}
-        for name, least in minima.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        grids.shifted(self.steps, self.shift)
-        select_steps(self.steps, late=self.late, early=self.early, generator=torch.Generator())
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if not self.clip >= 0 or (self.clip and self.clip_quantile):
-            raise ValueError(
-                "clip must be at least 0, and 0 where clip_quantile is on, "
-                f"got clip={self.clip}, clip_quantile={self.clip_quantile}"
-            )
-        if 0 < self.replay < self.batch_size:
-            raise ValueError(
-                f"replay must be 0 or at least batch_size={self.batch_size}, got {self.replay}"
-            )
-        if self.refresh > 1 and not self.replay:
-            raise ValueError(f"refresh={self.refresh} needs a replay buffer, got replay=0")
-        if self.certificate_samples == 1:
-            raise ValueError("certificate_samples must be 0 or at least 2, got 1")
-
-
-class TiltLoss:
-    """The adjoint-matching loss on fresh or replayed trajectories, as a trainer calls it.
-
-    Arguments:
-        base: frozen velocity field.
-        reward: scaled reward (temperature included).
-        kernel: table of the chain.
-        shape: of one sample, without the batch.
-        config: the options from ``batch_size`` to ``refresh``.
-        cond_sampler: draws conditions for n samples; None for an unconditional flow.
-        dtype: of the SDE state and the adjoint.
-    """
-
-    def __init__(
-        self,
-        base: VelocityField,
-        reward: Reward,
-        kernel: Kernel,
-        *,
-        shape: tuple[int, ...],
-        config: TiltConfig,
-        cond_sampler: CondSampler | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.base, self.reward, self.kernel = base, reward, kernel
-        self.shape, self.config, self.cond_sampler = shape, config, cond_sampler
-        self.dtype = dtype
-        self.calls = 0
-        self.cap: Tensor | None = None
-        self.buffer: ReplayBuffer | None = None
-        if config.replay:
-            self.buffer = ReplayBuffer(
-                config.replay, {"xs": 1, "values": 1, "v_base": 1}, device=kernel.t.device
-            )
-
-    def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
-        n, device = self.config.batch_size, generator.device
-        x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
-        cond = None if self.cond_sampler is None else self.cond_sampler(n, generator)
-        noise = draw_noise(self.kernel, x0, generator=generator)
-        training = module.training
-        module.eval()  # no dropout in the trajectories, no statistics from them
-        trajectory = rollout(module, self.base, self.kernel, x0, noise, cond)
-        module.train(training)
-        value, gradient = self.reward.value_and_gradient(trajectory.xs[-1], cond)
-        adjoint = lean_adjoint(self.base, self.kernel, trajectory.xs, -gradient, cond, noise=noise)
-        log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel)
-        return {
-            "xs": trajectory.xs[:-1],
-            "values": adjoint.values,
-            "v_base": adjoint.v_base,
-            "log_w": value + log_ratio,
-            "reward": value,
-            "kl": kl,
-            **{f"cond.{name}": c for name, c in (cond or {}).items()},
-        }
-
-    def _batch(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        """Fresh trajectories, or replayed ones when the buffer says so."""
-        if self.buffer is None:
-            return self.collect(module, generator)
-        if self.calls % self.config.refresh == 0:
-            self.buffer.add(self.collect(module, generator))
-        return self.buffer.draw(self.config.batch_size, generator=generator)
-
-    def __call__(
-        self, module: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of ``module`` on one batch, and metrics."""
-        config, kernel = self.config, self.kernel
-        batch = self._batch(module, generator)
-        self.calls += 1
-        steps = None
-        if config.late < 1 and config.early < 1:
-            steps = select_steps(
-                kernel.steps, late=config.late, early=config.early, generator=generator
-            )
-        xs = batch["xs"] if steps is None else batch["xs"][steps.to(batch["xs"].device)]
-        times = kernel.t[:-1] if steps is None else kernel.t[:-1][steps.to(kernel.t.device)]
-        cond = {n.removeprefix("cond."): c for n, c in batch.items() if n.startswith("cond.")}
-        v = velocity_along(module, xs, times, cond or None)
-        clip: Tensor | float | None = config.clip or None
-        if config.clip_quantile:
-            clip = self.cap
-        weights = None
-        if config.importance:
-            weights = importance_weights(batch["log_w"], min_ess=config.min_ess)
-        loss, metrics = adjoint_matching_loss(
-            v,
-            Adjoint(batch["values"], batch["v_base"]),
-            kernel,
-            steps=steps,
-            weights=weights,
-            clip=clip,
-        )
-        if config.clip_quantile:
-            seen = metrics["term_quantile"]
-            self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
-        metrics["reward"] = batch["reward"].mean()
-        metrics["path_kl"] = batch["kl"].mean()
-        metrics["log_weight_std"] = batch["log_w"].std(correction=0)
-        relative = torch.softmax(batch["log_w"], 0)
-        metrics["ess"] = 1 / (len(relative) * relative.square().sum())
-        return loss, metrics
-
-    def state_dict(self) -> dict[str, object]:
-        """Counter, running cap and replay buffer, for a checkpoint."""
-        return {
-            "calls": self.calls,
-            "cap": self.cap,
-            "buffer": None if self.buffer is None else self.buffer.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what `state_dict` gave."""
-        self.calls = int(state["calls"])  # type: ignore[call-overload]
-        cap = state["cap"]
-        self.cap = cap.to(self.kernel.t.device) if isinstance(cap, Tensor) else None
-        if self.buffer is not None and isinstance(state["buffer"], dict):
-            self.buffer.load_state_dict(state["buffer"])
+__all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,6 @@ def make_model(problem: Problem, width: int = 64) -> nn.Module:
 
 def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
     """Train and judge one tilt."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     problem = problems.make_problem(name)
     options = TiltConfig(
         kernel=kernel.removesuffix("_weighted"),
@@ -141,6 +139,12 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
     }
 
 
+def prepare_worker() -> None:
+    """One thread a process, and no denormals, which slow Adam down."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
 def pending(config: FidelityConfig, rows: list[Row]) -> list[tuple[str, str, int]]:
     """What is asked for and not yet among the rows at this budget."""
     budget = (config.iterations, config.batch_size)
@@ -162,7 +166,10 @@ def main(config: FidelityConfig) -> None:
     """Run what is missing, print the table, draw the figure."""
     rows: list[Row] = json.loads(config.output.read_text()) if config.output.exists() else []
     jobs = pending(config, rows)
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(
+        config.workers, mp_context=context, initializer=prepare_worker
+    ) as pool:
         futures = [pool.submit(measure, *job, config) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(jobs), desc="tilts"):
             rows.append(future.result())

@@ -112,7 +112,6 @@ def describe(error: OSError) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; an expected failure is one line on stderr and exit status 1."""
     command = parse(arguments)
-    torch.set_flush_denormal(True)
     try:
         COMMANDS[type(command)](command)
     except OSError as error:
@@ -129,4 +128,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # of the process, so not where main() is called: slow in Adam
     sys.exit(main())

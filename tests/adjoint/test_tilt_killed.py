@@ -40,5 +40,7 @@ def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path):
     content = (whole / "metrics.csv").read_bytes()
     assert content.count(b"\n") == 1 + ITERATIONS // 3
     assert (killed / "metrics.csv").read_bytes() == content
-    log_weights = [torch.load(folder / "log_weights.pt") for folder in (whole, killed)]
+    log_weights = [
+        torch.load(folder / "log_weights.pt", weights_only=True) for folder in (whole, killed)
+    ]
     assert torch.equal(*log_weights)  # the certificate too

@@ -134,3 +134,12 @@ def test_rows_are_written_and_printed(tmp_path, capsys, monkeypatch):
     assert row.pop("velocity_error") < 0.02
     assert row == {"problem": "G", "scheme": "ancestral_weighted", "steps": 3}
     assert "ancestral_weighted" in capsys.readouterr().out
+
+
+def test_full_covariance_is_nearly_exact_with_weights_and_needs_the_pull_of_its_noise(monkeypatch):
+    """B at K = 10: .0002; without the derivative of the noise .006, worse than a scalar noise."""
+    assert scheme_error(PROBLEMS["B"], "covariance_matched_weighted", 10) < 5e-4
+    monkeypatch.setattr(
+        fixed_points, "noise_pull", lambda base, kernel, k, x, *rest: torch.zeros_like(x)
+    )
+    assert scheme_error(PROBLEMS["B"], "covariance_matched_weighted", 10) > 3e-3

@@ -9,6 +9,7 @@ from linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
 from problems import S2, M, gaussian
 from torch import nn
 
+from adjoint.reward import Reward
 from adjoint.tilt import TiltConfig, tilt
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback
@@ -311,3 +312,27 @@ def test_double_precision_is_kept_where_no_model_is_named():
     found = tilt(BASE, Slope(), shape=(2,), config=config, dtype=torch.float64)
     assert found.certificate.samples.dtype == torch.float64
     assert found.sample(3).dtype == torch.float64
+
+
+def test_trajectories_are_rolled_out_without_dropout():
+    """At the base log w is the reward itself; a noisy model would spread it."""
+
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.w = torch.nn.Dropout(0.5), torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, x, t, cond=None):
+            return BASE(x, t) + self.drop(torch.ones_like(x)) - 1 + self.w
+
+    loss_metrics = {}
+
+    class Watch(Callback):
+        def on_step(self, trainer, iteration, metrics):
+            loss_metrics.update(metrics)
+            assert trainer.module.training
+
+    flat = Reward(lambda x, c: 0 * x.sum(1))
+    config = with_options(iterations=1, certificate_samples=0)
+    tilt(BASE, flat, shape=(2,), config=config, model=Noisy(), callbacks=[Watch()])
+    assert float(loss_metrics["log_weight_std"]) < 1e-6

@@ -6,9 +6,14 @@ Three levels, each built from the one below: `tilt` (one call), `TiltLoss` with
 """
 
 from adjoint.certificate import Certificate, certify, path_log_ratio
-from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse
+from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse, own_time_kernel
 from adjoint.lean import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
-from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
+from adjoint.loss import (
+    adjoint_matching_loss,
+    importance_weights,
+    log_variance_loss,
+    select_steps,
+)
 from adjoint.objective import TiltConfig, TiltLoss
 from adjoint.reward import Reward
 from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
@@ -30,8 +35,10 @@ __all__ = [
     "full_adjoint",
     "importance_weights",
     "lean_adjoint",
+    "log_variance_loss",
     "make_kernel",
     "measure_mmse",
+    "own_time_kernel",
     "path_log_ratio",
     "rollout",
     "scalar_adjoint",

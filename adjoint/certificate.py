@@ -32,24 +32,41 @@ from adjoint.rollout import Trajectory, draw_noise, rollout
 from flows.field import Cond, VelocityField
 
 
-def path_log_ratio(trajectory: Trajectory, v_base: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+def path_log_ratio(
+    trajectory: Trajectory, v_base: Tensor, kernel: Kernel, v: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Σ_k log N_β/N_θ and Σ_k ‖d_k‖²/(2 std_k²) per trajectory, each (B,).
 
     Arguments:
-        trajectory: of the model.
+        trajectory: of any velocity, with the noise that made it.
         v_base: (K, B, *) base velocity at its states.
+        v: (K, B, *) velocity at its states of the model that is judged, where the trajectory is
+            another's; by default that of the trajectory itself.
+
+    With ν the velocity that moved the states, x_{k+1} = μ_ν + std ε, so that for any model
+
+        log N_β/N_θ = ½‖u_θ‖² - u_θ·(ε + u_ν),   u = mean_v (v - v_β)/std:
+
+    differentiable in ``v`` at fixed states.
     """
     noisy = kernel.steps - int(kernel.noiseless_last)
-    difference = (trajectory.v - v_base)[:noisy].flatten(2)
+    u_sampled = _whitened_drift(trajectory, trajectory.v, v_base, kernel, noisy)
+    u = u_sampled if v is None else _whitened_drift(trajectory, v, v_base, kernel, noisy)
+    kl = 0.5 * u.square().sum((0, 2))
+    cross = (u * (trajectory.noise[:noisy].flatten(2) + u_sampled)).sum((0, 2))
+    return kl - cross, kl
+
+
+def _whitened_drift(
+    trajectory: Trajectory, v: Tensor, v_base: Tensor, kernel: Kernel, noisy: int
+) -> Tensor:
+    """u_k = std_k⁻¹ mean_v (v - v_β), (noisy, B, d); by L_k⁻¹ where the noise is L_k ε_k."""
+    difference = (v - v_base)[:noisy].flatten(2)
     if trajectory.roots is None:
         ratio = (kernel.mean_v[:noisy] / kernel.std[:noisy]).to(v_base.dtype)
-        u = ratio.reshape(-1, 1, 1) * difference
-    else:
-        d = kernel.mean_v.to(v_base.dtype).reshape(-1, 1, 1) * difference
-        u = torch.linalg.solve_triangular(trajectory.roots, d.unsqueeze(3), upper=False).squeeze(3)
-    kl = 0.5 * u.square().sum((0, 2))
-    cross = (u * trajectory.noise[:noisy].flatten(2)).sum((0, 2))
-    return -kl - cross, kl
+        return ratio.reshape(-1, 1, 1) * difference
+    d = kernel.mean_v.to(v_base.dtype).reshape(-1, 1, 1) * difference
+    return torch.linalg.solve_triangular(trajectory.roots, d.unsqueeze(3), upper=False).squeeze(3)
 
 
 @dataclass(frozen=True)

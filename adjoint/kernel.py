@@ -205,8 +205,17 @@ def _ancestral_pair(grid: Tensor) -> Kernel:
     )
 
 
-def _own_time(grid: Tensor, mmse: Tensor | None) -> Kernel:
-    """Ancestral mean, left-point adjoint c read at its own time; noise q or q + g² mmse."""
+def own_time_kernel(grid: Tensor, mmse: Tensor | None = None) -> Kernel:
+    """The table of ``ancestral`` or, with the mmse of the base, of ``moment_matched``.
+
+    Ancestral mean, left-point adjoint c read at its own time; noise q or q + g² mmse.  For a base
+    that changes while it is tilted: a plain function of tensors, which checks nothing and does not
+    wait for the device.  Otherwise call `make_kernel`.
+
+    Arguments:
+        grid: (K+1,) float64, strictly increasing from 0 to 1.
+        mmse: (K,) float64, positive, on the device of the grid.
+    """
     t, s = grid[:-1], grid[1:]
     coefficient, g, q = _ancestral_moments(grid)
     variance = q if mmse is None else q + g**2 * mmse
@@ -214,7 +223,7 @@ def _own_time(grid: Tensor, mmse: Tensor | None) -> Kernel:
     mean_v = g * (1 - t)
     # The plain chain ends noiseless: its last residual takes the weight of the step before.
     weight = torch.where(variance > 0, mean_v**2 / variance, torch.full_like(t, torch.nan))
-    weight = torch.where(weight.isnan(), weight[~weight.isnan()].amax(), weight)
+    weight = torch.where(weight.isnan(), weight.nan_to_num(0.0).amax(), weight)
     weight = weight.clamp_max(WEIGHT_CAP * weight.median())
     read_v = (weight / weight.mean()).sqrt()
     return Kernel(
@@ -231,7 +240,7 @@ def _own_time(grid: Tensor, mmse: Tensor | None) -> Kernel:
         adjoint_scale=torch.cat([left, grid[-1:]]),
         read_next=False,
         noiseless_last=mmse is None,
-        own_time=tuple((left == t).tolist()),
+        own_time=(False, *[True] * (len(t) - 1)),  # all but the step from t = 0
     )
 
 
@@ -273,14 +282,14 @@ def make_kernel(
             raise ValueError(f"covariance must be (d, d), got shape {tuple(covariance.shape)}")
         _, g, q = _ancestral_moments(grid)
         return replace(
-            _own_time(grid, mmse),
+            own_time_kernel(grid, mmse),
             name=name,
             bridge=q,
             gain=g**2,
             start_covariance=covariance.to(grid),
         )
     if name in ("ancestral", *MATCHED):
-        return _own_time(grid, mmse)
+        return own_time_kernel(grid, mmse)
     if name == "ancestral_pair":
         return _ancestral_pair(grid)
     return _euler(grid, published=name == "euler_published")

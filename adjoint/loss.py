@@ -6,6 +6,13 @@ on trajectories of the current model, with λ, v_β and the states held constant
 al. 2409.08861, eq. 37).  Its only critical point is the optimal control; it is a regression, so
 the minimum is not zero.  Practical options: a random subset of the steps, a cap on each term, and
 importance weights per trajectory.
+
+The second loss here is the half variance of the log-weights (`log_variance_loss`).  At the optimum
+log w is the same number on every trajectory, so that its gradient there is zero on every batch and
+not only on average: after the regression has brought the control near the optimum, it removes the
+noise that the regression leaves, and what it leaves in the weights of modes above all, since log w
+compares whole trajectories that ended in different ones.  It is no good start, for its noise grows
+with the variance itself.
 """
 
 from __future__ import annotations
@@ -101,3 +108,18 @@ def importance_weights(log_weights: Tensor, *, cap: float = 10.0, min_ess: float
     weights = torch.softmax(log_weights, 0) * log_weights.shape[0]
     ess = 1 / weights.square().mean()
     return torch.where(ess >= min_ess, weights.clamp_max(cap), torch.ones_like(weights))
+
+
+def log_variance_loss(log_weights: Tensor, groups: int = 1) -> Tensor:
+    """½ Var(log w), unbiased, in nats²: 0 at the exact tilt, whatever law the trajectories have.
+
+    Arguments:
+        log_weights: (B,) with gradient, of `adjoint.certificate.path_log_ratio` plus the reward at
+            the end, on trajectories that are held fixed.
+        groups: number of equal groups of neighbours; the variance is within groups.  Trajectories
+            under different conditions have different log Z: each group holds one condition.
+
+    Source: Nüsken and Richter, "Solving high-dimensional Hamilton-Jacobi-Bellman PDEs using neural
+    networks" (2005.05409), the log-variance divergence.
+    """
+    return 0.5 * log_weights.reshape(groups, -1).var(1).mean()

@@ -1,7 +1,9 @@
 """What a tilt minimises and its options: the adjoint-matching loss as a trainer calls it.
 
 `TiltLoss` rolls the current model out (or replays), runs the lean adjoint back, and evaluates
-`adjoint_matching_loss` on the selected steps.  A trainer of one's own takes it as it is.
+`adjoint_matching_loss` on the selected steps.  In the last part of a training it refines: on fresh
+trajectories of the current model it evaluates `log_variance_loss`, which needs no adjoint and whose
+noise vanishes at the optimum.  A trainer of one's own takes it as it is.
 """
 
 from __future__ import annotations
@@ -16,15 +18,23 @@ from torch import Tensor, nn
 from adjoint.certificate import path_log_ratio
 from adjoint.kernel import KERNELS, Kernel
 from adjoint.lean import Adjoint, lean_adjoint
-from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
+from adjoint.loss import (
+    adjoint_matching_loss,
+    importance_weights,
+    log_variance_loss,
+    select_steps,
+)
 from adjoint.replay import ReplayBuffer
 from adjoint.reward import Reward
-from adjoint.rollout import draw_noise, rollout, velocity_along
+from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
 from flows import grid as grids
 from flows.field import Cond, VelocityField
 from flows.training import TrainerConfig
 
 CondSampler = Callable[[int, torch.Generator], Cond]
+
+GROUP = 8
+"""Trajectories that share a condition where the spread of their log-weights is the loss."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,9 @@ class TiltConfig(TrainerConfig):
     """Steps K of the training chain."""
     shift: float = 1.0
     """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise."""
+    refine: float = 0.5
+    """Fraction of the updates, the last ones, that minimise the variance of log w instead of the
+    adjoint-matching loss; 0 is none.  They start from the average with a fresh optimiser."""
     temperature: float = 1.0
     """The target is p(x) exp(r(x) / temperature)."""
     batch_size: int = 256
@@ -68,6 +81,11 @@ class TiltConfig(TrainerConfig):
     max_batch: int = 4096
     """Largest batch at which probe and certificates evaluate base and model."""
 
+    @property
+    def restart(self) -> int | None:
+        """Iteration with which the refinement begins; None without one."""
+        return self.iterations - round(self.refine * self.iterations) if self.refine else None
+
     def __post_init__(self) -> None:
         """Refuse values out of range.
 
@@ -84,6 +102,11 @@ class TiltConfig(TrainerConfig):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         grids.shifted(self.steps, self.shift)
         select_steps(self.steps, late=self.late, early=self.early, generator=torch.Generator())
+        if not 0 <= self.refine <= 1 or (self.refine and self.batch_size < 2):
+            raise ValueError(
+                "refine must lie in [0, 1], and batch_size be at least 2 where it is above 0, "
+                f"got refine={self.refine}, batch_size={self.batch_size}"
+            )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not self.clip >= 0 or (self.clip and self.clip_quantile):
@@ -136,18 +159,33 @@ class TiltLoss:
                 config.replay, {"xs": 1, "values": 1, "v_base": 1}, device=kernel.t.device
             )
 
-    def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
-        n, device = self.config.batch_size, generator.device
+    def _rollout(
+        self, module: nn.Module, n: int, groups: int, generator: torch.Generator
+    ) -> tuple[Trajectory, Cond | None]:
+        """``n`` fresh trajectories and their conditions, ``groups`` of them each repeated."""
+        device = generator.device
         x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
-        cond = None if self.cond_sampler is None else self.cond_sampler(n, generator)
+        cond = None
+        if self.cond_sampler is not None:
+            cond = self.cond_sampler(groups, generator)
+            repeats = n // groups
+            if repeats > 1:
+                cond = {name: c.repeat_interleave(repeats, 0) for name, c in cond.items()}
         noise = draw_noise(self.kernel, x0, generator=generator)
         training = module.training
         module.eval()  # no dropout in the trajectories, no statistics from them
         trajectory = rollout(module, self.base, self.kernel, x0, noise, cond)
         module.train(training)
+        return trajectory, cond
+
+    def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
+        n = self.config.batch_size
+        trajectory, cond = self._rollout(module, n, n, generator)
         value, gradient = self.reward.value_and_gradient(trajectory.xs[-1], cond)
-        adjoint = lean_adjoint(self.base, self.kernel, trajectory.xs, -gradient, cond, noise=noise)
+        adjoint = lean_adjoint(
+            self.base, self.kernel, trajectory.xs, -gradient, cond, noise=trajectory.noise
+        )
         log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel)
         return {
             "xs": trajectory.xs[:-1],
@@ -171,18 +209,21 @@ class TiltLoss:
         self, module: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of ``module`` on one batch, and metrics."""
-        config, kernel = self.config, self.kernel
-        batch = self._batch(module, generator)
+        restart = self.config.restart
+        refining = restart is not None and self.calls >= restart * self.config.accumulate
+        loss, metrics = (self._refine if refining else self._match)(module, generator)
         self.calls += 1
-        steps = None
-        if config.late < 1 and config.early < 1:
-            steps = select_steps(
-                kernel.steps, late=config.late, early=config.early, generator=generator
-            )
-        xs = batch["xs"] if steps is None else batch["xs"][steps.to(batch["xs"].device)]
-        times = kernel.t[:-1] if steps is None else kernel.t[:-1][steps.to(kernel.t.device)]
+        return loss, metrics
+
+    def _match(
+        self, module: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The adjoint-matching loss."""
+        config = self.config
+        batch = self._batch(module, generator)
+        steps = self._select(generator)
         cond = {n.removeprefix("cond."): c for n, c in batch.items() if n.startswith("cond.")}
-        v = velocity_along(module, xs, times, cond or None)
+        v = self._velocity(module, batch["xs"], steps, cond or None)
         clip: Tensor | float | None = config.clip or None
         if config.clip_quantile:
             clip = self.cap
@@ -192,7 +233,7 @@ class TiltLoss:
         loss, metrics = adjoint_matching_loss(
             v,
             Adjoint(batch["values"], batch["v_base"]),
-            kernel,
+            self.kernel,
             steps=steps,
             weights=weights,
             clip=clip,
@@ -200,12 +241,49 @@ class TiltLoss:
         if config.clip_quantile:
             seen = metrics["term_quantile"]
             self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
-        metrics["reward"] = batch["reward"].mean()
-        metrics["path_kl"] = batch["kl"].mean()
-        metrics["log_weight_std"] = batch["log_w"].std(correction=0)
-        relative = torch.softmax(batch["log_w"], 0)
-        metrics["ess"] = 1 / (len(relative) * relative.square().sum())
-        return loss, metrics
+        return loss, metrics | _judged(batch["reward"], batch["log_w"], batch["kl"])
+
+    def _refine(
+        self, module: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Half the variance of log w, within conditions, on fresh trajectories.
+
+        Where the loss is taken on some of the steps, the other steps enter log w as numbers: the
+        gradient in each step's control vanishes at the optimum by itself.
+        """
+        n, groups = self.config.batch_size, 1
+        if self.cond_sampler is not None:
+            groups = max(1, n // GROUP)
+            n = groups * (n // groups)
+        trajectory, cond = self._rollout(module, n, groups, generator)
+        with torch.no_grad():
+            v_base = velocity_along(self.base, trajectory.xs[:-1], self.kernel.t[:-1], cond)
+            v_base = v_base.to(self.dtype)
+            value = self.reward(trajectory.xs[-1], cond)
+        steps = self._select(generator)
+        v = self._velocity(module, trajectory.xs[:-1], steps, cond).to(self.dtype)
+        if steps is not None:
+            v = trajectory.v.index_copy(0, steps.to(v.device), v)
+        log_ratio, kl = path_log_ratio(trajectory, v_base, self.kernel, v)
+        log_w = value + log_ratio
+        metrics = _judged(value, log_w.detach(), kl.detach())
+        return log_variance_loss(log_w, groups), metrics
+
+    def _select(self, generator: torch.Generator) -> Tensor | None:
+        """Indices of the steps whose velocities get a gradient; None for all."""
+        late, early = self.config.late, self.config.early
+        if late == 1 or early == 1:
+            return None
+        return select_steps(self.kernel.steps, late=late, early=early, generator=generator)
+
+    def _velocity(
+        self, module: nn.Module, xs: Tensor, steps: Tensor | None, cond: Cond | None
+    ) -> Tensor:
+        """Velocities (S, B, *) of ``module`` at the selected of the states (K, B, *)."""
+        times = self.kernel.t[:-1]
+        if steps is not None:
+            xs, times = xs[steps.to(xs.device)], times[steps.to(times.device)]
+        return velocity_along(module, xs, times, cond)
 
     def state_dict(self) -> dict[str, object]:
         """Counter, running cap and replay buffer, for a checkpoint."""
@@ -222,3 +300,14 @@ class TiltLoss:
         self.cap = cap.to(self.kernel.t.device) if isinstance(cap, Tensor) else None
         if self.buffer is not None and isinstance(state["buffer"], dict):
             self.buffer.load_state_dict(state["buffer"])
+
+
+def _judged(reward: Tensor, log_w: Tensor, kl: Tensor) -> dict[str, Tensor]:
+    """What a batch of trajectories says about the tilt, as the certificate does; (B,) each."""
+    relative = torch.softmax(log_w, 0)
+    return {
+        "reward": reward.mean(),
+        "path_kl": kl.mean(),
+        "log_weight_std": log_w.std(correction=0),
+        "ess": 1 / (len(relative) * relative.square().sum()),
+    }

@@ -9,6 +9,14 @@ A loss is any callable (module, generator) -> (loss, metrics), and one iteration
 where the warm-up of d_i keeps the random initialisation from lingering in the average.  The rate
 lr_i is a function of i alone (``learning_rate``), so it needs no state.
 
+Before the iteration ``restart``, where a configuration has one, the average becomes the weights,
+Adam forgets its moments, and the schedules of lr_i and d_i start anew: a second training, say on
+another loss, from the result of the first.
+
+A loss object that has the method ``before_step(module)`` is told when g is known, clipped and (on a
+CPU) found finite, while the weights are still theta: the moment for what follows the weights of
+before the update, such as slow copies of a network.
+
 Exact resume.  All randomness of a loss comes from the generator it is handed, and the checkpoint
 holds everything else that the next iteration depends on: weights, average, moments of Adam,
 generator, iteration, and the state of the loss if it has ``state_dict`` and ``load_state_dict``.
@@ -89,14 +97,28 @@ class TrainerConfig:
                 f"lr_schedule must be 'constant' or 'cosine', got {self.lr_schedule!r}"
             )
 
+    @property
+    def restart(self) -> int | None:
+        """Iteration before which training restarts from the average; None for never."""
+        return None
+
+    def stage(self, iteration: int) -> tuple[int, int]:
+        """Iterations since the last (re)start, and how many there are from it to the next."""
+        if self.restart is None or self.restart >= self.iterations:
+            return iteration, self.iterations
+        if iteration < self.restart:
+            return iteration, self.restart
+        return iteration - self.restart, self.iterations - self.restart
+
 
 def learning_rate(config: TrainerConfig, iteration: int) -> float:
     """The rate of the iteration with index ``iteration`` = 0, 1, ..."""
-    if iteration < config.warmup:
-        return config.lr * (iteration + 1) / config.warmup
+    done, length = config.stage(iteration)
+    if done < config.warmup:
+        return config.lr * (done + 1) / config.warmup
     if config.lr_schedule == "constant":
         return config.lr
-    progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
+    progress = (done - config.warmup) / max(1, length - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -105,7 +127,8 @@ class Trainer:
 
     Arguments:
         module: trained in place.
-        loss: callable (module, generator) -> (scalar loss, scalar metrics).
+        loss: callable (module, generator) -> (scalar loss, scalar metrics); may have
+            ``before_step``, ``state_dict`` and ``load_state_dict``, see above.
         config: see ``TrainerConfig``.
         callbacks: see ``flows.callbacks``.
         checkpoint: file written every ``checkpoint_every`` iterations and at the end; one of an
@@ -176,6 +199,8 @@ class Trainer:
             ValueError: the loss is not a scalar.
         """
         config = self.config
+        if self.iteration == config.restart:
+            self._restart()
         self._optimizer.zero_grad(set_to_none=True)
         parts: list[dict[str, Tensor]] = []
         for _ in range(config.accumulate):
@@ -195,6 +220,8 @@ class Trainer:
             self._check_finite()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(config, self.iteration)
+        if hasattr(self.loss, "before_step"):
+            self.loss.before_step(self.module)
         self._optimizer.step()
         self._average()
         self.iteration += 1
@@ -256,6 +283,13 @@ class Trainer:
         self.iteration = state["iteration"]
         self._unchecked.clear()
 
+    @torch.no_grad()
+    def _restart(self) -> None:
+        """Continue from the average with a fresh optimiser."""
+        if self.config.ema_decay:
+            torch._foreach_copy_(self._parameters, self._averages)
+        self._optimizer.state.clear()
+
     def _autocast(self) -> AbstractContextManager:
         if not self.config.autocast:
             return nullcontext()
@@ -267,7 +301,8 @@ class Trainer:
     def _average(self) -> None:
         if not self.config.ema_decay:
             return
-        decay = min(self.config.ema_decay, (1 + self.iteration) / (10 + self.iteration))
+        done, _ = self.config.stage(self.iteration)
+        decay = min(self.config.ema_decay, (1 + done) / (10 + done))
         torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
         if self._buffers[0]:
             torch._foreach_copy_(*self._buffers)

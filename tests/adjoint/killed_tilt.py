@@ -2,7 +2,7 @@
 
 Everything of a tilt that a checkpoint has to restore takes part: a replay buffer that is refreshed
 only now and then, importance weights, a running cap, a random subset of the steps, averaging,
-accumulation, and a logger.
+accumulation, the refinement, and a logger.
 """
 
 import torch
@@ -21,6 +21,7 @@ CONFIG = TiltConfig(
     batch_size=32,
     replay=96,
     refresh=3,
+    refine=0.4,
     importance=True,
     clip_quantile=True,
     late=0.4,

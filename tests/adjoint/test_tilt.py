@@ -71,6 +71,9 @@ OPTIONS = [
     {"clip_quantile": True},
     {"ema_decay": 0.9},
     {"autocast": True},
+    {"refine": 0.6},
+    {"refine": 1.0, "late": 0.25, "early": 0.5, "accumulate": 2},
+    {"refine": 1.0, "kernel": "covariance_matched"},
 ]
 
 
@@ -108,9 +111,19 @@ def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
         )  # known without the generator
         return {"c": torch.stack([angle.cos(), 0.5 * angle.sin()], 1)}
 
-    for kernel in ("moment_matched", "covariance_matched"):
+    for kernel, refine in (
+        ("moment_matched", 0.0),
+        ("covariance_matched", 0.0),
+        ("moment_matched", 0.7),
+    ):
         config = with_options(
-            kernel=kernel, certificate_samples=512, replay=64, refresh=2, late=0.5
+            kernel=kernel,
+            certificate_samples=512,
+            batch_size=64 if refine else 16,  # eight different conditions
+            replay=64,
+            refresh=2,
+            late=0.5,
+            refine=refine,
         )
         found = tilt(
             base,
@@ -229,6 +242,7 @@ def test_importance_weights_make_stale_trajectories_unbiased(importance):
         replay=4096,
         refresh=1000,
         importance=importance,
+        refine=0.0,
         certificate_samples=0,
     )
     found = tilt(

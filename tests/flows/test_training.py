@@ -159,6 +159,34 @@ def test_clipping_acts_after_the_norm_is_reported():
         torch.testing.assert_close(first_moment, 0.1 * factor * slope, rtol=1e-5, atol=0)
 
 
+def test_before_step_comes_between_the_clipped_gradient_and_the_update():
+    class Watched:
+        seen = ()
+        losses = 0
+
+        def __call__(self, module, generator):
+            self.losses += 1
+            bad = math.nan if self.losses > 4 else 1.0
+            return bad * 3.0 * module.theta.sum(), {}
+
+        def before_step(self, module):
+            theta, gradient = module.theta, module.theta.grad
+            self.seen = (*self.seen, (self.losses, theta.detach().clone(), gradient.clone()))
+
+    module, watched = Point(), Watched()
+    trainer = Trainer(module, watched, replace(PLAIN, accumulate=2, grad_clip=1.0))
+    after = [torch.zeros(4, dtype=torch.float64)]
+    for _ in range(2):
+        trainer.step()
+        after.append(module.theta.detach().clone())
+    with pytest.raises(TrainingDiverged):
+        trainer.step()
+    assert [losses for losses, _, _ in watched.seen] == [2, 4]  # not told of the bad one
+    for (_, theta, gradient), expected in zip(watched.seen, after[:2], strict=True):
+        assert torch.equal(theta, expected)
+        assert float(gradient.norm()) == pytest.approx(1.0, rel=1e-5)
+
+
 @pytest.mark.parametrize("decay", [0.5, 0.999])
 def test_the_average_against_its_closed_form(decay):
     recorder = Recorder()
@@ -527,3 +555,32 @@ def test_fit_flow_resumes_and_checks_its_arguments(tmp_path):
         fit(1, None, coupling="sinkhorn")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         fit(1, None, batch_size=0)
+
+
+def test_a_restart_is_a_second_training_from_the_average():
+    """Bit by bit: seven iterations, then five more with a new optimiser and new schedules."""
+
+    class Restarting(TrainerConfig):
+        @property
+        def restart(self):
+            return 7
+
+    def loss(module, generator):
+        x = torch.randn(16, 2, generator=generator)
+        return (module(x) - x.sin()).square().mean(), {}
+
+    def network():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return torch.nn.Linear(2, 2)
+
+    options = {"lr": 0.05, "warmup": 2, "ema_decay": 0.9}
+    once = Trainer(network(), loss, Restarting(iterations=12, **options)).fit()
+    first = Trainer(network(), loss, TrainerConfig(iterations=7, **options))
+    start = first.fit().requires_grad_(True)
+    second = Trainer(start, loss, TrainerConfig(iterations=5, **options))
+    second.generator.set_state(first.generator.get_state())
+    for name, value in second.fit().state_dict().items():
+        assert torch.equal(value, once.state_dict()[name]), name
+    plain = Trainer(network(), loss, TrainerConfig(iterations=12, **options)).fit()
+    assert not torch.equal(plain.weight, once.weight)

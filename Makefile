@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo rl-demo test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m applications.toy2d demo $(DEMO)
+
+rl-demo: $(VENV)/.rl
+	$(BIN)/python -m applications.rl demo $(DEMO)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST)
@@ -24,6 +27,10 @@ $(BIN)/python:
 $(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.rl: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rl]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo

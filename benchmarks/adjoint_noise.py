@@ -24,8 +24,8 @@ import tyro
 
 from adjoint import Reward, draw_noise, lean_adjoint, make_kernel, measure_mmse, rollout
 from applications.toy2d.rewards import make_reward
-from applications.toy2d.run import write_json
 from applications.toy2d.targets import find_target
+from flows.checkpoint import write_json
 from flows.grid import uniform
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

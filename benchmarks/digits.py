@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from adjoint.certificate import certify
 from adjoint.tilt import Tilted
-from applications.toy2d import handwriting, style
+from applications.pictures import style
+from applications.toy2d import handwriting
 from applications.toy2d.digit_judge import Comparison, compare, distances
 from applications.toy2d.digits import (
     DigitsConfig,
@@ -41,7 +42,7 @@ from applications.toy2d.digits import (
     train_judge,
 )
 from applications.toy2d.handwriting import CLASSES, DIM, Classifier, DigitReward, Digits
-from applications.toy2d.run import write_json
+from flows.checkpoint import write_json
 
 Row = dict[str, str | int | float]
 LAWS = ("ode", "chain", "weighted")

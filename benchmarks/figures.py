@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from applications.toy2d import style
+from applications.pictures import style
 
 METRICS = {
     "velocity_error": "velocity error",

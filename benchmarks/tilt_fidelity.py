@@ -1,6 +1,8 @@
 """How exact is a trained tilt?  Every kernel, every problem, equal training budgets.
 
-    python -m benchmarks.tilt_fidelity                 # all of it: about an hour on two cores
+    python -m benchmarks.tilt_fidelity                 # all of it: over an hour on two cores
+    python -m benchmarks.tilt_fidelity --kernels moment_matched_refined --steps 40 \\
+        --iterations 1500 --batch-size 256             # with more training
     python -m benchmarks.tilt_fidelity --problems ring/linear --steps 10 --iterations 200
 
 Each row trains one network from the same seed with the same number of updates and trajectories and
@@ -35,17 +37,26 @@ from tqdm import tqdm
 
 from adjoint.tilt import TiltConfig, tilt
 from applications.toy2d.distances import mode_frequencies, w2_ratio
-from applications.toy2d.run import write_json
 from benchmarks import problems
 from benchmarks.figures import kernel_comparison
 from benchmarks.problems import Problem
+from flows.checkpoint import write_json
 from flows.field import Residual, VelocityField
 from flows.networks import MLPVelocity
 from flows.sampling import sample
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES = 20_000
-SCHEMES = ("moment_matched", "euler_published", "ancestral", "euler_consistent")
+MODE_SAMPLES = 100_000
+REFINED = 0.7
+"""Fraction of the updates that the suffix _refined gives to the log-variance."""
+SCHEMES = (
+    "moment_matched_refined",
+    "moment_matched",
+    "euler_published",
+    "ancestral",
+    "euler_consistent",
+)
 Row = dict[str, str | int | float]
 
 
@@ -56,7 +67,8 @@ class FidelityConfig:
     problems: tuple[str, ...] = field(default_factory=lambda: tuple(problems.names()))
     """Problems to run."""
     kernels: tuple[str, ...] = SCHEMES
-    """Kernels to compare; the suffix _weighted adds importance weights."""
+    """Kernels to compare; the suffix _refined ends with the log-variance, _weighted adds importance
+    weights; without a suffix all updates are of adjoint matching."""
     steps: tuple[int, ...] = (10, 40, 20)
     """Numbers of steps K."""
     iterations: int = 700
@@ -67,6 +79,11 @@ class FidelityConfig:
     """Processes, one thread each."""
     output: Path = Path("benchmarks/results/tilt_fidelity.json")
     """Rows, kept and completed."""
+
+    @classmethod
+    def budget(cls) -> tuple[int, int]:
+        """Updates and trajectories an update by default: the budget that the figure compares."""
+        return cls.iterations, cls.batch_size
 
 
 def velocity_error(problem: Problem, v: VelocityField, n: int = 2048) -> float:
@@ -102,8 +119,9 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
     """Train and judge one tilt."""
     problem = problems.make_problem(name)
     options = TiltConfig(
-        kernel=kernel.removesuffix("_weighted"),
+        kernel=kernel.removesuffix("_weighted").removesuffix("_refined"),
         importance=kernel.endswith("_weighted"),
+        refine=REFINED if kernel.endswith("_refined") else 0.0,
         steps=steps,
         iterations=config.iterations,
         batch_size=config.batch_size,
@@ -119,7 +137,7 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
     )
     seconds = time.perf_counter() - started
     assert result.certificate is not None
-    x = flow_samples(result.field, problem.dim, SAMPLES)
+    x = flow_samples(result.field, problem.dim, MODE_SAMPLES)
     generator = torch.Generator().manual_seed(9)
     exact = [problem.sample(SAMPLES // 2, generator) for _ in range(2)]
     difference = mode_frequencies(x, problem.modes) - problem.frequencies
@@ -149,9 +167,7 @@ def pending(config: FidelityConfig, rows: list[Row]) -> list[tuple[str, str, int
     """What is asked for and not yet among the rows at this budget."""
     budget = (config.iterations, config.batch_size)
     done = {
-        (row["problem"], row["kernel"], row["steps"])
-        for row in rows
-        if (row["iterations"], row["batch_size"]) == budget
+        (row["problem"], row["kernel"], row["steps"]) for row in rows if budget_of(row) == budget
     }
     asked = [
         (name, kernel, steps)
@@ -175,25 +191,36 @@ def main(config: FidelityConfig) -> None:
             rows.append(future.result())
             write_json(config.output, rows)
     print(summary(rows))
-    print(f"wrote {kernel_comparison(config.output.with_suffix('.png'), rows, kernels=SCHEMES)}")
+    compared = [row for row in rows if budget_of(row) == FidelityConfig.budget()]
+    figure = config.output.with_suffix(".png")
+    print(f"wrote {kernel_comparison(figure, compared or rows, kernels=SCHEMES)}")
 
 
 def summary(rows: list[Row]) -> str:
-    """Per kernel and K: median and worst over the problems."""
+    """Per budget, K and kernel: median and worst over the problems."""
     metrics = ("velocity_error", "mode_tv", "w2_ratio", "log_weight_std", "ess")
-    lines = [f"{'kernel':<20}{'K':>4}" + "".join(f"{m + ' med/max':>24}" for m in metrics)]
-    for steps in sorted({int(row["steps"]) for row in rows}):
-        for kernel in dict.fromkeys(row["kernel"] for row in rows):
-            chosen = [r for r in rows if r["kernel"] == kernel and r["steps"] == steps]
-            if not chosen:
-                continue
-            cells = []
-            for m in metrics:
-                values = torch.tensor([float(r[m]) for r in chosen])
-                worst = values.min() if m == "ess" else values.max()
-                cells.append(f"{float(values.median()):>15.3f} /{float(worst):>7.3f}")
-            lines.append(f"{kernel:<20}{steps:>4}" + "".join(cells))
+    lines = []
+    for budget in sorted({budget_of(row) for row in rows}):
+        own = [row for row in rows if budget_of(row) == budget]
+        heading = f"{budget[0]} updates of {budget[1]}"
+        lines.append(f"{heading:<26}{'K':>4}" + "".join(f"{m + ' med/max':>24}" for m in metrics))
+        for steps in sorted({int(row["steps"]) for row in own}):
+            for kernel in dict.fromkeys(row["kernel"] for row in own):
+                chosen = [r for r in own if r["kernel"] == kernel and r["steps"] == steps]
+                if not chosen:
+                    continue
+                cells = []
+                for m in metrics:
+                    values = torch.tensor([float(r[m]) for r in chosen])
+                    worst = values.min() if m == "ess" else values.max()
+                    cells.append(f"{float(values.median()):>15.3f} /{float(worst):>7.3f}")
+                lines.append(f"{kernel:<26}{steps:>4}" + "".join(cells))
     return "\n".join(lines)
+
+
+def budget_of(row: Row) -> tuple[int, int]:
+    """Updates, and trajectories an update, of a row."""
+    return int(row["iterations"]), int(row["batch_size"])
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ not verify them), and the content is read by the restricted unpickler of
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import platform
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,7 +45,13 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     """
     plain = _plain(state, "state")
     with replacing(path, "checkpoint") as file:
-        torch.save(plain, file)
+        try:
+            torch.save(plain, file)
+        except RuntimeError as error:  # how PyTorch reports a full disk when it closes the archive
+            cause = error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror) from error
 
 
 def load(
@@ -116,10 +123,12 @@ def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         # Below a regular file even unlink(missing_ok) fails; the first error is the one to report.
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and f"{name}: cannot write" not in str(error):
+            raise _unwritable(path, name, error) from error
         raise
     if os.name == "posix":  # the rename itself must reach the disk
         folder = os.open(path.parent, os.O_RDONLY)
@@ -127,6 +136,20 @@ def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(
+    path: str | Path,
+    content: Mapping[str, object] | Sequence[object],
+    name: str = "folder",
+) -> None:
+    """Write ``content`` as JSON, atomically; what JSON does not know, such as paths, as strings.
+
+    Raises:
+        OSError: the file cannot be written; the message starts with ``name``.
+    """
+    with replacing(path, name) as file:
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def ensure_writable(path: str | Path, name: str = "path") -> Path:
@@ -152,8 +175,11 @@ def _open_temporary(path: Path, name: str) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         return _temporary(path).open("wb")
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(error.errno, f"{name}: cannot write {str(path)!r}: {reason}") from error
+        raise _unwritable(path, name, error) from error
+
+
+def _unwritable(path: Path, name: str, error: OSError) -> OSError:
+    return OSError(error.errno, f"{name}: cannot write {str(path)!r}: {error.strerror or error}")
 
 
 def _plain(value: Any, place: str) -> Any:

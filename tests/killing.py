@@ -14,7 +14,7 @@ import time
 
 from flows.callbacks import Callback
 
-PRELOADED = ["torch", "torch._dynamo", "flows.training"]
+PRELOADED = ["torch", "torch._dynamo", "flows.training", "applications.rl.training"]
 
 
 class Report(Callback):

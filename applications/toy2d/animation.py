@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
 
-from applications.toy2d import style
-from applications.toy2d.arrays import Array, check_extent, checked, density_of
+from applications.pictures import style
+from applications.pictures.arrays import Array, check_extent, checked, density_of
 from flows.checkpoint import replacing
 
 SIDE, MARGIN, HEAD, FOOT = 320, 16, 40, 44

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter1d
 
-from applications.toy2d import style
-from applications.toy2d.arrays import Array, checked
+from applications.pictures import style
+from applications.pictures.arrays import Array, checked
 
 Rows = Sequence[Mapping[str, float | str | None]]
 

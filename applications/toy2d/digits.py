@@ -21,9 +21,9 @@ from adjoint.tilt import TiltConfig, Tilted, tilt
 from applications.toy2d import handwriting, images
 from applications.toy2d.digit_judge import Comparison, compare, distances
 from applications.toy2d.handwriting import CLASSES, DIM, SIZE, Classifier, DigitReward, Digits
-from applications.toy2d.run import write_json
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, CSVLogger, ProgressBar
+from flows.checkpoint import write_json
 from flows.field import VelocityField
 from flows.sampling import sample
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from applications.toy2d import style
-from applications.toy2d.arrays import Array, check_extent, checked, checked_density
+from applications.pictures import style
+from applications.pictures.arrays import Array, check_extent, checked, checked_density
 
 
 def gallery(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from applications.toy2d import style
-from applications.toy2d.arrays import Array, checked
+from applications.pictures import style
+from applications.pictures.arrays import Array, checked
 
 
 def image_grid(

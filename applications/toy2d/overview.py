@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from applications.toy2d.arrays import density_of
+from applications.pictures.arrays import density_of
 from applications.toy2d.draw import plane_points
 from applications.toy2d.gallery import gallery
 from applications.toy2d.rewards import REWARDS, make_reward

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from applications.toy2d import style
-from applications.toy2d.arrays import (
+from applications.pictures import style
+from applications.pictures.arrays import (
     Array,
     check_extent,
     checked,

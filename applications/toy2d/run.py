@@ -12,9 +12,8 @@ A run's folder holds ``config.json`` (options, versions), ``base.csv``, ``tilt.c
 from __future__ import annotations
 
 import copy
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +34,7 @@ from applications.toy2d.rewards import ToyReward, make_reward
 from applications.toy2d.targets import Target, find_target
 from flows import checkpoint as checkpoints
 from flows.callbacks import CSVLogger, ProgressBar
+from flows.checkpoint import write_json
 from flows.field import VelocityField
 from flows.networks import MLPVelocity
 from flows.sampling import sample
@@ -295,12 +295,6 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
     report["seconds"] = time.perf_counter() - started
     write_json(config.path / "report.json", report)
     return Run(config, target, reward, tilted, before, after, exact, report)
-
-
-def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
-    """Write ``content`` as JSON, atomically; paths become strings."""
-    with checkpoints.replacing(path, "folder") as file:
-        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def table(report: Mapping[str, str | int | float]) -> str:

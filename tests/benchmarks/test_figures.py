@@ -5,7 +5,7 @@ import pytest
 from matplotlib.collections import LineCollection, PathCollection
 from PIL import Image
 
-from applications.toy2d import style
+from applications.pictures import style
 from benchmarks.figures import kernel_comparison
 
 

@@ -201,10 +201,23 @@ def test_a_save_that_fails_midway_keeps_the_old_checkpoint(tmp_path, state, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"cannot write '.*checkpoint\.pt': No space left"):
         save(path, {"iteration": 2})
     assert same(load(path), state)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_that_pytorch_reports_as_a_broken_archive_is_named(tmp_path, monkeypatch):
+    def closes_badly(plain, file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", closes_badly)
+    with pytest.raises(OSError, match=r"c\.pt': No space left on device"):
+        save(tmp_path / "c.pt", {"iteration": 2})
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_new_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatch):

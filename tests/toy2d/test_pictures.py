@@ -14,9 +14,9 @@ from matplotlib.patches import StepPatch
 from matplotlib.quiver import Quiver
 from PIL import Image
 
-from applications.toy2d import style
+from applications.pictures import style
+from applications.pictures.arrays import checked, density_of
 from applications.toy2d.animation import flow_animation
-from applications.toy2d.arrays import checked, density_of
 from applications.toy2d.charts import certificate_histogram, training_curves
 from applications.toy2d.gallery import gallery
 from applications.toy2d.images import class_frequencies, image_grid, mosaic

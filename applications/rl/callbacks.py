@@ -1,0 +1,241 @@
+"""What watches a training of an agent, beside the loggers of ``flows.callbacks``.
+
+`Evaluations` also keeps their promise: evaluation.csv is a function of the run alone, and a run
+that is killed and resumed writes the same file as one left undisturbed.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from applications.rl.agent import Agent
+from applications.rl.evaluation import Evaluation
+from applications.rl.objective import Schedule
+from applications.rl.runs import write_config
+from flows.callbacks import Callback, Metrics
+from flows.checkpoint import replacing
+from flows.trainer import Trainer
+
+COLUMNS = ("step", "phase", "success", "episodes", "return", "length")
+
+
+class ConfigFile(Callback):
+    """Writes config.json when a training starts, so after a resume has been accepted.
+
+    Arguments:
+        folder: of the run.
+        content: see `applications.rl.runs`.
+    """
+
+    def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
+        self.folder, self.content = folder, content
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Write it."""
+        write_config(self.folder, self.content)
+
+
+class Evaluations(Callback):
+    """Evaluates the agent every so many steps and at the end of each phase; rows of a CSV file.
+
+    Arguments:
+        path: the file; one of an earlier run is replaced unless the run is resumed.
+        schedule: phases of the training.
+        every: steps between two evaluations.
+        evaluate: callable (agent, step, phase) -> evaluation.
+
+    Attributes:
+        latest: the last evaluation of this process, None before.
+
+    Raises (when training starts):
+        OSError: the file cannot be written.
+        ValueError: a resumed run finds a file that is not one of these.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schedule: Schedule,
+        every: int,
+        evaluate: Callable[[Agent, int, str], Evaluation],
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.path, self.schedule, self.every, self.evaluate = path, schedule, every, evaluate
+        self.latest: Evaluation | None = None
+        self._rows: list[list[str]] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Keep the rows up to where the run stands."""
+        self._rows = []
+        done = trainer.iteration
+        if done and self.path.exists():
+            with self.path.open(newline="") as file:
+                header, *rows = [*csv.reader(file)] or [[]]
+            if tuple(header) != COLUMNS:
+                raise ValueError(f"{self.path}: the columns must be {COLUMNS}, got {header}")
+            here = (self.schedule.phase(done) == "online", self.schedule.step(done))
+            self._rows = [row for row in rows if (row[1] == "online", int(row[0])) <= here]
+        self._write()
+
+    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+        """Evaluate and write if it is due."""
+        step, phase = self.schedule.step(iteration), self.schedule.phase(iteration)
+        ends = (self.schedule.offline_steps, self.schedule.updates)
+        if step % self.every and iteration not in ends:
+            return
+        result = self.evaluate(cast(Agent, trainer.module), step, phase)
+        row = (step, phase, result.success, result.episodes, result.mean_return, result.mean_length)
+        self._rows.append([f"{x:.9g}" if isinstance(x, float) else str(x) for x in row])
+        self._write()
+        self.latest = result
+
+    def _write(self) -> None:
+        with replacing(self.path, "evaluations") as file:
+            lines = [COLUMNS, *self._rows]
+            file.write("".join(",".join(line) + "\n" for line in lines).encode())
+
+
+class EvaluationPoints(Callback):
+    """Hands each new evaluation to a logger of metrics.
+
+    Arguments:
+        evaluations: comes before this among the callbacks.
+        logger: with a row for every iteration.
+    """
+
+    def __init__(self, evaluations: Evaluations, logger: Callback) -> None:
+        self.evaluations, self.logger = evaluations, logger
+        self._seen: Evaluation | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Start the logger."""
+        self.logger.on_start(trainer)
+
+    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+        """Log an evaluation made in this iteration."""
+        latest = self.evaluations.latest
+        if latest is not None and latest is not self._seen:
+            self._seen = latest
+            self.logger.on_step(trainer, iteration, evaluation_metrics(latest))
+
+    def on_end(self, trainer: Trainer) -> None:
+        """End the logger."""
+        self.logger.on_end(trainer)
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """An evaluation as metrics."""
+    return {
+        "evaluation/success": evaluation.success,
+        "evaluation/return": evaluation.mean_return,
+        "evaluation/length": evaluation.mean_length,
+    }
+
+
+class Progress(Callback):
+    """A bar of steps on the standard error stream, with updates per second and latest success.
+
+    Arguments:
+        description: what stands before the bar.
+        schedule: phases of the training.
+        evaluations: where the latest success is found.
+    """
+
+    def __init__(
+        self, description: str, schedule: Schedule, evaluations: Evaluations | None = None
+    ) -> None:
+        self.description, self.schedule, self.evaluations = description, schedule, evaluations
+        self._bar: Any = None
+        self._shown: Evaluation | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the bar where the run stands."""
+        self._bar = tqdm(
+            total=self.schedule.updates,
+            initial=trainer.iteration,
+            desc=self.description,
+            unit=" updates",
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+
+    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+        """Move the bar."""
+        latest = None if self.evaluations is None else self.evaluations.latest
+        if latest is not self._shown and latest is not None:
+            self._shown = latest
+            self._bar.set_postfix_str(f"success {latest.success:.0%}", refresh=False)
+        self._bar.update(1)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class WandbLogger(Callback):
+    """Metrics to Weights & Biases; a resumed run continues the same one.
+
+    Arguments:
+        project: its name there.
+        name: of the run, also its identity.
+        config: options to show.
+        every: iterations between two rows; the last iteration always has one.
+        evaluations: to send too; comes before this among the callbacks.
+
+    Raises (when training starts):
+        ImportError: the package is not installed.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        every: int,
+        evaluations: Evaluations | None = None,
+    ) -> None:
+        self.project, self.name, self.config, self.every = project, name, config, every
+        self.evaluations = evaluations
+        self._seen: Evaluation | None = None
+        self._run: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the run."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("logging to Weights & Biases needs: pip install wandb") from error
+        self._run = wandb.init(
+            project=self.project,
+            name=self.name,
+            id=self.name.replace("/", "-"),
+            config=dict(self.config),
+            resume="allow" if trainer.iteration else "never",
+        )
+
+    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+        """Send the metrics once in ``every`` iterations and at the end, evaluations at once."""
+        sent: dict[str, float] = {}
+        if iteration % self.every == 0 or iteration == trainer.config.iterations:
+            sent |= {name: float(value) for name, value in metrics.items()}
+        latest = None if self.evaluations is None else self.evaluations.latest
+        if latest is not None and latest is not self._seen:
+            self._seen = latest
+            sent |= evaluation_metrics(latest)
+        if sent:
+            self._run.log(sent, step=iteration)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the run."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

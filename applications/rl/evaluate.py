@@ -1,0 +1,188 @@
+"""The command ``evaluate``: trained agents play again, and one episode becomes an animation.
+
+The recorded episode is played twice: once to learn its length, and again, the same to the bit, with
+a picture once in so many steps; a picture may take half a second where there is no graphics card.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from applications.rl.agent import Agent
+from applications.rl.evaluation import Evaluation, Evaluator
+from applications.rl.problem import choose_device
+from applications.rl.runs import RunError, TrainedAgent, load_agent
+from applications.rl.tasks import find_task, make_environment, prepare_mujoco
+from flows.checkpoint import ensure_writable, replacing
+
+RENDERING_HELP = (
+    "headless rendering needs EGL (apt install libegl1 libgl1, then MUJOCO_GL=egl) or, in "
+    "software, OSMesa (apt install libosmesa6, then MUJOCO_GL=osmesa)"
+)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Play episodes with trained agents and report success with its 95% interval."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, or checkpoints."""
+    episodes: int = 50
+    """Episodes of each."""
+    seed: int = 0
+    """Seed of the episodes; others than those of training in any case."""
+    environments: int = 4
+    """Environments that play at once; changes no result."""
+    workers: int = 0
+    """Processes with one environment each, instead; changes no result."""
+    gif: Path | None = None
+    """File for an animation of one episode of the first run."""
+    gif_episode: int = 0
+    """Number of that episode."""
+    gif_frames: int = 100
+    """Most pictures in it; one may take half a second to draw."""
+    device: str = "auto"
+    """Where the agent computes: cpu, cuda, or auto."""
+    threads: int = 0
+    """Threads of PyTorch; 0 leaves it the choice."""
+
+
+def show_evaluate(config: EvaluateConfig) -> None:
+    """Evaluate, print a line per run, and write the animation.
+
+    Raises:
+        ValueError: an option out of range, or an unknown task.
+        FileNotFoundError: a run without a checkpoint.
+        CheckpointError: a checkpoint that is damaged.
+        RunError: no picture could be drawn.
+    """
+    if not config.runs:
+        raise ValueError("runs: name at least one folder of a run, or a checkpoint")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    prepare_mujoco(render=config.gif is not None)
+    device = choose_device(config.device)
+    trained = [load_agent(path, device) for path in config.runs]
+    if config.gif is not None:
+        ensure_writable(config.gif, "gif")
+    for path, one in zip(config.runs, trained, strict=True):
+        result = evaluate_trained(one, config)
+        print(f"{path} ({one.name} on {one.task}, {one.updates} updates)\n  {result}")
+    if config.gif is not None:
+        first = trained[0]
+        factory = partial(make_environment, find_task(first.task), render=True)
+        frames = record(
+            first.agent,
+            factory,
+            seed=config.seed,
+            episode=config.gif_episode,
+            most_frames=config.gif_frames,
+        )
+        write_gif(config.gif, frames)
+        print(f"wrote {config.gif} (episode {config.gif_episode}, {len(frames)} pictures)")
+
+
+def evaluate_trained(trained: TrainedAgent, config: EvaluateConfig) -> Evaluation:
+    """Play the episodes of one agent in its own task, with a progress bar.
+
+    Raises:
+        ValueError: an unknown task, or an option out of range.
+    """
+    factory = partial(make_environment, find_task(trained.task))
+    environments, workers = (min(n, config.episodes) for n in (config.environments, config.workers))
+    successes = 0
+    with (
+        Evaluator(factory, environments=environments, workers=workers) as evaluator,
+        tqdm(total=config.episodes, desc="episodes", file=sys.stderr, dynamic_ncols=True) as bar,
+    ):
+
+        def progress(_: int, success: bool) -> None:
+            nonlocal successes
+            successes += success
+            bar.update(1)
+            bar.set_postfix_str(f"success {successes / bar.n:.0%}")
+
+        return evaluator(
+            trained.agent, episodes=config.episodes, seed=config.seed, progress=progress
+        )
+
+
+def record(
+    agent: Agent,
+    factory: Callable[[], gymnasium.Env],
+    *,
+    seed: int = 0,
+    episode: int = 0,
+    most_frames: int = 100,
+) -> list[np.ndarray]:
+    """Pictures (height, width, 3), uint8, of the episode that `Evaluator` plays by that number.
+
+    Arguments:
+        factory: makes an environment that can render arrays.
+        most_frames: the episode is shown in at most so many pictures, its start and end included.
+
+    Raises:
+        ValueError: fewer than two pictures.
+        RunError: the environment cannot be made or draws nothing.
+    """
+    if most_frames < 2:
+        raise ValueError(f"gif_frames must be at least 2, got {most_frames}")
+    frames: list[np.ndarray] = []
+    stride, step, length = 0, 0, 0
+
+    def watch(environment: gymnasium.Env) -> None:
+        nonlocal step
+        if stride and (step % stride == 0 or step == length):
+            try:
+                picture = environment.render()
+            except Exception as error:  # each renderer fails in its own way
+                raise _rendering_error(error) from error
+            if picture is None:
+                raise _rendering_error("the environment has no render_mode")
+            frames.append(np.asarray(picture, dtype=np.uint8))
+        step += 1
+
+    try:
+        evaluator = Evaluator(factory, environments=1, watch=watch)
+    except Exception as error:  # a renderer is often opened with its environment
+        raise _rendering_error(error) from error
+    with evaluator:
+        length = evaluator(agent, episodes=1, first=episode, seed=seed).lengths[0]
+        stride, step = math.ceil(length / (most_frames - 1)), 0
+        evaluator(agent, episodes=1, first=episode, seed=seed)
+    return frames
+
+
+def write_gif(path: Path, frames: list[np.ndarray], *, per_second: int = 15) -> None:
+    """Write pictures (height, width, 3) as an animation that repeats, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    images = [Image.fromarray(frame) for frame in frames]
+    with replacing(path, "gif") as file:
+        images[0].save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=1000 // per_second,
+            loop=0,
+        )
+
+
+def _rendering_error(error: Exception | str) -> RunError:
+    said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return RunError(f"gif: rendering failed ({said}); {RENDERING_HELP}")

@@ -1,0 +1,261 @@
+"""A policy as one file that PyTorch alone runs, policy.pt2, and what it takes, policy.json.
+
+The exported program is a pure function
+
+    policy(observation (B, observation_dim), noise (B, noise_dim)) -> actions (B, h, action_dim)
+
+for any batch size B, in [-1, 1], of the numbers that the agent's own ``act`` gives.  The noise is
+standard normal; all of the policy's randomness is in it, so that whoever deploys the policy owns
+the generator, and zeros give a repeatable action.  Agents that choose among candidates or edit
+their action need several noises: they are parts of the one tensor, in the order and of the shapes
+that policy.json says.  Networks that acting does not need are left out of the file.
+
+``SNIPPET`` is all that running it takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import statistics
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from applications.rl.agent import Agent
+from applications.rl.runs import RunError, load_agent
+from flows.checkpoint import ensure_writable, replacing, write_json
+
+SNIPPET = """\
+import json
+import torch
+
+policy = torch.export.load("policy.pt2").module()
+facts = json.load(open("policy.json"))
+observation = torch.zeros(1, facts["observation"]["shape"][1])
+noise = torch.randn(1, facts["noise"]["shape"][1])  # zeros: the same action every time
+with torch.no_grad():
+    actions = policy(observation, noise)[0]  # to be executed one after the other
+print(actions)
+"""
+TOLERANCE = 1e-6
+"""Largest difference of an action component from the agent's."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained agent as a self-contained policy, check it, and time it."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, or its checkpoint."""
+    folder: Path | None = None
+    """Where policy.pt2 and policy.json are written; beside the checkpoint unless given."""
+    device: str = "cpu"
+    """Where the policy will run; it is part of the exported program."""
+    repeats: int = 200
+    """Calls that the latency is the median of."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        path: The program; its description is the .json beside it.
+        facts: What the description holds.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+
+
+class Policy(nn.Module):
+    """The acting of an agent with all of its noise in one tensor.
+
+    Arguments:
+        agent: Any agent.
+
+    Attributes:
+        shapes: Name and shape, without the batch, of the noises, in their order.
+        noise_dim: Sum of their sizes.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.agent = agent
+        self.shapes = {name: shape[1:] for name, shape in agent.act_shapes(2).items()}
+        self.noise_dim = sum(math.prod(shape) for shape in self.shapes.values())
+
+    def split(self, noise: Tensor) -> dict[str, Tensor]:
+        """The agent's noises of ``noise`` (B, noise_dim)."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        parts = noise.split(sizes, dim=1)
+        return {
+            name: part.reshape(-1, *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """Actions (B, h, action_dim) at observations (B, obs) by noise (B, noise_dim)."""
+        return self.agent.act(observation, self.split(noise))
+
+
+def run_export(config: ExportConfig) -> Exported:
+    """Export, read back, check, time and write the policy of a run.
+
+    Raises:
+        ValueError: ``repeats`` is not positive, or there is no such device.
+        OSError: there is no checkpoint, or the folder cannot be written.
+        CheckpointError: the checkpoint is damaged or not of an agent.
+        RunError: the exported policy does not act as the agent does.
+    """
+    if config.repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {config.repeats}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or no such hardware
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: cannot use {config.device!r}: {reason}") from None
+    trained = load_agent(config.run, config.device)
+    beside = config.run if config.run.is_dir() else config.run.parent
+    path = ensure_writable((config.folder or beside) / "policy.pt2", "folder")
+    policy = Policy(trained.agent)
+    content = program_bytes(policy)
+    program = torch.export.load(io.BytesIO(content)).module()
+    difference = largest_difference(policy, program)
+    if not difference <= TOLERANCE:
+        raise RunError(
+            f"the exported policy must act as the agent to {TOLERANCE}, differs by {difference}"
+        )
+    agent = trained.agent
+    facts = {
+        "agent": trained.name,
+        "task": trained.task,
+        "updates": trained.updates,
+        "observation": {"shape": ["batch", agent.observation_dim], "dtype": "float32"},
+        "noise": {
+            "shape": ["batch", policy.noise_dim],
+            "dtype": "float32",
+            "law": "standard normal",
+            "parts": [[name, list(shape)] for name, shape in policy.shapes.items()],
+        },
+        "actions": {
+            "shape": ["batch", agent.chunk_length, agent.action_dim],
+            "dtype": "float32",
+            "range": [-1, 1],
+        },
+        "device": config.device,
+        "torch": str(torch.__version__),
+        "largest_difference": difference,
+        "latency_ms": latency_ms(policy, program, config.repeats),
+        "agent_latency_ms": latency_ms(policy, policy, config.repeats),
+        "threads": torch.get_num_threads(),
+        "bytes": len(content),
+    }
+    with replacing(path, "folder") as file:
+        file.write(content)
+    write_json(path.with_suffix(".json"), facts)
+    return Exported(path, facts)
+
+
+def show_export(config: ExportConfig) -> None:
+    """`run_export`, printed."""
+    exported = run_export(config)
+    facts = exported.facts
+    print(f"{facts['agent']} on {facts['task']}, {facts['updates']} updates")
+    for name in ("observation", "noise", "actions"):
+        print(f"  {name:<12} {' x '.join(map(str, facts[name]['shape']))}")
+    print(f"  {'size':<12} {facts['bytes'] / 2**20:.2f} MiB")
+    print(f"  {'difference':<12} {facts['largest_difference']:.1e} from the agent, at most")
+    print(
+        f"  {'latency':<12} {facts['latency_ms']:.2f} ms at batch 1 on {facts['device']}, "
+        f"{facts['threads']} threads; the agent {facts['agent_latency_ms']:.2f} ms"
+    )
+    print(
+        f"wrote {exported.path}\nwrote {exported.path.with_suffix('.json')}\n\nTo run it there:\n"
+    )
+    print(textwrap.indent(SNIPPET, "    "), end="")
+
+
+def program_bytes(policy: Policy) -> bytes:
+    """The exported program of ``policy``, without weights that acting does not read."""
+    needed = copy.deepcopy(policy)
+    unread = _unread(_export(needed))
+    for name, parameter in [*needed.named_parameters(), *needed.named_buffers()]:
+        if name in unread:
+            parameter.data = parameter.data.new_empty(0)
+    buffer = io.BytesIO()
+    torch.export.save(_export(needed), buffer)
+    return buffer.getvalue()
+
+
+def largest_difference(policy: Policy, program: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Of any component of any action, over batches of several sizes; NaN if one is NaN."""
+    worst = torch.zeros(())
+    for seed, batch_size in enumerate((1, 2, 7, 64)):
+        inputs = _inputs(policy, batch_size, seed)
+        with torch.no_grad():
+            error = (program(*inputs) - policy(*inputs)).abs().max().cpu()
+        worst = torch.maximum(worst, error)  # keeps NaN
+    return float(worst)
+
+
+def latency_ms(policy: Policy, program: Callable[[Tensor, Tensor], Tensor], repeats: int) -> float:
+    """Median time of one call of ``program`` with batch 1, in milliseconds."""
+    inputs = _inputs(policy, 1, 0)
+    times = []
+    with torch.no_grad():
+        for _ in range(10):
+            program(*inputs)
+        for _ in range(repeats):
+            _synchronize(inputs[0])
+            start = time.perf_counter()
+            program(*inputs)
+            _synchronize(inputs[0])
+            times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _export(policy: Policy) -> ExportedProgram:
+    batch = {0: Dim("batch", max=2**30)}  # without a bound PyTorch 2.6 refuses some agents
+    with torch.no_grad():
+        return torch.export.export(
+            policy,
+            _inputs(policy, 3, 0),
+            dynamic_shapes={"observation": batch, "noise": batch},
+            strict=False,
+        )
+
+
+def _unread(program: ExportedProgram) -> set[str]:
+    """Parameters and buffers that no operation of the program takes."""
+    signature = program.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {
+        held[node.name]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in held and not node.users
+    }
+
+
+def _inputs(policy: Policy, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Standard normal observations and noise on the device of the policy."""
+    like = next(policy.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (policy.agent.observation_dim, policy.noise_dim)
+    observation, noise = (torch.randn(batch_size, n, generator=generator) for n in sizes)
+    return observation.to(like), noise.to(like)
+
+
+def _synchronize(like: Tensor) -> None:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)

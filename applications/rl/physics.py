@@ -1,0 +1,43 @@
+"""Importing MuJoCo and OGBench: without a display, unless pictures are asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_OFF = ("disable", "disabled", "off", "false", "0")
+
+
+def prepare_mujoco(*, render: bool = False) -> None:
+    """Choose what MuJoCo renders by, before it is imported; a set ``MUJOCO_GL`` is left alone.
+
+    Without rendering, no display is looked for: on a machine without one, creating a maze
+    environment would abort the process.  With it, EGL is chosen where no display is.
+
+    Raises:
+        RuntimeError: rendering is asked for, but MuJoCo runs without it already.
+    """
+    if not render:
+        os.environ.setdefault("MUJOCO_GL", "disabled")
+    elif os.environ.get("MUJOCO_GL", "").lower() in _OFF and "mujoco" in sys.modules:
+        raise RuntimeError(
+            "MuJoCo was imported without rendering; set MUJOCO_GL=egl before the program starts"
+        )
+    elif os.environ.get("MUJOCO_GL", "").lower() in ("", *_OFF) and sys.platform == "linux":
+        os.environ["MUJOCO_GL"] = "glfw" if os.environ.get("DISPLAY") else "egl"
+
+
+def import_ogbench() -> None:
+    """Import OGBench, which registers its environments.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    prepare_mujoco()
+    try:
+        import ogbench  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "OGBench's tasks need the package's extra 'rl': "
+            f"pip install 'adjoint-matching[rl]' ({error})"
+        ) from error

@@ -1,0 +1,171 @@
+"""What a training is about, looked up before any file changes: environment, data, agent's options.
+
+`prepare` turns the names in a `TrainConfig` into these; whatever cannot be had is refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import gymnasium
+import torch
+
+from applications.rl.agent import AgentConfig
+from applications.rl.agents import find_agent
+from applications.rl.dataset import Dataset, ShardedDataset, load_npz, load_shards
+from applications.rl.manifest import versions
+from applications.rl.presets import preset
+from applications.rl.replay import Replay
+from applications.rl.spaces import Spaces
+from applications.rl.tasks import find_task, make_environment
+from applications.rl.train_config import TrainConfig
+from flows import checkpoint as checkpoints
+
+Factory = Callable[[], gymnasium.Env]
+Shards = ShardedDataset | Sequence[Dataset]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all seeds of a training share.
+
+    Attributes:
+        config: the options of the training.
+        options: those of the agent, resolved.
+        factory: makes the environment.
+        shards: the data in one or more parts, none if it learns without.
+        first: the first part, or None.
+        device: of agent and replay.
+    """
+
+    config: TrainConfig
+    options: AgentConfig
+    factory: Factory
+    shards: Shards
+    first: Dataset | None
+    device: torch.device
+
+    def make_replay(self, spaces: Spaces) -> Replay:
+        """A replay of the first part, with room for what comes online."""
+        capacity = self.config.online_steps
+        if self.first is None:
+            return Replay(capacity, *spaces, self.device)
+        return Replay.from_dataset(self.first, capacity, self.device)
+
+    def rotation(self, replay: Replay) -> Rotation | None:
+        """What exchanges the parts in ``replay``; None if there is only one."""
+        if len(self.shards) < 2:
+            return None
+        return Rotation(replay, self.shards, self.config.shard_every, self.config.offline_steps)
+
+    def describe(self, seed: int, spaces: Spaces) -> dict[str, Any]:
+        """Content of config.json, see `applications.rl.runs`."""
+        content = asdict(replace(self.config, options=self.options))
+        for name in ("seeds", "resume", "overwrite", "folder"):
+            del content[name]
+        first = self.first
+        return {
+            "task": content.pop("task"),
+            "agent": content.pop("agent"),
+            "seed": seed,
+            **content,
+            "device": str(self.device),
+            **spaces._asdict(),
+            "versions": checkpoints.versions() | versions(),
+            "dataset": {
+                "source": None if first is None else first.source,
+                "transitions": 0 if first is None else len(first),
+                "shards": len(self.shards),
+                "versions": {} if first is None else dict(first.versions),
+            },
+        }
+
+
+def prepare(
+    config: TrainConfig, environment: Factory | None = None, dataset: Dataset | None = None
+) -> Problem:
+    """Look everything up and load the first part of the data.
+
+    Arguments:
+        environment, dataset: instead of those of the task, see `applications.rl.training.train`.
+
+    Raises:
+        ValueError: an unknown task, agent, preset or device, options of another agent, no data, or
+            fewer than a window needs.
+        ImportError: a package that the task needs is not installed.
+    """
+    expected = find_agent(config.agent)[0]
+    options = config.options
+    if environment is None:
+        task = find_task(config.task)
+        environment = partial(make_environment, task)
+        if options is None:
+            options = preset(config.agent, task, config.preset)
+    if options is None:
+        raise ValueError("options must be given where the environment is one's own")
+    if type(options) is not expected:
+        raise ValueError(
+            f"options of agent {config.agent!r} must be a {expected.__name__}, "
+            f"got a {type(options).__name__}"
+        )
+    device = choose_device(config.device)
+    shards: Shards = ()
+    if dataset is not None:
+        shards = [dataset]
+    elif config.use_data and config.data is not None and config.data.suffix == ".npz":
+        shards = [load_npz(config.data)]
+    elif config.use_data:
+        shards = load_shards(find_task(config.task), folder=config.data)
+    first = shards[0] if len(shards) else None
+    if first is not None and len(first) < options.horizon:
+        raise ValueError(
+            f"a window of {options.horizon} rows needs as many, the data have {len(first)}"
+        )
+    if first is None and config.start_training < options.horizon:
+        raise ValueError(
+            f"start_training must be at least the horizon, {options.horizon}, where no data are "
+            f"used, got {config.start_training}"
+        )
+    return Problem(config, options, environment, shards, first, device)
+
+
+class Rotation:
+    """Puts one shard of the data after the other into a replay, as a function of the update.
+
+    Arguments:
+        replay: with the first shard.
+        shards: by number.
+        every: updates that each one stays.
+        until: last update at which one is exchanged.
+    """
+
+    def __init__(self, replay: Replay, shards: Shards, every: int, until: int) -> None:
+        self.replay, self.shards, self.every, self.until = replay, shards, every, until
+        self.current = 0
+
+    def __call__(self, update: int) -> None:
+        """Have the shard of ``update`` in the replay."""
+        wanted = min(update, self.until) // self.every % len(self.shards)
+        if wanted != self.current:
+            self.replay.replace_offline(self.shards[wanted])
+            self.current = wanted
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ValueError: no such device, or none on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}: {reason}") from None
+    return device

@@ -1,0 +1,165 @@
+"""What runs left behind: evaluations read from run folders and from lists of rows.
+
+A run folder holds ``config.json`` (``agent``, ``task``, ``seed``, options) and ``evaluation.csv``
+(``step``, ``phase``, ``success``, ``episodes`` and more, one row an evaluation).  Steps count
+offline updates and online environment steps together.  A JSON file instead holds a list of flat
+rows with ``task``, ``agent``, ``seed``, ``step``, ``phase``, ``success``, ``episodes``, such as
+benchmarks write.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PHASES = ("offline", "online")
+NEEDED = ("step", "phase", "success", "episodes")
+Point = tuple[int, int]
+"""Step and place of the phase in `PHASES`, which sorts as the run went."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One seed's evaluations.
+
+    Attributes:
+        source: The folder or file it was read from.
+        settings: Everything known of it, flat, with dotted names; has agent, task and seed.
+        rates: Success rate and number of episodes by (step, index of the phase).
+    """
+
+    source: str
+    settings: Mapping[str, Any]
+    rates: Mapping[Point, tuple[float, int]]
+
+
+def read_results(patterns: Sequence[str]) -> list[Result]:
+    """All runs that ``patterns`` lead to, each once.
+
+    Arguments:
+        patterns: Folders, searched to any depth, and JSON files of rows; wildcards are expanded.
+
+    Raises:
+        ValueError: nothing was found, or a file is not what it should be; the message names it.
+        OSError: a file cannot be read.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        for path in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
+            if path.is_dir():
+                folders = (f.parent for f in sorted(path.rglob("evaluation.csv")))
+                found.update(dict.fromkeys(f.resolve() for f in folders))
+            elif path.suffix == ".json" and path.name != "config.json":
+                found[path.resolve()] = None
+    results = [
+        result
+        for path in found
+        for result in ([read_folder(path)] if path.is_dir() else read_rows(path))
+    ]
+    if not any(result.rates for result in results):
+        seen = f", and none of {len(results)} runs has an evaluation yet" if results else ""
+        raise ValueError(
+            f"no results found under {', '.join(map(repr, patterns)) or 'nothing'}{seen}; expected "
+            "folders with config.json and evaluation.csv, or a .json list of rows"
+        )
+    return [result for result in results if result.rates]
+
+
+def read_folder(folder: Path) -> Result:
+    """The run in ``folder``; a last line that is being written is left out.
+
+    Raises:
+        ValueError: a file is not what it should be; the message names file, line and value.
+        OSError: a file cannot be read.
+    """
+    path = folder / "config.json"
+    config = _json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold an object, got a {type(config).__name__}")
+    settings = _flat(config)
+    _check_settings(settings, str(path))
+    path = folder / "evaluation.csv"
+    text = path.read_text(errors="replace")
+    complete = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(io.StringIO(complete))
+    missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
+    if missing and complete:
+        raise ValueError(f"{path} must have the columns {', '.join(NEEDED)}, got none of {missing}")
+    rates = dict(_rate(row, f"{path}, line {reader.line_num}") for row in reader)
+    return Result(str(folder), settings, rates)
+
+
+def read_rows(path: Path) -> list[Result]:
+    """The runs of a JSON list of rows, which are told apart by what does not vary along a run.
+
+    Raises:
+        ValueError: it is not such a list; the message names the row.
+        OSError: the file cannot be read.
+    """
+    rows = _json(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must hold a list of rows, got a {type(rows).__name__}")
+    runs: dict[tuple[tuple[str, str], ...], tuple[dict[str, Any], dict]] = {}
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} must be an object, got {row!r}")
+        _check_settings(row, where)
+        settings = {k: v for k, v in row.items() if k not in (*NEEDED, "hours", "device")}
+        settings = {k: v for k, v in settings.items() if k not in ("return", "length")}
+        key = tuple(sorted((k, str(v)) for k, v in settings.items()))
+        point, rate = _rate(row, where)
+        runs.setdefault(key, (settings, {}))[1][point] = rate
+    return [Result(str(path), settings, rates) for settings, rates in runs.values()]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+    missing = [name for name in ("task", "agent", "seed") if name not in settings]
+    if missing:
+        raise ValueError(f"{where}: {missing[0]!r} is missing")
+    if type(settings["seed"]) is not int:
+        raise ValueError(f"{where}: seed must be an integer, got {settings['seed']!r}")
+
+
+def _rate(row: Mapping[str, Any], where: str) -> tuple[Point, tuple[float, int]]:
+    """The evaluation in a row, whose values are numbers or their text."""
+
+    def number(name: str) -> float:
+        try:
+            return float(row[name])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{where}: {name} must be a number, got {row.get(name)!r}") from None
+
+    step, success, episodes = number("step"), number("success"), number("episodes")
+    if not (step >= 0 and step.is_integer()):
+        raise ValueError(f"{where}: step must be a whole number >= 0, got {row['step']!r}")
+    if not 0 <= success <= 1:
+        raise ValueError(f"{where}: success must be a rate in [0, 1], got {row['success']!r}")
+    if not (episodes >= 1 and episodes.is_integer()):
+        raise ValueError(f"{where}: episodes must be a whole number >= 1, got {row['episodes']!r}")
+    if row.get("phase") not in PHASES:
+        raise ValueError(f"{where}: phase must be offline or online, got {row.get('phase')!r}")
+    return (int(step), PHASES.index(row["phase"])), (success, int(episodes))

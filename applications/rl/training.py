@@ -1,0 +1,252 @@
+"""Training an agent: offline on a task's data, online in its environment, or one after the other.
+
+    train(TrainConfig(task="cube-single-play-singletask-task1-v0", agent="qam"))
+
+Offline, each step is one update on the data.  Online, each is an environment step and an update on
+the data and all that came online; see `applications.rl.objective`.  Every ``eval_every`` steps, and
+at the end of each phase, the agent plays episodes of its own; see `applications.rl.evaluation`.
+
+Everything random comes from the seed: the weights, the batches and noise, the episodes of the
+environment, and those of each evaluation, which are new ones at each step.  A run that is killed at
+any moment and resumed ends with the same weights and files on a CPU, see `flows.trainer`; of the
+environment, the running episode is played again up to where it stood.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from applications.rl import runs
+from applications.rl.agent import Agent
+from applications.rl.agents import make_agent
+from applications.rl.callbacks import (
+    ConfigFile,
+    EvaluationPoints,
+    Evaluations,
+    Progress,
+    WandbLogger,
+)
+from applications.rl.dataset import Dataset
+from applications.rl.environment import Episodes
+from applications.rl.evaluation import Evaluation, Evaluator
+from applications.rl.objective import Acting, Objective
+from applications.rl.problem import Factory, Problem, prepare
+from applications.rl.randomness import episode_seed
+from applications.rl.spaces import Spaces, check_spaces, spaces_of
+from applications.rl.train_config import TrainConfig
+from flows import checkpoint as checkpoints
+from flows.callbacks import Callback, CSVLogger, TensorBoardLogger
+from flows.trainer import Trainer, TrainerConfig
+
+__all__ = ["TrainConfig", "Trained", "show_train", "train"]
+
+EVALUATION_STREAM, ONLINE_STREAM = 1, 2
+"""What the seeds of the episodes of evaluations and of the online phase are told apart by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished run of one seed.
+
+    Attributes:
+        seed: of the run.
+        folder: where it was written; see `applications.rl.runs`.
+        agent: in evaluation mode.
+        evaluation: the last one, None if there was none in this process.
+        seconds: of this process's part.
+    """
+
+    seed: int
+    folder: Path
+    agent: Agent
+    evaluation: Evaluation | None
+    seconds: float
+
+
+def train(
+    config: TrainConfig,
+    *,
+    environment: Factory | None = None,
+    dataset: Dataset | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> list[Trained]:
+    """Train one agent per seed, and write each into a folder of its own.
+
+    Arguments:
+        config: the options.
+        environment: makes the environment, instead of the task's own; ``config.options`` must then
+            be given, and ``config.task`` is but a name unless the task's data are to be found.
+        dataset: the data, instead of the task's own.
+        callbacks: more of them, see ``flows.callbacks``.
+
+    Raises:
+        ValueError: an unknown task or agent, an option out of range, an environment and data that
+            do not belong together, or a folder that holds a run already; before any file changes.
+        ImportError: a package that the task needs is not installed.
+        OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
+        CheckpointError: resuming from a file that is damaged or of another run.
+        TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    problem = prepare(config, environment, dataset)
+    evaluator = None
+    try:
+        if config.eval_every:
+            workers = min(config.workers, config.eval_episodes)
+            environments = min(config.environments, config.eval_episodes)
+            evaluator = Evaluator(problem.factory, environments=environments, workers=workers)
+            if problem.first is not None:
+                check_spaces(evaluator.spaces, problem.first, "the data")
+        for seed in config.seeds:
+            _claim(config, seed)
+        return [_train_seed(problem, seed, evaluator, callbacks) for seed in config.seeds]
+    finally:
+        if evaluator is not None:
+            evaluator.close()
+
+
+def show_train(config: TrainConfig) -> None:
+    """Train, and say how it ended and what can be done next."""
+    for run in train(config):
+        end = "" if run.evaluation is None else f": {run.evaluation}"
+        print(f"seed {run.seed}{end}\nwrote {run.folder} ({run.seconds:.0f} s)")
+    print(f"\nnext: python -m applications.rl evaluate {config.path}/*")
+    print(f"      python -m applications.rl report {config.path}")
+
+
+def _claim(config: TrainConfig, seed: int) -> None:
+    """Refuse to write over a run.
+
+    Raises:
+        ValueError: the folder holds one, and it is neither to be continued nor overwritten.
+        OSError: the folder cannot be written.
+    """
+    path = config.path / f"seed{seed}" / runs.CHECKPOINT
+    checkpoints.ensure_writable(path, "folder")
+    if path.exists() and not config.resume and not config.overwrite:
+        raise ValueError(
+            f"folder: {path.parent} holds a run already; --resume continues it, --overwrite begins "
+            "it anew"
+        )
+
+
+def _train_seed(
+    problem: Problem, seed: int, evaluator: Evaluator | None, callbacks: Sequence[Callback]
+) -> Trained:
+    if not problem.config.online_steps:
+        assert problem.first is not None  # there are no updates without data or steps
+        spaces = Spaces(problem.first.observation_dim, problem.first.action_dim)
+        return _run(problem, seed, spaces, None, evaluator, callbacks)
+    episodes = Episodes(problem.factory, episode_seed(seed, ONLINE_STREAM))
+    try:
+        spaces = spaces_of(episodes.env)
+        if problem.first is not None:
+            check_spaces(spaces, problem.first, "the data")
+        return _run(problem, seed, spaces, episodes, evaluator, callbacks)
+    finally:
+        episodes.close()
+
+
+def _run(
+    problem: Problem,
+    seed: int,
+    spaces: Spaces,
+    episodes: Episodes | None,
+    evaluator: Evaluator | None,
+    callbacks: Sequence[Callback],
+) -> Trained:
+    started = time.perf_counter()
+    config, options = problem.config, problem.options
+    agent = make_agent(config.agent, options, *spaces, seed=seed).to(problem.device)
+    if problem.first is not None:
+        agent.observe(torch.as_tensor(problem.first.observations))
+    replay = problem.make_replay(spaces)
+    objective = Objective(
+        replay,
+        config.schedule,
+        batch_size=config.batch_size,
+        acting=None if episodes is None else Acting(episodes, replay),
+        before_sampling=problem.rotation(replay),
+    )
+    folder = config.path / f"seed{seed}"
+    if not config.resume:  # what a resume finds stays until its checkpoint is accepted
+        (folder / runs.CHECKPOINT).unlink(missing_ok=True)
+    content = problem.describe(seed, spaces)
+    evaluations = None
+    if evaluator is not None:
+        evaluations = _evaluations(folder, config, seed, evaluator)
+    trainer = Trainer(
+        agent,
+        objective,
+        TrainerConfig(
+            iterations=config.schedule.updates,
+            lr=options.lr,
+            lr_schedule="constant",
+            ema_decay=0,
+            grad_clip=options.grad_clip,
+            seed=seed,
+            checkpoint_every=config.checkpoint_every,
+        ),
+        callbacks=_callbacks(config, seed, folder, content, evaluations, callbacks),
+        checkpoint=folder / runs.CHECKPOINT,
+        problem=runs.describe_problem(
+            agent=config.agent,
+            task=config.task,
+            config=options,
+            spaces=spaces,
+            facts={
+                "seed": seed,
+                "batch_size": config.batch_size,
+                "transitions": 0 if problem.first is None else len(problem.first),
+                "shard_every": config.shard_every,
+            },
+        ),
+    )
+    with runs.full_disk_explained(folder):
+        trainer.fit(resume=config.resume)
+    latest = None if evaluations is None else evaluations.latest
+    return Trained(seed, folder, agent, latest, time.perf_counter() - started)
+
+
+def _evaluations(folder: Path, config: TrainConfig, seed: int, evaluator: Evaluator) -> Evaluations:
+    def evaluate(agent: Agent, step: int, phase: str) -> Evaluation:
+        path = (EVALUATION_STREAM, step, int(phase == "online"))
+        return evaluator(agent, episodes=config.eval_episodes, seed=episode_seed(seed, *path))
+
+    return Evaluations(folder / runs.EVALUATION, config.schedule, config.eval_every, evaluate)
+
+
+def _callbacks(
+    config: TrainConfig,
+    seed: int,
+    folder: Path,
+    content: dict[str, Any],
+    evaluations: Evaluations | None,
+    others: Sequence[Callback],
+) -> list[Callback]:
+    """Those of a run; the bar comes after what it shows, the caller's own at the end."""
+    result: list[Callback] = [
+        ConfigFile(folder, content),
+        CSVLogger(folder / runs.METRICS, every=config.log_every),
+    ]
+    if evaluations is not None:
+        result.append(evaluations)
+    if config.tensorboard:
+        # Two writers, two folders: each hides what the other wrote before it in its own.
+        events = folder / runs.TENSORBOARD
+        result.append(TensorBoardLogger(events / "training", every=config.log_every))
+        if evaluations is not None:
+            points = TensorBoardLogger(events / "evaluation", every=1)
+            result.append(EvaluationPoints(evaluations, points))
+    if config.wandb is not None:
+        name = f"{config.task}/{config.agent}/seed{seed}"
+        result.append(WandbLogger(config.wandb, name, content, config.log_every, evaluations))
+    bar = Progress(f"{config.agent} seed {seed}", config.schedule, evaluations)
+    return [*result, bar, *others]

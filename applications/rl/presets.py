@@ -7,7 +7,8 @@ of one's own, the general defaults of the agent's configuration.  Horizon and di
 the task.
 
 ``small``: the same but for networks that a laptop trains, 3 layers of 128 and two critics.  τ, α
-and the other values carry over: they weigh a Q of the same scale.
+and the other values carry over: they weigh a Q of the same scale.  Domains in `RECIPES` have a
+recipe of their own instead, found by trial on one core and judged by `benchmarks.rl`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,23 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden": (128, 128, 128), "critics": 2},
 }
 """What a preset of that name sets besides the values of the domain."""
+
+MAZE: dict[str, Any] = {
+    "hidden": (128, 128),
+    "horizon": 10,
+    "flow_steps": 5,
+    "observation_scale": 10.0,
+    "slow_rate": 0.02,
+    "rho": 0.0,
+    "lr": 1e-3,
+    "inverse_temperature": 1.0,
+    "alpha": 10.0,
+}
+"""Small agents in a maze of two coordinates.  Long chunks carry the value ten steps an update, and
+coordinates several units wide let narrow networks tell one side of a wall from the other."""
+
+RECIPES: dict[str, dict[str, Any]] = {"pointmaze-medium": MAZE}
+"""What ``small`` sets besides, by domain."""
 
 DOMAINS = (
     "puzzle-3x3",
@@ -113,5 +131,7 @@ def preset(agent_name: str, task: HasProtocol, name: str = "published") -> Agent
         options |= {option: float(values[column]) for option, values in TUNED[agent_name].items()}
     if domain.startswith("humanoidmaze"):
         options["rho"] = 0.0
+    if name == "small":
+        options |= RECIPES.get(task.domain, {})
     config = config_class(horizon=task.horizon, discount=task.discount)
     return replace(config, **{key: value for key, value in options.items() if hasattr(config, key)})

@@ -1,0 +1,229 @@
+"""Does it learn?  Agents on point maze and cube-single, several seeds each, with their curves.
+
+    python -m benchmarks.rl --suites pointmaze          # three seeds of four agents
+    python -m benchmarks.rl                             # everything; hours on two cores
+
+``pointmaze``    BC, FQL, QAM and QAM-F;
+``temperature``  QAM with a τ ten times too low and ten times too high;
+``kernels``      QAM with the most exact kernel against the published one, at K = 5 and 10;
+``online``       QAM offline on little data, then online;
+``cube``         BC, FQL, QAM and QAM-F on cube-single.
+
+A run that was stopped continues where it stood, and one whose rows are in the record is not run
+again.  Each evaluation is a row {task, agent, seed, step, phase, success, episodes, hours, device,
+preset} of ``results/rl.json``; ``preset`` names what differs from the preset ``small``, and
+``hours`` is the wall time of the whole run, evaluations included.  The curves are drawn by
+
+    python -m applications.rl report benchmarks/results/rl.json --by agent preset
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from applications.rl import runs
+from applications.rl.generate import DataConfig, generate
+from applications.rl.presets import preset
+from applications.rl.tasks import find_task
+from applications.rl.train_config import TrainConfig
+from applications.rl.training import train
+from flows.checkpoint import write_json
+
+MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
+CUBE = "cube-single-play-singletask-task1-v0"
+AGENTS = ("bc", "fql", "qam", "qam-f")
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One agent on one task, to be run with several seeds.
+
+    Attributes:
+        suite: what it belongs to.
+        task, agent: of `applications.rl`.
+        options: of the agent, that differ from the preset ``small``.
+        offline, online: steps.
+        transitions: of the data.
+        eval_every, episodes: of the evaluations.
+    """
+
+    suite: str
+    task: str
+    agent: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    offline: int = 5000
+    online: int = 0
+    transitions: int = 300_000
+    eval_every: int = 1000
+    episodes: int = 25
+
+    @property
+    def preset(self) -> str:
+        """The preset and what differs from it."""
+        changes = [f"{name}={value}" for name, value in self.options.items()]
+        if self.suite == "online":
+            changes.append(f"transitions={self.transitions}")
+        return " ".join(["small", *changes])
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs are, within that of the benchmark."""
+        return Path(self.task) / self.agent / self.preset.replace(" ", ",")
+
+
+def experiments() -> list[Experiment]:
+    """Everything, in the order in which it is run."""
+    maze = [Experiment("pointmaze", MAZE, agent) for agent in AGENTS]
+    temperatures = [
+        Experiment("temperature", MAZE, "qam", {"inverse_temperature": tau}) for tau in (0.1, 10.0)
+    ]
+    kernels = [
+        Experiment("kernels", MAZE, "qam", {"kernel": kernel, "flow_steps": steps})
+        for steps in (5, 10)
+        for kernel in ("moment_matched", "euler_published")
+        if (kernel, steps) != ("euler_published", 5)  # the preset itself
+    ]
+    online = [Experiment("online", MAZE, "qam", offline=3000, online=6000, transitions=20_000)]
+    cube = [
+        Experiment("cube", CUBE, agent, offline=30_000, transitions=200_000, eval_every=5000)
+        for agent in AGENTS
+    ]
+    return maze + temperatures + kernels + online + cube
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Train the agents, evaluate them, and keep every evaluation."""
+
+    suites: tuple[str, ...] = ("pointmaze", "temperature", "kernels", "online", "cube")
+    """What to run; the module's help explains them."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each agent."""
+    workers: int = 2
+    """Processes, one thread each."""
+    folder: Path = Path("outputs/benchmark-rl")
+    """Data and run folders."""
+    results: Path = Path("benchmarks/results/rl.json")
+    """Rows, kept and completed."""
+
+
+def data_folder(config: BenchmarkConfig, experiment: Experiment) -> Path:
+    """Where the data of an experiment are."""
+    return config.folder / f"data-{experiment.transitions}"
+
+
+def make_data(config: BenchmarkConfig, experiment: Experiment) -> None:
+    """Make the data of an experiment, or find them made."""
+    generate(
+        DataConfig(
+            task=experiment.task,
+            transitions=experiment.transitions,
+            workers=config.workers,
+            folder=data_folder(config, experiment),
+        )
+    )
+
+
+def train_config(config: BenchmarkConfig, experiment: Experiment, seed: int) -> TrainConfig:
+    """How one seed of an experiment is trained."""
+    options = preset(experiment.agent, find_task(experiment.task), "small")
+    return TrainConfig(
+        task=experiment.task,
+        agent=experiment.agent,
+        preset="small",
+        options=replace(options, **experiment.options),
+        seeds=(seed,),
+        offline_steps=experiment.offline,
+        online_steps=experiment.online,
+        start_training=1000,
+        data=data_folder(config, experiment),
+        eval_every=experiment.eval_every,
+        eval_episodes=experiment.episodes,
+        checkpoint_every=500,
+        log_every=100,
+        folder=config.folder / experiment.folder,
+        resume=True,
+        device="cpu",
+        threads=1,
+    )
+
+
+def run(config: BenchmarkConfig, experiment: Experiment, seed: int) -> list[Row]:
+    """Train one seed, or continue it; a row for each of its evaluations."""
+    torch.set_flush_denormal(True)
+    (trained,) = train(train_config(config, experiment, seed))
+    with (trained.folder / runs.EVALUATION).open(newline="") as file:
+        found = list(csv.DictReader(file))
+    return [
+        {
+            "task": experiment.task,
+            "agent": experiment.agent,
+            "seed": seed,
+            "step": int(row["step"]),
+            "phase": row["phase"],
+            "success": float(row["success"]),
+            "episodes": int(row["episodes"]),
+            "hours": trained.seconds / 3600,
+            "device": "cpu",
+            "preset": experiment.preset,
+        }
+        for row in found
+    ]
+
+
+def key(row: Row) -> tuple[object, ...]:
+    """What a run's rows have in common."""
+    return tuple(row[name] for name in ("task", "agent", "preset", "seed"))
+
+
+def summary(rows: list[Row]) -> str:
+    """Success at each run's last step: mean and range over the seeds."""
+    last: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        if key(row) not in last or row["step"] > last[key(row)]["step"]:  # type: ignore[operator]
+            last[key(row)] = row
+    lines = []
+    for group in dict.fromkeys((row["task"], row["agent"], row["preset"]) for row in rows):
+        own = [row for row in last.values() if (row["task"], row["agent"], row["preset"]) == group]
+        values = [100 * float(row["success"]) for row in own]
+        mean, low, high = sum(values) / len(values), min(values), max(values)
+        where = f"{group[0]:<46} {group[1]:<6} {group[2]:<40}"
+        lines.append(f"{where} {mean:5.1f} % [{low:.0f}, {high:.0f}], {len(values)} seeds")
+    return "\n".join(lines)
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Run what is missing, print the table."""
+    rows: list[Row] = json.loads(config.results.read_text()) if config.results.exists() else []
+    done = {key(row) for row in rows}
+    jobs = [
+        (experiment, seed)
+        for experiment in experiments()
+        if experiment.suite in config.suites
+        for seed in config.seeds
+        if (experiment.task, experiment.agent, experiment.preset, seed) not in done
+    ]
+    for experiment in {(job.task, job.transitions): job for job, _ in jobs}.values():
+        make_data(config, experiment)
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run, config, *job) for job in jobs]
+        for future in tqdm(as_completed(futures), total=len(jobs), desc="runs"):
+            rows += future.result()
+            write_json(config.results, rows)
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchmarkConfig, prog="python -m benchmarks.rl", description=__doc__))

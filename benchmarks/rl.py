@@ -100,7 +100,7 @@ def experiments() -> list[Experiment]:
         Experiment("cube", CUBE, agent, offline=30_000, transitions=200_000, eval_every=5000)
         for agent in AGENTS
     ]
-    return maze + temperatures + kernels + online + cube
+    return maze + online + temperatures + kernels + cube
 
 
 @dataclass(frozen=True)

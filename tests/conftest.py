@@ -1,1 +1,19 @@
-"""A conftest makes pytest put this folder on the path, so that tests share its helper modules."""
+"""Fixtures of several folders; being here, it also puts helper modules on the path of tests."""
+
+import pytest
+
+from applications.pictures import style
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures saved so far, which are also written."""
+    figures = []
+    save = style.save
+
+    def saving(figure, path):
+        figures.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(style, "save", saving)
+    return figures

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from applications.rl import __main__ as rl
+from applications.rl.export import SNIPPET
 from applications.toy2d.__main__ import parse
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +19,8 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(prefix: str) -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    whole = "\n".join(blocks("bash")).replace("\\\n", " ")
+    lines = [line.split("#")[0].strip() for line in whole.splitlines()]
     return [line.removeprefix(prefix).strip() for line in lines if line.startswith(prefix)]
 
 
@@ -26,12 +29,18 @@ def test_toy_commands_parse(command):
     parse(shlex.split(command))
 
 
+@pytest.mark.parametrize("command", commands("python -m applications.rl"))
+def test_reinforcement_learning_commands_parse(command):
+    name, *options = shlex.split(command)
+    rl.parse(name, options)
+
+
 @pytest.mark.parametrize("target", commands("make"))
 def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [c for c in blocks("python") if c != SNIPPET])
 def test_python_runs(code, capsys):
     """As written, but for the numbers of iterations."""
     assert "iterations=" in code
@@ -42,6 +51,10 @@ def test_python_runs(code, capsys):
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?:docs|benchmarks)/[^)]+)\)", README))
 def test_linked_files_exist(path):
     assert (ROOT / path).is_file()
+
+
+def test_the_exported_policy_is_run_by_the_code_that_is_tested():
+    assert SNIPPET in blocks("python")
 
 
 def test_opens_with_two_commands():

@@ -118,7 +118,8 @@ def run_demo(config: DemoConfig) -> dict[str, str | int | float]:
     print("\n2. A clone of the data (bc), and its tilt toward a critic (qam).")
     agents = {name: train_one(config, name) for name in AGENTS}
     print(f"\n3. Both are judged by the same {config.episodes} episodes.")
-    judged, paths = {}, {}
+    judged: dict[str, Evaluation] = {}
+    paths: dict[str, list[np.ndarray]] = {}
     for name, agent in agents.items():
         judged[name], paths[name] = play(config, agent)
         print(f"  {name:<4}{judged[name]}")
@@ -127,8 +128,8 @@ def run_demo(config: DemoConfig) -> dict[str, str | int | float]:
     maze, goal = Maze.from_environment(environment), np.asarray(info["goal"])[:2]
     environment.close()
     pictures = [
-        draw_maze(config, maze, goal, paths),
-        draw_actions(config, maze, goal, agents, paths["bc"][0][0]),
+        draw_maze(config, maze, goal, judged, paths),
+        draw_actions(config, maze, goal, agents, paths["qam"][0][len(paths["qam"][0]) // 3]),
     ]
     report: dict[str, str | int | float] = {"task": TASK, "episodes": config.episodes}
     for name, found in judged.items():
@@ -184,7 +185,11 @@ def play(config: DemoConfig, agent: Any) -> tuple[Evaluation, list[np.ndarray]]:
 
 
 def draw_maze(
-    config: DemoConfig, maze: Maze, goal: np.ndarray, paths: dict[str, list[np.ndarray]]
+    config: DemoConfig,
+    maze: Maze,
+    goal: np.ndarray,
+    judged: dict[str, Evaluation],
+    paths: dict[str, list[np.ndarray]],
 ) -> Path:
     """Where both policies go."""
     return trajectories(
@@ -193,6 +198,7 @@ def draw_maze(
         paths,
         start=paths["bc"][0][0],
         goal=goal,
+        reached={name: found.successes for name, found in judged.items()},
         title="A flow policy in a maze, before and after its tilt toward exp(τ Q)",
         subtitle=f"{TASK}, {config.updates} updates on {config.transitions} transitions",
     )
@@ -231,7 +237,7 @@ def draw_actions(
         position=position,
         goal=goal,
         names=("bc", "qam"),
-        title="What to do at the start: the first action of the chunk",
+        title="What to do at a place on the way: the first action of the chunk",
         subtitle=f"{CLOUD} chunks of {agent.chunk_length} actions each",
     )
 

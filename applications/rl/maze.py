@@ -80,6 +80,7 @@ def trajectories(
     start: Array,
     goal: Array,
     goal_radius: float = 1.0,
+    reached: Mapping[str, Sequence[bool]] | None = None,
     title: str = "Through the maze",
     subtitle: str = "",
     shown: int = 25,
@@ -87,7 +88,8 @@ def trajectories(
     """Trajectories of several policies side by side, with how many of them reach the goal.
 
     A trajectory reaches the goal if its last position is within ``goal_radius`` of it, for episodes
-    end there.  Those that do not end in a cross.  Time runs from dark to bright.
+    end there, unless ``reached`` knows better.  Those that do not end in a cross.  Time runs from
+    dark to bright.
 
     Arguments:
         path: The PNG to write.
@@ -96,6 +98,7 @@ def trajectories(
         start: Where they begin (2,), about.
         goal: Where they should end (2,).
         goal_radius: Distance within which it is reached.
+        reached: Whether each trajectory did, by policy: the goals of episodes may differ a little.
         title: Headline.
         subtitle: Line below it.
         shown: Trajectories drawn in each panel, the first ones; all are counted.
@@ -117,14 +120,18 @@ def trajectories(
         if len(paths) == 0:
             raise ValueError(f"policies[{name!r}] must hold at least one trajectory, got none")
         xs = [checked(p, f"policies[{name!r}][{i}]", ("T", 2)) for i, p in enumerate(paths)]
-        reached = [bool(np.linalg.norm(x[-1] - ends["goal"]) <= goal_radius) for x in xs]
+        hits = [bool(np.linalg.norm(x[-1] - ends["goal"]) <= goal_radius) for x in xs]
+        if reached is not None:
+            hits = [bool(hit) for hit in reached[name]]
+            if len(hits) != len(xs):
+                raise ValueError(f"reached[{name!r}] must hold {len(xs)} values, got {len(hits)}")
         draw_maze(ax, maze)
-        lengths = [len(x) - 1 for x, hit in zip(xs, reached, strict=True) if hit]
-        caption = f"{sum(reached)} of {len(xs)} reach the goal"
+        lengths = [len(x) - 1 for x, hit in zip(xs, hits, strict=True) if hit]
+        caption = f"{sum(hits)} of {len(xs)} reach the goal"
         if lengths:
             caption += f", median {np.median(lengths):.0f} steps"
         style.heading(ax, name, color=_hue(name), caption=caption)
-        for x, hit in zip(xs[:shown], reached, strict=False):
+        for x, hit in zip(xs[:shown], hits, strict=False):
             _draw_path(ax, x, _colors(name), hit=hit, many=min(shown, len(xs)))
         _draw_ends(ax, ends["start"], ends["goal"], goal_radius)
     return style.save(figure, path)

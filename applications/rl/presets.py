@@ -33,14 +33,21 @@ MAZE: dict[str, Any] = {
     "slow_rate": 0.02,
     "rho": 0.0,
     "lr": 1e-3,
-    "inverse_temperature": 1.0,
-    "alpha": 10.0,
 }
 """Small agents in a maze of two coordinates.  Long chunks carry the value ten steps an update, and
 coordinates several units wide let narrow networks tell one side of a wall from the other."""
 
-RECIPES: dict[str, dict[str, Any]] = {"pointmaze-medium": MAZE}
-"""What ``small`` sets besides, by domain."""
+MAZE_AGENTS: dict[str, dict[str, Any]] = {
+    "qam": {"inverse_temperature": 1.0},
+    "qam-e": {"inverse_temperature": 1.0},
+    "qam-f": {"inverse_temperature": 1.0, "alpha": 10.0},
+    "fql": {"alpha": 10.0},
+    "bam": {"inverse_temperature": 10.0},
+}
+"""What an agent sets there in place of the value of its domain."""
+
+RECIPES = {"pointmaze-medium": (MAZE, MAZE_AGENTS)}
+"""What ``small`` sets besides, by domain: for all agents, and for single ones."""
 
 DOMAINS = (
     "puzzle-3x3",
@@ -132,6 +139,7 @@ def preset(agent_name: str, task: HasProtocol, name: str = "published") -> Agent
     if domain.startswith("humanoidmaze"):
         options["rho"] = 0.0
     if name == "small":
-        options |= RECIPES.get(task.domain, {})
+        shared, own = RECIPES.get(task.domain, ({}, {}))
+        options |= shared | own.get(agent_name, {})
     config = config_class(horizon=task.horizon, discount=task.discount)
     return replace(config, **{key: value for key, value in options.items() if hasattr(config, key)})

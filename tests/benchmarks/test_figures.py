@@ -5,21 +5,7 @@ import pytest
 from matplotlib.collections import LineCollection, PathCollection
 from PIL import Image
 
-from applications.pictures import style
 from benchmarks.figures import kernel_comparison
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    figures = []
-    save = style.save
-
-    def saving(figure, path):
-        figures.append(figure)
-        return save(figure, path)
-
-    monkeypatch.setattr(style, "save", saving)
-    return figures
 
 
 def make_rows():

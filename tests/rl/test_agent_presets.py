@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from applications.rl.agents import AGENTS, make_agent
-from applications.rl.presets import DOMAINS, NEAREST, SIZES, TUNED, preset
+from applications.rl.presets import DOMAINS, NEAREST, RECIPES, SIZES, TUNED, preset
 from applications.rl.tasks import ENVIRONMENTS, find_task
 
 # qam τ; qam-e τ, scale; qam-f τ, α; fql α; bam τ; ifql κ
@@ -91,3 +91,16 @@ def test_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match="preset must be one of published, small, got 'tiny'"):
         preset("qam", task("scene"), "tiny")
     assert set(TUNED) == set(AGENTS)
+
+
+def test_recipes_are_of_options_that_exist_and_reach_the_agents():
+    for domain, (shared, own) in RECIPES.items():
+        assert domain in NEAREST  # none of the tuned ones
+        assert set(own) <= set(AGENTS)
+        for name in AGENTS:
+            config = preset(name, task(domain), "small")
+            for option, value in (shared | own.get(name, {})).items():
+                assert getattr(config, option, value) == value
+            assert set(own.get(name, {})) <= set(asdict(config))
+        assert set(shared) <= set(asdict(preset("qam", task(domain))))
+        assert preset("qam", task(domain)) == preset("qam", task(NEAREST[domain]))

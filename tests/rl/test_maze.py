@@ -20,20 +20,6 @@ WALLS = np.array([[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])
 START, GOAL = np.array([0.0, 0.0]), np.array([4.0, 4.0])
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures saved so far, which are also written."""
-    figures = []
-    save = style.save
-
-    def saving(figure, path):
-        figures.append(figure)
-        return save(figure, path)
-
-    monkeypatch.setattr(style, "save", saving)
-    return figures
-
-
 def artists(ax, kind):
     return [c for c in ax.get_children() if isinstance(c, kind)]
 

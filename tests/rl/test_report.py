@@ -44,20 +44,6 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures saved so far, which are also written."""
-    figures = []
-    save = style.save
-
-    def saving(figure, path):
-        figures.append(figure)
-        return save(figure, path)
-
-    monkeypatch.setattr(style, "save", saving)
-    return figures
-
-
 def texts(figure):
     return " | ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
 

@@ -41,20 +41,6 @@ def paths(mean, n=300, states=13):
     return (1 - t) * draw((0, 0), 1, n) + t * draw(mean, 0.3, n, 1)
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures saved so far, which are also written."""
-    figures = []
-    save = style.save
-
-    def saving(figure, path):
-        figures.append(figure)
-        return save(figure, path)
-
-    monkeypatch.setattr(style, "save", saving)
-    return figures
-
-
 def artists(ax, kind):
     return [c for c in ax.get_children() if isinstance(c, kind)]
 

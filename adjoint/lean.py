@@ -67,13 +67,17 @@ def lean_adjoint(
         raise ValueError(f"noise of the trajectory is needed with kernel {kernel.name!r}, got None")
     value = terminal.detach()
     values, v_base = [value], []
+    t, adjoint_x, adjoint_v = (
+        column.to(xs.dtype).unbind()
+        for column in (kernel.adjoint_t, kernel.adjoint_x, kernel.adjoint_v)
+    )
     for k in reversed(range(kernel.steps)):
-        v, product = velocity_and_vjp(base, xs[k], kernel.adjoint_t[k].to(xs.dtype), value, cond)
-        pull = torch.zeros_like(value)
+        v, product = velocity_and_vjp(base, xs[k], t[k], value, cond)
+        carried = adjoint_x[k] * value + adjoint_v[k] * product
         if kernel.start_covariance is not None and noise is not None:
             scale = kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k]
-            pull = scale * noise_pull(base, kernel, k, xs[k], noise[k], value, cond)
-        value = kernel.adjoint_x[k] * value + kernel.adjoint_v[k] * product + pull
+            carried = carried + scale * noise_pull(base, kernel, k, xs[k], noise[k], value, cond)
+        value = carried
         if running is not None:
             value = value + running[k] / kernel.adjoint_scale[k]
         values.append(value)
@@ -87,6 +91,8 @@ def _at_own_time(
 ) -> Tensor:
     """v_β(x_k, t_k), evaluating those steps whose adjoint was read at another time."""
     other = [k for k, own in enumerate(kernel.own_time) if not own]
+    if len(other) == len(found):
+        return velocity_along(base, xs[:-1], kernel.t[:-1], cond).to(xs.dtype)
     if other:
         fresh = velocity_along(base, xs[other], kernel.t[other], cond).to(xs.dtype)
         for k, v in zip(other, fresh, strict=True):

@@ -76,13 +76,15 @@ def adjoint_matching_loss(
         ``adjoint_norm`` (mean ‖λ‖ over steps), ``control_norm`` (mean ‖v - v_β‖) and
         ``term_quantile`` (the 0.9 quantile of the unclipped terms, for a running cap).
     """
-    index = torch.arange(kernel.steps) if steps is None else steps
-    index = index.to(v.device)
-    lam = adjoint.values[index + 1 if kernel.read_next else index]
+    lam = adjoint.values[1:] if kernel.read_next else adjoint.values[:-1]
+    v_base, read_v, read_a = adjoint.v_base, kernel.read_v, kernel.read_a
+    if steps is not None:
+        index = steps.to(v.device)
+        lam, v_base, read_v, read_a = lam[index], v_base[index], read_v[index], read_a[index]
     shape = (-1, *([1] * (v.ndim - 1)))
-    read_v = kernel.read_v[index].to(v.dtype).reshape(shape)
-    read_a = kernel.read_a[index].to(v.dtype).reshape(shape)
-    control = v - adjoint.v_base[index]
+    read_v = read_v.to(v.dtype).reshape(shape)
+    read_a = read_a.to(v.dtype).reshape(shape)
+    control = v - v_base
     terms = (read_v * control + read_a * lam).square().flatten(2).sum(2)
     # torch.quantile refuses more than 2**24 entries; a cap does not need them all.
     quantile = torch.quantile(terms.detach().flatten()[: 2**24].float(), 0.9)

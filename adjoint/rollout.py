@@ -56,16 +56,20 @@ def rollout(
     where the field computes in another one.
     """
     xs, vs, roots = [x0], [], []
+    t, mean_x, mean_v, std = (
+        column.to(x0.dtype).unbind()
+        for column in (kernel.t, kernel.mean_x, kernel.mean_v, kernel.std)
+    )
     for k in range(kernel.steps):
         follows_base = kernel.noiseless_last and k == kernel.steps - 1
-        v = (base if follows_base else field)(xs[-1], kernel.t[k].to(x0.dtype), cond).to(x0.dtype)
-        x = kernel.mean_x[k] * xs[-1] + kernel.mean_v[k] * v
+        v = (base if follows_base else field)(xs[-1], t[k], cond).to(x0.dtype)
+        x = mean_x[k] * xs[-1] + mean_v[k] * v
         if kernel.start_covariance is not None:
             root = noise_root(base, kernel, k, xs[-1], cond).detach()
             x = x + (root @ noise[k].flatten(1).unsqueeze(2)).reshape(x.shape)
             roots.append(root)
         elif not follows_base:
-            x = x + kernel.std[k] * noise[k]
+            x = x + std[k] * noise[k]
         xs.append(x)
         vs.append(v)
     return Trajectory(

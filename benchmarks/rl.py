@@ -162,7 +162,6 @@ def train_config(config: BenchmarkConfig, experiment: Experiment, seed: int) -> 
 
 def run(config: BenchmarkConfig, experiment: Experiment, seed: int) -> list[Row]:
     """Train one seed, or continue it; a row for each of its evaluations."""
-    torch.set_flush_denormal(True)
     (trained,) = train(train_config(config, experiment, seed))
     with (trained.folder / runs.EVALUATION).open(newline="") as file:
         found = list(csv.DictReader(file))
@@ -181,6 +180,12 @@ def run(config: BenchmarkConfig, experiment: Experiment, seed: int) -> list[Row]
         }
         for row in found
     ]
+
+
+def prepare_worker() -> None:
+    """One thread a process, and no denormals, which slow Adam down."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
 
 
 def key(row: Row) -> tuple[object, ...]:
@@ -217,7 +222,10 @@ def main(config: BenchmarkConfig) -> None:
     ]
     for experiment in {(job.task, job.transitions): job for job, _ in jobs}.values():
         make_data(config, experiment)
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(
+        config.workers, mp_context=context, initializer=prepare_worker
+    ) as pool:
         futures = [pool.submit(run, config, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(jobs), desc="runs"):
             rows += future.result()

@@ -24,7 +24,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,41 +37,8 @@ LOG_STD_RANGE = (-20.0, 2.0)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh approximation x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))).
-
-    On a CPU by `SigmoidGELU`; elsewhere, and for a compiler, by PyTorch's own kernel.
-    """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return SigmoidGELU.apply(x)
+    """The tanh approximation x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
     return functional.gelu(x, approximate="tanh")
-
-
-class SigmoidGELU(torch.autograd.Function):
-    """The same function written x sigmoid(2 √(2/π) (x + 0.044715 x³)).
-
-    PyTorch's kernel for it spends most of its time in a slow tanh on a CPU: this takes a half to
-    three quarters as long.  The gradient is PyTorch's.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        """Values of the shape of ``x``."""
-        scale = 2 * math.sqrt(2 / math.pi)
-        gate = torch.addcmul(x.new_full((), scale), x, x, value=0.044715 * scale)
-        return gate.mul_(x).sigmoid_().mul_(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep the argument."""
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Gradient with respect to the argument."""
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
 
 
 def check_widths(sizes: Sequence[int], name: str) -> None:

@@ -139,6 +139,7 @@ def test_training_and_evaluating_from_the_command_line(tmp_path, capsys):
 
 
 def test_a_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # other tests of this process switched it off
     from tiny import Corridor, corridor_data, options
 
     from applications.rl.training import TrainConfig, train

@@ -50,9 +50,11 @@ class TiltConfig(TrainerConfig):
     """Steps K of the training chain."""
     shift: float = 1.0
     """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise."""
-    refine: float = 0.5
+    refine: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w instead of the
-    adjoint-matching loss; 0 is none.  They start from the average with a fresh optimiser."""
+    adjoint-matching loss, from the average and with a fresh optimiser; 0 is none.  For low
+    dimensions: half or more, with 20 steps or more, or with the kernel ``covariance_matched``.  In
+    many dimensions, where log w still varies by a nat or so, its noise is too large."""
     temperature: float = 1.0
     """The target is p(x) exp(r(x) / temperature)."""
     batch_size: int = 256

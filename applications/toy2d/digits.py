@@ -51,8 +51,6 @@ class DigitsConfig:
     """Trajectories an update."""
     lr: float = 2e-3
     """Learning rate of the tilt."""
-    refine: float = 0.5
-    """Fraction of the updates, the last ones, that minimise the variance of log w instead."""
     importance: bool = True
     """Weight trajectories by their importance."""
     width: int = 256
@@ -102,7 +100,6 @@ class DigitsConfig:
             batch_size=self.batch_size,
             lr=self.lr,
             temperature=self.temperature,
-            refine=self.refine,
             importance=self.importance,
             ema_decay=0.99,
             seed=self.seed,

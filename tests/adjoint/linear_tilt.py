@@ -23,7 +23,6 @@ FAST = TiltConfig(
     ema_decay=0.0,
     steps=5,
     batch_size=16,
-    refine=0.0,
     certificate_samples=0,
 )
 

@@ -96,7 +96,6 @@ def tilted():
         batch_size=256,
         replay=768,
         refresh=3,
-        refine=0.0,
         certificate_samples=0,
     )
     with torch.random.fork_rng(devices=[]):

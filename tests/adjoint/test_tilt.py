@@ -242,7 +242,6 @@ def test_importance_weights_make_stale_trajectories_unbiased(importance):
         replay=4096,
         refresh=1000,
         importance=importance,
-        refine=0.0,
         certificate_samples=0,
     )
     found = tilt(

@@ -2,11 +2,14 @@
 
 import json
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from benchmarks import rl_speed
 from benchmarks.rl_speed import FIXED, WHOLE, SpeedConfig, main
+from benchmarks.rl_speed_peer import Peer
 
 PARTS = [
     "sampling",
@@ -85,7 +88,7 @@ def test_a_peer_that_fails_is_an_error(tmp_path):
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / "qam.py").write_text("raise RuntimeError('broken')")
     with pytest.raises(RuntimeError, match="exit code 1"):
-        rl_speed.Peer(rl_speed.QUICK, SpeedConfig(peer=tmp_path))
+        Peer(asdict(rl_speed.QUICK), tmp_path, Path(sys.executable), "cpu", 1)
 
 
 def test_what_cannot_be_timed_is_refused(tmp_path):

@@ -12,7 +12,8 @@
 A run that was stopped continues where it stood, and one whose rows are in the record is not run
 again.  Each evaluation is a row {task, agent, seed, step, phase, success, episodes, hours, device,
 preset} of ``results/rl.json``; ``preset`` names what differs from the preset ``small``, and
-``hours`` is the wall time of the whole run, evaluations included.  The curves are drawn by
+``hours`` is the wall time of the process that finished the run, evaluations included, on a machine
+that was shared with others.  The curves are drawn by
 
     python -m applications.rl report benchmarks/results/rl.json --by agent preset
 """

@@ -35,6 +35,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adjoint.covariance import MAX_DIM
 from adjoint.tilt import TiltConfig, tilt
 from applications.toy2d.distances import mode_frequencies, w2_ratio
 from benchmarks import problems
@@ -51,6 +52,7 @@ MODE_SAMPLES = 100_000
 REFINED = 0.7
 """Fraction of the updates that the suffix _refined gives to the log-variance."""
 SCHEMES = (
+    "covariance_matched_refined",
     "moment_matched_refined",
     "moment_matched",
     "euler_published",
@@ -175,7 +177,13 @@ def pending(config: FidelityConfig, rows: list[Row]) -> list[tuple[str, str, int
         for kernel in config.kernels
         for name in config.problems
     ]
-    return [job for job in asked if job not in done]
+    return [job for job in asked if job not in done and serves(*job[:2])]
+
+
+def serves(name: str, kernel: str) -> bool:
+    """Whether the kernel is for the dimension of the problem."""
+    dim = int(name.removeprefix("mixture-").removesuffix("d")) if "mixture" in name else 2
+    return dim <= MAX_DIM or not kernel.startswith("covariance_matched")
 
 
 def main(config: FidelityConfig) -> None:

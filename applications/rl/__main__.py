@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import tyro
 
-from applications.rl.runs import RunError
+from applications.rl.errors import RunError
 from flows.checkpoint import CheckpointError
 from flows.trainer import TrainingDiverged
 
@@ -59,7 +59,7 @@ COMMANDS = {
         "report", "ReportConfig", "show_report", "draw learning curves and print the table"
     ),
     "export": Command("export", "ExportConfig", "show_export", "write a self-contained policy"),
-    "demo": Command("demo", "DemoConfig", "run_demo", "all of it on point maze, in half an hour"),
+    "demo": Command("demo", "DemoConfig", "run_demo", "all of it on point maze, in minutes"),
     "list": Command("names", "ListConfig", "show_list", "name the tasks, agents and options"),
 }
 

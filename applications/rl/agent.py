@@ -50,7 +50,9 @@ class AgentConfig:
     """Steps h of a window: the length of a chunk of actions and of the n-step return."""
     observation_scale: float = 0.0
     """Standardise observations by the data's mean and deviation, then multiply by this; 0 leaves
-    them as they are, as published.  Small networks resolve a maze only if it is several wide."""
+    them as they are, as published.  Small networks resolve a maze only if it is several wide.
+    Without data, so for learning online alone, mean 0 and deviation 1 are taken: it then multiplies
+    the observations as they come."""
     action_chunking: bool = True
     """Act in chunks of h actions; otherwise in single actions, with returns over h steps."""
     discount: float = 0.99

@@ -141,7 +141,10 @@ def load_shards(
         DataError: there are no data.
     """
     if task.kind == "gym":
-        raise DataError(f"task {task.name!r} has no data of its own; load yours by load_npz")
+        raise DataError(
+            f"task {task.name!r} has no data of its own; give yours by --data FILE.npz (load_npz), "
+            "or learn without by --no-use-data --offline-steps 0"
+        )
     if task.kind == "minari":
         return ShardedDataset(task, (Path(task.dataset_name),))
     paths = find_files(task, folder=folder, split=split)

@@ -5,7 +5,7 @@ flow cloned from them (BC) moves like the data and so reaches the task's goal by
 flow tilted toward exp(τ Q) (QAM) goes there.  Both are trained with the preset ``small``, which for
 this maze is a recipe of its own (`applications.rl.presets`), and judged by the same episodes.
 
-The folder holds ``data/``, a run folder for each agent, ``report.json`` (flat), and the pictures
+The folder holds the data, a run folder for each agent, ``report.json`` (flat), and the pictures
 ``maze.png`` (where both policies go), ``actions.png`` (what they do at one state, and what the
 critic prefers there) and the learning curves.
 """
@@ -64,6 +64,11 @@ class DemoConfig:
     """Continue where an earlier demonstration was interrupted."""
 
     @property
+    def data(self) -> Path:
+        """Folder of the data, of which each number of transitions and each seed has its own."""
+        return self.folder / f"data-{self.transitions}-{self.seed}"
+
+    @property
     def sized(self) -> DemoConfig:
         """These options, or small ones if ``quick``."""
         if not self.quick:
@@ -112,7 +117,7 @@ def run_demo(config: DemoConfig) -> dict[str, str | int | float]:
             transitions=config.transitions,
             workers=config.workers,
             seed=config.seed,
-            folder=config.folder / "data",
+            folder=config.data,
         )
     )
     print("\n2. A clone of the data (bc), and its tilt toward a critic (qam).")
@@ -158,7 +163,7 @@ def train_one(config: DemoConfig, name: str) -> torch.nn.Module:
         preset="small",
         seeds=(config.seed,),
         offline_steps=config.updates,
-        data=config.folder / "data",
+        data=config.data,
         eval_every=max(1, config.updates // 4),
         eval_episodes=min(20, config.episodes),
         checkpoint_every=max(1, config.updates // 8),

@@ -6,6 +6,7 @@ a picture once in so many steps; a picture may take half a second where there is
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -21,11 +22,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from applications.rl.agent import Agent
+from applications.rl.errors import RunError
 from applications.rl.evaluation import Evaluation, Evaluator
 from applications.rl.problem import choose_device
-from applications.rl.runs import RunError, TrainedAgent, load_agent
-from applications.rl.tasks import find_task, make_environment, prepare_mujoco
+from applications.rl.randomness import episode_seed
+from applications.rl.runs import TrainedAgent, load_agent
+from applications.rl.tasks import Task, find_task, make_environment, prepare_mujoco
 from flows.checkpoint import ensure_writable, replacing
+
+COMMAND_STREAM = 3
+"""What its episodes are told apart by from those of data, and of training (1 and 2 there)."""
 
 RENDERING_HELP = (
     "headless rendering needs EGL (apt install libegl1 libgl1, then MUJOCO_GL=egl) or, in "
@@ -42,7 +48,7 @@ class EvaluateConfig:
     episodes: int = 50
     """Episodes of each."""
     seed: int = 0
-    """Seed of the episodes; others than those of training in any case."""
+    """Seed of the episodes; others than those of training and of made data in any case."""
     environments: int = 4
     """Environments that play at once; changes no result."""
     workers: int = 0
@@ -57,6 +63,15 @@ class EvaluateConfig:
     """Where the agent computes: cpu, cuda, or auto."""
     threads: int = 0
     """Threads of PyTorch; 0 leaves it the choice."""
+
+    def __post_init__(self) -> None:
+        """Refuse a number of episodes out of range.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
 
 
 def show_evaluate(config: EvaluateConfig) -> None:
@@ -77,6 +92,8 @@ def show_evaluate(config: EvaluateConfig) -> None:
     trained = [load_agent(path, device) for path in config.runs]
     if config.gif is not None:
         ensure_writable(config.gif, "gif")
+        for one in trained:
+            _require_renderer(find_task(one.task))
     for path, one in zip(config.runs, trained, strict=True):
         result = evaluate_trained(one, config)
         print(f"{path} ({one.name} on {one.task}, {one.updates} updates)\n  {result}")
@@ -86,7 +103,7 @@ def show_evaluate(config: EvaluateConfig) -> None:
         frames = record(
             first.agent,
             factory,
-            seed=config.seed,
+            seed=episode_seed(config.seed, COMMAND_STREAM),
             episode=config.gif_episode,
             most_frames=config.gif_frames,
         )
@@ -114,9 +131,8 @@ def evaluate_trained(trained: TrainedAgent, config: EvaluateConfig) -> Evaluatio
             bar.update(1)
             bar.set_postfix_str(f"success {successes / bar.n:.0%}")
 
-        return evaluator(
-            trained.agent, episodes=config.episodes, seed=config.seed, progress=progress
-        )
+        seed = episode_seed(config.seed, COMMAND_STREAM)
+        return evaluator(trained.agent, episodes=config.episodes, seed=seed, progress=progress)
 
 
 def record(
@@ -181,6 +197,20 @@ def write_gif(path: Path, frames: list[np.ndarray], *, per_second: int = 15) -> 
             duration=1000 // per_second,
             loop=0,
         )
+
+
+def _require_renderer(task: Task) -> None:
+    """Import MuJoCo if the task's environment does, as that fails without what it renders by.
+
+    Raises:
+        RunError: it failed.
+    """
+    if task.kind == "gym" and "mujoco" not in str(gymnasium.spec(task.environment_id).entry_point):
+        return
+    try:
+        importlib.import_module("mujoco")
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+        raise _rendering_error(error) from error
 
 
 def _rendering_error(error: Exception | str) -> RunError:

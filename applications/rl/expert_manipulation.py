@@ -22,6 +22,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from applications.rl.errors import RunError
 from applications.rl.physics import import_ogbench
 from applications.rl.randomness import NumpyStream, Reproducible, episode_seed
 from applications.rl.tasks import Task
@@ -83,13 +84,13 @@ class ManipulationCollector:
             an action that leads nowhere.
 
         Raises:
-            RuntimeError: a hundred episodes in a row were thrown away.
+            RunError: a hundred episodes in a row were thrown away.
         """
         for attempt in range(_ATTEMPTS):
             episode = self._attempt(episode_seed(seed, attempt), transitions)
             if self.environment != "scene" or _is_visible(episode["qpos"][:, _CUBE]):
                 return episode
-        raise RuntimeError(f"the expert lost sight of the cube in {_ATTEMPTS} episodes in a row")
+        raise RunError(f"the expert lost sight of the cube in {_ATTEMPTS} episodes in a row")
 
     def _attempt(self, seed: int, transitions: int) -> dict[str, NDArray[Any]]:
         observation, info = self.env.reset(seed=seed)

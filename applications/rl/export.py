@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from applications.rl.agent import Agent
-from applications.rl.runs import RunError, load_agent
+from applications.rl.errors import RunError
+from applications.rl.runs import load_agent
 from flows.checkpoint import ensure_writable, replacing, write_json
 
 SNIPPET = """\

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from adjoint.kernel import KERNELS, Kernel, make_kernel, own_time_kernel
 from applications.rl.actor_critic import ActorCritic, CriticConfig
@@ -95,17 +96,23 @@ class FlowPair(ActorCritic):
         return self.base if self.slow_base is None else self.slow_base
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the policy in the chain, of the shape of ``x``; gradients reach f only."""
+        """Velocity of the policy in the chain, of the shape of ``x``.
+
+        Gradients reach f and ``x``, never the weights of the base.
+        """
         return self._on(self.reference, x, t, cond)
 
     def acting_velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the policy when it acts, of the shape of ``x``; gradients reach f only."""
+        """Velocity of the policy when it acts, of the shape of ``x``; gradients as above."""
         return self._on(self.base, x, t, cond)
 
     def _on(self, base: FlowActor, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         v = self.policy(x, t, cond)
         if not self.config.residual:
             return v
+        if x.requires_grad:  # backpropagation through a chain passes through its base too
+            held = {name: p.detach() for name, p in base.named_parameters()}
+            return v + functional_call(base, held, (x, t, cond))
         with torch.no_grad():
             start = base(x, t, cond)
         return v + start

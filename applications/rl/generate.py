@@ -42,6 +42,9 @@ from applications.rl.relabel import positions, success_fractions
 from applications.rl.tasks import Task, find_task
 from flows.checkpoint import write_json
 
+ASSEMBLING = "assembling"
+"""File in the folder of parts that says that what bears the name of the data is made of them."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -107,6 +110,8 @@ def generate(config: DataConfig) -> tuple[Path, dict[str, Any]]:
     parts = list(make_parts(config.transitions, plan["protocol"]["episode"]))
     _claim(folder, plan)
     write_missing(folder, parts, task, seed=config.seed, workers=config.workers)
+    _refuse_others(data)  # which may have come meanwhile
+    (folder / ASSEMBLING).touch()
     manifest = _assemble(data, folder, parts, task, plan)
     shutil.rmtree(folder)
     return data, manifest
@@ -179,10 +184,10 @@ def _finished(data: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
         DataError: there are other data of that name.
     """
     manifest = read_manifest(data)
-    if not data.exists() or (manifest is None and data.with_suffix(".parts").exists()):
-        return None  # the latter: killed before the manifest was written
     if manifest is None:
-        raise DataError(f"{data} exists and was not made here; move it, or use --overwrite")
+        _refuse_others(data)
+    if manifest is None or not data.exists():
+        return None
     found = {**manifest, "transitions": manifest.get("transitions", {}).get("train")}
     found["versions"] = plan["versions"]  # finished data stay good; `verify` warns of other physics
     if difference := _difference(found, plan):
@@ -194,6 +199,19 @@ def _finished(data: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
         verify(path)
     shutil.rmtree(data.with_suffix(".parts"), ignore_errors=True)
     return manifest
+
+
+def _refuse_others(data: Path) -> None:
+    """Refuse to write over files without a manifest, unless a killed generation left them.
+
+    Raises:
+        DataError: there are some.
+    """
+    if (data.with_suffix(".parts") / ASSEMBLING).exists():
+        return
+    for path in (data, _validation(data)):
+        if path.exists():
+            raise DataError(f"{path} exists and was not made here; move it, or use --overwrite")
 
 
 def _discard(data: Path) -> None:

@@ -58,7 +58,7 @@ def grouped(
     """Seeds put together, and remarks on what had to be left out.
 
     Arguments:
-        results: Of any tasks.
+        results: Of any tasks; those without evaluations are left out with a remark.
         by: Settings whose values tell curves of one task apart; they make up the label.
 
     Raises:
@@ -66,7 +66,9 @@ def grouped(
             or a run lacks a setting of ``by``.
     """
     members: dict[tuple[str, str], dict[int, Result]] = {}
-    for result in results:
+    bare = [result.source for result in results if not result.rates]
+    remarks = [f"left out, without evaluations: {', '.join(bare)}"] if bare else []
+    for result in (result for result in results if result.rates):
         absent = [name for name in by if name not in result.settings]
         if absent:
             known = ", ".join(sorted(result.settings))
@@ -77,7 +79,7 @@ def grouped(
         if seed in seeds:
             raise ValueError(_collision(label, seeds[seed], result))
         seeds[seed] = result
-    groups, remarks = [], []
+    groups = []
     for (task, label), seeds in sorted(members.items()):
         runs = [seeds[s] for s in sorted(seeds)]
         common = sorted(set.intersection(*(set(run.rates) for run in runs)))

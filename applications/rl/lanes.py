@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from applications.rl.runs import RunError
+from applications.rl.errors import RunError
 from applications.rl.spaces import Spaces, spaces_of
 from applications.rl.wrappers import standardise
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from applications.rl.errors import RunError
 from applications.rl.expert_manipulation import ManipulationCollector
 from applications.rl.expert_maze import MazeCollector
 from applications.rl.randomness import episode_seed
@@ -94,7 +95,7 @@ def write_missing(
 
     Raises:
         OSError: a part cannot be written; those before are kept.
-        RuntimeError: a worker was killed; the parts before are kept.
+        RunError: a worker was killed; the parts before are kept.
     """
     missing = [part for part in parts if not (folder / part.name).exists()]
     total = sum(part.transitions for part in parts)
@@ -174,7 +175,7 @@ def _share(
             for future in done:
                 update(future.result())
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise RunError(
             f"a worker was killed, perhaps for want of memory; the parts made so far are in "
             f"{folder}, and the same command continues"
         ) from error

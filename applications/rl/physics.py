@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from applications.rl.errors import RunError
+
 _OFF = ("disable", "disabled", "off", "false", "0")
 
 
@@ -15,12 +17,12 @@ def prepare_mujoco(*, render: bool = False) -> None:
     environment would abort the process.  With it, EGL is chosen where no display is.
 
     Raises:
-        RuntimeError: rendering is asked for, but MuJoCo runs without it already.
+        RunError: rendering is asked for, but MuJoCo runs without it already.
     """
     if not render:
         os.environ.setdefault("MUJOCO_GL", "disabled")
     elif os.environ.get("MUJOCO_GL", "").lower() in _OFF and "mujoco" in sys.modules:
-        raise RuntimeError(
+        raise RunError(
             "MuJoCo was imported without rendering; set MUJOCO_GL=egl before the program starts"
         )
     elif os.environ.get("MUJOCO_GL", "").lower() in ("", *_OFF) and sys.platform == "linux":

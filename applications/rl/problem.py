@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
 
 from applications.rl.agent import AgentConfig
@@ -47,6 +50,16 @@ class Problem:
     shards: Shards
     first: Dataset | None
     device: torch.device
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the first part's numbers from others: 16 hexadecimal digits, '' if none."""
+        if self.first is None:
+            return ""
+        digest = sha256()
+        for name in ("observations", "actions", "rewards", "masks", "terminals"):
+            digest.update(np.ascontiguousarray(getattr(self.first, name)).data)
+        return digest.hexdigest()[:16]
 
     def make_replay(self, spaces: Spaces) -> Replay:
         """A replay of the first part, with room for what comes online."""
@@ -118,6 +131,7 @@ def prepare(
     elif config.use_data and config.data is not None and config.data.suffix == ".npz":
         shards = [load_npz(config.data)]
     elif config.use_data:
+        _check_folder(config.data)
         shards = load_shards(find_task(config.task), folder=config.data)
     first = shards[0] if len(shards) else None
     if first is not None and len(first) < options.horizon:
@@ -130,6 +144,16 @@ def prepare(
             f"used, got {config.start_training}"
         )
     return Problem(config, options, environment, shards, first, device)
+
+
+def _check_folder(path: Path | None) -> None:
+    """Refuse what looks like a file, for it is none of those that are read.
+
+    Raises:
+        ValueError: it is a file, or has a suffix and is no folder.
+    """
+    if path is not None and (path.is_file() or (path.suffix and not path.is_dir())):
+        raise ValueError(f"data must be a folder or an .npz file, got {str(path)!r}")
 
 
 class Rotation:

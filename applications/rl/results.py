@@ -40,7 +40,7 @@ class Result:
 
 
 def read_results(patterns: Sequence[str]) -> list[Result]:
-    """All runs that ``patterns`` lead to, each once.
+    """All runs that ``patterns`` lead to, each once; some may have no evaluation.
 
     Arguments:
         patterns: Folders, searched to any depth, and JSON files of rows; wildcards are expanded.
@@ -53,8 +53,9 @@ def read_results(patterns: Sequence[str]) -> list[Result]:
     for pattern in patterns:
         for path in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
             if path.is_dir():
-                folders = (f.parent for f in sorted(path.rglob("evaluation.csv")))
-                found.update(dict.fromkeys(f.resolve() for f in folders))
+                folders = {f.parent for f in path.rglob("evaluation.csv")}
+                folders |= {f.parent for f in path.rglob("config.json") if _is_run(f.parent)}
+                found.update(dict.fromkeys(f.resolve() for f in sorted(folders)))
             elif path.suffix == ".json" and path.name != "config.json":
                 found[path.resolve()] = None
     results = [
@@ -68,7 +69,7 @@ def read_results(patterns: Sequence[str]) -> list[Result]:
             f"no results found under {', '.join(map(repr, patterns)) or 'nothing'}{seen}; expected "
             "folders with config.json and evaluation.csv, or a .json list of rows"
         )
-    return [result for result in results if result.rates]
+    return results
 
 
 def read_folder(folder: Path) -> Result:
@@ -85,7 +86,7 @@ def read_folder(folder: Path) -> Result:
     settings = _flat(config)
     _check_settings(settings, str(path))
     path = folder / "evaluation.csv"
-    text = path.read_text(errors="replace")
+    text = path.read_text(errors="replace") if path.exists() else ""
     complete = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(complete))
     missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
@@ -124,6 +125,15 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether config.json is that of a run; other programs have files of that name."""
+    try:
+        read_folder(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,10 +38,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A disk without room, a quota used up, a file above its limit."""
 
 
-class RunError(RuntimeError):
-    """An expected failure that its message explains to the user, such as a renderer missing."""
-
-
 @dataclass(frozen=True, eq=False)
 class TrainedAgent:
     """An agent from a checkpoint.

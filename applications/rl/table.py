@@ -3,6 +3,8 @@
 For every task, agent and phase a line at the last step that all seeds reached; where an agent was
 run on several tasks, a line for all of them together, by the stratified bootstrap of
 ``statistics``.  One seed alone has no spread over seeds: its interval is Wilson's, over episodes.
+So is that of several tasks with one seed and as many episodes each, over all episodes together
+(too wide rather than too narrow where tasks differ); what that does not cover has no interval.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ class Line:
         phase, step: When; the step is None where it differs between the tasks.
         seeds: Seeds, of all tasks together.
         episodes: Episodes behind the line, of all seeds together.
-        mean, mean_low, mean_high: Mean and its interval.
-        iqm, iqm_low, iqm_high: Interquartile mean and its interval.
-        over: What the intervals are over: seeds, or the episodes of a single seed.
+        mean, mean_low, mean_high: Mean and its interval, None where there is none.
+        iqm, iqm_low, iqm_high: Interquartile mean and its interval, None where there is none.
+        over: What the intervals are over: seeds, or episodes where each task has a single seed.
         published: Published mean of the same agent at the same step, where there is one.
     """
 
@@ -47,11 +49,11 @@ class Line:
     seeds: int
     episodes: int
     mean: float
-    mean_low: float
-    mean_high: float
+    mean_low: float | None
+    mean_high: float | None
     iqm: float
-    iqm_low: float
-    iqm_high: float
+    iqm_low: float | None
+    iqm_high: float | None
     over: str
     published: float | None = None
 
@@ -70,14 +72,15 @@ def table(groups: Sequence[Group]) -> list[Line]:
     return lines
 
 
-def curve_rows(groups: Sequence[Group]) -> list[dict[str, str | int | float]]:
-    """Everything drawn, a row per task, agent and step; intervals over seeds."""
-    rows: list[dict[str, str | int | float]] = []
+def curve_rows(groups: Sequence[Group]) -> list[dict[str, str | int | float | None]]:
+    """Everything drawn, a row per task, agent and step; intervals over seeds, None for one seed."""
+    rows: list[dict[str, str | int | float | None]] = []
     for group in groups:
         low, high = bootstrap_interval([group.success])
         columns = (mean(group.success), low, high, interquartile_mean(group.success))
+        several = len(group.seeds) > 1
         for i, step in enumerate(group.steps):
-            row: dict[str, str | int | float] = {
+            row: dict[str, str | int | float | None] = {
                 "task": group.task,
                 "agent": group.label,
                 "phase": group.phases[i],
@@ -85,14 +88,17 @@ def curve_rows(groups: Sequence[Group]) -> list[dict[str, str | int | float]]:
                 "seeds": len(group.seeds),
             }
             names = ("mean", "mean_low", "mean_high", "iqm")
-            rows.append(row | {n: float(c[i]) for n, c in zip(names, columns, strict=True)})
+            values = {n: float(c[i]) for n, c in zip(names, columns, strict=True)}
+            rows.append(row | values | ({} if several else {"mean_low": None, "mean_high": None}))
     return rows
 
 
 def format_table(lines: Sequence[Line]) -> str:
     """The table for a terminal, in percent."""
 
-    def interval(value: float, low: float, high: float) -> str:
+    def interval(value: float, low: float | None, high: float | None) -> str:
+        if low is None or high is None:
+            return f"{100 * value:5.1f}"
         return f"{100 * value:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
 
     head = ("task", "agent", "phase", "step", "seeds", "mean %", "IQM %", "published %")
@@ -102,7 +108,7 @@ def format_table(lines: Sequence[Line]) -> str:
             line.agent,
             line.phase,
             "last" if line.step is None else str(line.step),
-            f"{line.seeds}" + ("" if line.over == "seeds" else "*"),
+            f"{line.seeds}{_mark(line)}",
             interval(line.mean, line.mean_low, line.mean_high),
             interval(line.iqm, line.iqm_low, line.iqm_high),
             "" if line.published is None else f"{100 * line.published:.1f}",
@@ -118,9 +124,18 @@ def format_table(lines: Sequence[Line]) -> str:
         ).rstrip()
         for row in (head, *cells)
     ]
-    if any(line.over == "episodes" for line in lines):
+    marks = {_mark(line) for line in lines}
+    if "*" in marks:
         text.append("* one seed: the interval is Wilson's over its episodes")
+    if "**" in marks:
+        text.append("** one seed of each task: Wilson's interval over all episodes, where it holds")
     return "\n".join(text)
+
+
+def _mark(line: Line) -> str:
+    if line.over == "seeds":
+        return ""
+    return "*" if line.seeds == 1 else "**"
 
 
 def _line(tasks: Sequence[tuple[Group, int]], phase: str) -> Line:
@@ -129,11 +144,16 @@ def _line(tasks: Sequence[tuple[Group, int]], phase: str) -> Line:
     pooled = np.concatenate(scores)
     episodes = sum(int(g.episodes[:, k].sum()) for g, k in tasks)
     steps = {int(g.steps[k]) for g, k in tasks}
-    over = "episodes" if len(pooled) == 1 else "seeds"
+    over = "episodes" if len(pooled) == len(tasks) else "seeds"
+    balanced = len({int(g.episodes[0, k]) for g, k in tasks}) == 1
 
-    def interval(statistic: Statistic) -> tuple[float, float]:
+    def interval(statistic: Statistic) -> tuple[float | None, float | None]:
         if over == "episodes":
-            return wilson_interval(round(float(pooled[0]) * episodes), episodes)
+            # The rate over all episodes is the mean of the tasks only if they have as many each,
+            # and the interquartile mean only if it leaves none out.
+            if not balanced or (statistic is interquartile_mean and len(pooled) >= 4):
+                return None, None
+            return wilson_interval(round(float(mean(pooled)) * episodes), episodes)
         low, high = bootstrap_interval(scores, statistic)
         return float(low), float(high)
 

@@ -28,6 +28,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from applications.rl.errors import RunError
 from applications.rl.physics import import_ogbench, prepare_mujoco
 
 if TYPE_CHECKING:
@@ -180,24 +181,28 @@ def make_environment(task: Task, *, render: bool = False) -> Standard:
     Raises:
         ImportError: OGBench is not installed.
         ValueError: the environment has other spaces than boxes of one dimension.
-        RuntimeError: rendering is asked for and was switched off; see `prepare_mujoco`.
+        RunError: rendering is asked for and was switched off, see `prepare_mujoco`; or Gymnasium
+            cannot make it, such as for want of a package.
     """
     from applications.rl.wrappers import Standard
 
     prepare_mujoco(render=render)
     import gymnasium
 
-    if task.kind == "minari":
-        import minari
-
-        return Standard(minari.load_dataset(task.dataset_name).recover_environment())
     options: dict[str, Any] = {}
     if task.kind == "gym":
         if render:
             options["render_mode"] = "rgb_array"
-    else:
+    elif task.kind != "minari":
         import_ogbench()
-    env = gymnasium.make(task.environment_id, disable_env_checker=True, **options)
+    try:
+        if task.kind == "minari":
+            import minari
+
+            return Standard(minari.load_dataset(task.dataset_name).recover_environment())
+        env = gymnasium.make(task.environment_id, disable_env_checker=True, **options)
+    except gymnasium.error.Error as error:
+        raise RunError(f"task {task.name!r} cannot be made: {error}") from error
     return Standard(env, sparse=task.sparse)
 
 

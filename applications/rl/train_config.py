@@ -79,11 +79,14 @@ class TrainConfig:
         """
         minima = {"batch_size": 1, "shard_every": 1, "eval_every": 0, "eval_episodes": 1}
         minima |= {"environments": 1, "workers": 0, "checkpoint_every": 1, "log_every": 1}
+        minima |= {"start_training": 1}
         for name, least in (minima | {"threads": 0}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers of at least 0, got {self.seeds}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite must not both be given")
         if not self.schedule.updates:
             raise ValueError("offline_steps and online_steps must not both be 0")
         if not self.use_data and self.offline_steps:
@@ -94,7 +97,7 @@ class TrainConfig:
     @property
     def schedule(self) -> Schedule:
         """The phases."""
-        return Schedule(self.offline_steps, self.online_steps, max(1, self.start_training))
+        return Schedule(self.offline_steps, self.online_steps, self.start_training)
 
     @property
     def path(self) -> Path:

@@ -118,7 +118,8 @@ def show_train(config: TrainConfig) -> None:
         end = "" if run.evaluation is None else f": {run.evaluation}"
         print(f"seed {run.seed}{end}\nwrote {run.folder} ({run.seconds:.0f} s)")
     print(f"\nnext: python -m applications.rl evaluate {config.path}/*")
-    print(f"      python -m applications.rl report {config.path}")
+    if config.eval_every:  # else there is nothing to report
+        print(f"      python -m applications.rl report {config.path}")
 
 
 def _claim(config: TrainConfig, seed: int) -> None:
@@ -205,6 +206,7 @@ def _run(
                 "seed": seed,
                 "batch_size": config.batch_size,
                 "transitions": 0 if problem.first is None else len(problem.first),
+                "data": problem.digest,
                 "shard_every": config.shard_every,
             },
         ),

@@ -19,7 +19,7 @@ from flows.sampling import sample
 
 CONTROL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 RESOLUTION = 160
-CURVES = ("loss", "reward", "log_weight_std", "path_kl", "grad_norm", "adjoint_norm")
+CURVES = ("loss", "reward", "log_weight_std", "path_kl", "grad_norm", "ess")
 
 
 def plane_points(extent: float, resolution: int) -> Tensor:

@@ -49,4 +49,6 @@ def test_a_row_is_flat_and_is_not_run_twice(tmp_path):
     assert all(isinstance(value, str | int | float) for value in row.values())
     assert 0.5 < row["velocity_error"] < 1.1
     assert pending(config, [row]) == [("two_gaussians/linear", "euler_published", 5)]
+    everything = pending(FidelityConfig(kernels=("covariance_matched_refined",), steps=(10,)), [])
+    assert [name for name, _, _ in everything] == [n for n in names() if n != "mixture-32d"]
     assert len(names()) >= 15

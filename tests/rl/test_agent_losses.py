@@ -60,6 +60,8 @@ def lower(values, rho):
 
 
 def flow(actor, s, x, t):
+    if isinstance(actor, tuple):  # a policy on its base
+        return sum(flow(part, s, x, t) for part in actor)
     time = torch.full((len(x), 1), t, dtype=x.dtype) if isinstance(t, float) else t
     return perceptron(actor.mlp, torch.cat([s, x, time], 1))
 
@@ -197,14 +199,17 @@ def ifql(agent, data, eps):
 
 
 def bam(agent, data, eps):
-    a = euler(agent.policy, data.next_observations, eps["next_action_noise"][:, 0], 4)
+    policy, acting = agent.policy, agent.policy
+    if agent.config.residual:
+        policy, acting = (agent.policy, agent.slow_base), (agent.policy, agent.base)
+    a = euler(acting, data.next_observations, eps["next_action_noise"][:, 0], 4)
     critic = critic_term(agent, data, policy_value(agent, data, a))
     K, s, x = 4, data.observations, eps["sde_x0"]
     h, penalty = 1 / K, 0.0
     for k in range(K - 1):
         t = k * h
         variance = 2 * (1 - t + h) / (t + h)
-        v, base = flow(agent.policy, s, x, t), flow(agent.slow_base, s, x, t)
+        v, base = flow(policy, s, x, t), flow(agent.slow_base, s, x, t)
         penalty = penalty + 2 * ((v - base) ** 2).sum(1) / variance
         noise = math.sqrt(h * variance) * eps["sde_eps"][k]
         x = x + h * (2 * v - x / (t + h)) + noise
@@ -232,9 +237,11 @@ def gradients(loss, agent):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", REFERENCES)
-def test_loss_and_gradient_are_those_of_the_formulas(name, seed):
-    agent, data = make(name, seed=seed), batch(seed)
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in REFERENCES), ("bam", {"residual": True})]
+)
+def test_loss_and_gradient_are_those_of_the_formulas(name, options, seed):
+    agent, data = make(name, seed=seed, **options), batch(seed)
     eps = noise(agent, seed)
     loss, _ = agent.loss(data, eps)
     expected = REFERENCES[name](agent, data, eps)

@@ -11,6 +11,7 @@ import torch
 
 from applications.rl import export
 from applications.rl.agents import AGENTS, make_agent
+from applications.rl.errors import RunError
 from applications.rl.export import (
     SNIPPET,
     ExportConfig,
@@ -20,7 +21,7 @@ from applications.rl.export import (
     run_export,
     show_export,
 )
-from applications.rl.runs import RunError, describe_problem, load_agent
+from applications.rl.runs import describe_problem, load_agent
 from applications.rl.spaces import Spaces
 from flows import checkpoint as checkpoints
 from flows.checkpoint import CheckpointError

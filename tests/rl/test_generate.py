@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_data import CUBE, POINTMAZE, make_pointmaze
 
+from applications.rl.errors import RunError
 from applications.rl.expert_manipulation import ManipulationCollector, _is_visible
 from applications.rl.expert_maze import (
     MazeCollector,
@@ -24,7 +27,7 @@ from applications.rl.expert_maze import (
 )
 from applications.rl.generate import DataConfig, generate, run_data
 from applications.rl.manifest import DataError, checksum
-from applications.rl.parts import make_parts
+from applications.rl.parts import make_parts, write_missing
 from applications.rl.tasks import find_task, make_environment
 
 OPTIONS = {"task": POINTMAZE, "transitions": 9300, "seed": 4}
@@ -139,6 +142,29 @@ def test_finished_data_are_found_and_others_refused(tmp_path):
     data.with_suffix(".json").unlink()
     with pytest.raises(DataError, match="was not made here"):
         make_pointmaze(tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_file_of_ones_own_beside_unfinished_data_is_kept(tmp_path, monkeypatch, name, when):
+    own = tmp_path / name
+
+    def stop(*arguments, **options):
+        if when == "before":
+            raise RuntimeError("killed")
+        own.write_bytes(b"mine")
+
+    monkeypatch.setattr("applications.rl.generate.write_missing", stop)
+    if when == "before":
+        with pytest.raises(RuntimeError, match="killed"):
+            make_pointmaze(tmp_path)
+        own.write_bytes(b"mine")
+    with pytest.raises(DataError, match=f"{name} exists and was not made here"):
+        make_pointmaze(tmp_path)
+    monkeypatch.undo()
+    assert own.read_bytes() == b"mine"
+    own.unlink()
+    make_pointmaze(tmp_path)  # goes on
 
 
 def test_unfinished_data_of_other_options_are_refused(tmp_path):
@@ -337,3 +363,22 @@ def test_noise_of_the_noisy_kind_only():
 def test_cube_that_leaves_the_scene(y, z, visible):
     positions = np.array([[0.4, 0.0, 0.02], [0.4, y, z]])
     assert _is_visible(positions) == visible
+
+
+def test_a_killed_worker_and_a_cube_out_of_sight_are_expected_failures(tmp_path, monkeypatch):
+    def broken(*_):
+        future = Future()
+        future.set_exception(BrokenProcessPool("killed"))
+        return future
+
+    task = find_task(POINTMAZE)
+    monkeypatch.setattr("applications.rl.parts.ProcessPoolExecutor.submit", broken)
+    with pytest.raises(RunError, match=r"a worker was killed.*the same command continues"):
+        write_missing(tmp_path, [*make_parts(200_000, 1000)], task, seed=0, workers=2)
+
+    collector = ManipulationCollector.__new__(ManipulationCollector)  # without its simulator
+    collector.environment = "scene"
+    qpos = np.full((2, 40), 99.0)
+    monkeypatch.setattr(collector, "_attempt", lambda *_: {"qpos": qpos})
+    with pytest.raises(RunError, match="lost sight of the cube in 100 episodes"):
+        collector.episode(0, 1)

@@ -168,6 +168,19 @@ def test_seeds_are_compared_where_all_of_them_are(tmp_path):
     )
 
 
+def test_runs_without_evaluations_are_named(tmp_path):
+    write_run(tmp_path / "runs" / "a", rates={10: 0.2})
+    begun = write_run(tmp_path / "runs" / "b", seed=1)
+    never = write_run(tmp_path / "runs" / "c", seed=0)
+    (never / "evaluation.csv").unlink()
+    for name, content in (("other", '{"seed": 0}'), ("broken", "{")):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "config.json").write_text(content)
+    report = run_report(config(tmp_path, tmp_path / "runs"))
+    assert report.remarks == (f"left out, without evaluations: {begun}, {never}",)
+    assert [line.seeds for line in report.lines] == [1]
+
+
 def test_settings_tell_curves_apart_when_asked_to(tmp_path):
     for tau in (1.0, 10.0):
         for seed in range(2):
@@ -316,6 +329,31 @@ def test_one_seed_has_the_interval_of_its_episodes(tmp_path, capsys):
     assert f"60.0 [ {100 * low:.1f},  {100 * high:.1f}]" in out
     assert "* one seed: the interval is Wilson's over its episodes" in out
     assert f"wrote {tmp_path / 'report' / CUBE}.png" in out
+
+
+def test_one_seed_of_each_task_has_no_bootstrap_interval(tmp_path, capsys):
+    tasks = [MAZE.replace("task1", f"task{n}") for n in range(1, 6)]
+    for task, rate in zip(tasks, (0.2, 0.8, 0.5, 0.4, 0.0), strict=True):
+        write_run(tmp_path / task, task=task, rates={10: rate})
+    two = run_report(config(tmp_path, tmp_path, tasks=tuple(tasks[:2]))).lines[-1]
+    expected = wilson_interval(50, 100)
+    assert (two.over, two.mean, two.iqm) == ("episodes", 0.5, 0.5)
+    assert (two.mean_low, two.mean_high) == (two.iqm_low, two.iqm_high) == expected
+    show_report(config(tmp_path, tmp_path))
+    five = read_csv(tmp_path / "report" / "table.csv")[-1]
+    low, high = wilson_interval(95, 250)
+    assert (float(five["mean_low"]), float(five["mean_high"])) == (low, high)
+    assert five["iqm_low"] == five["iqm_high"] == ""  # Wilson's is of the mean
+    out = capsys.readouterr().out
+    assert f"5**   38.0 [ {100 * low:.1f},  {100 * high:.1f}]   36.7\n" in out
+    assert "** one seed of each task" in out
+    folder = tmp_path / tasks[0]
+    text = (folder / "evaluation.csv").read_text()
+    (folder / "evaluation.csv").write_text(text.replace(",50,", ",10,"))
+    two = run_report(config(tmp_path, tmp_path, tasks=tuple(tasks[:2]))).lines[-1]
+    assert (two.mean, two.mean_low, two.iqm_high) == (0.5, None, None)  # other weights
+    rows = read_csv(tmp_path / "report" / "curves.csv")
+    assert {row["mean_low"] + row["mean_high"] for row in rows} == {""}
 
 
 def test_a_published_rate_is_quoted_in_its_own_phase_only(tmp_path):

@@ -10,6 +10,8 @@ import torch
 
 from applications.rl import __main__ as cli
 from applications.rl.agents import AGENTS
+from applications.rl.errors import RunError
+from applications.rl.evaluate import EvaluateConfig, show_evaluate
 from applications.rl.presets import preset
 from applications.rl.tasks import find_task
 
@@ -59,6 +61,12 @@ def test_options_of_an_agent_are_those_of_its_preset_unless_given():
         (["train", "--task", TASK, "--horizon", "0"], "horizon must be at least 1"),
         (["evaluate", "nowhere"], "error: checkpoint: there is no 'nowhere'"),
         (["evaluate"], "error: runs: name at least one"),
+        (["evaluate", "nowhere", "--episodes", "0"], "episodes must be at least 1, got 0"),
+        (
+            ["train", "--task", "gym:Pendulum-v1"],
+            "give yours by --data FILE.npz (load_npz), or learn without by --no-use-data "
+            "--offline-steps 0",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, message, capsys):
@@ -123,7 +131,9 @@ def test_training_and_evaluating_from_the_command_line(tmp_path, capsys):
     )
     arguments = [*command.split(), "--folder", str(tmp_path / "runs")]
     assert cli.main(arguments) == 0
-    assert "next: python -m applications.rl evaluate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "next: python -m applications.rl evaluate" in printed
+    assert "applications.rl report" not in printed  # there are no evaluations
     runs = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
     assert [json.loads((run / "config.json").read_text())["seed"] for run in runs] == [0, 1]
     assert cli.main(arguments) == 1  # would overwrite
@@ -145,7 +155,7 @@ def test_a_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
     from applications.rl.training import TrainConfig, train
 
     config = TrainConfig(
-        "pointmaze-medium-navigate-singletask-task1-v0",
+        "gym:Pendulum-v1",  # of a task that needs no MuJoCo, and so no EGL
         agent="bc",
         options=options("bc"),
         offline_steps=2,
@@ -164,3 +174,49 @@ def test_a_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Corridor, "render", lambda self: None)
     assert cli.main(command) == 1
     assert "error: gif: rendering failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [AttributeError, ImportError, RuntimeError, OSError])
+def test_a_gif_without_a_renderer_is_refused_before_anything_is_played(
+    error, tmp_path, monkeypatch
+):
+    from tiny import Corridor, corridor_data, options
+
+    from applications.rl.training import TrainConfig, train
+
+    def importing(name):
+        assert name == "mujoco"
+        raise error("no EGL")
+
+    def play(*_):
+        raise AssertionError("played")
+
+    config = TrainConfig(
+        "pointmaze-medium-navigate-singletask-task1-v0",
+        agent="bc",
+        options=options("bc"),
+        offline_steps=1,
+        eval_every=0,
+        batch_size=8,
+        folder=tmp_path,
+    )
+    train(config, environment=Corridor, dataset=corridor_data())
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr("applications.rl.evaluate.evaluate_trained", play)
+    monkeypatch.setattr("applications.rl.evaluate.importlib.import_module", importing)
+    # the commands themselves are imported by the same function, so main() is left out
+    with pytest.raises(RunError, match=rf"gif: rendering failed \({error.__name__}: no EGL\).*EGL"):
+        show_evaluate(EvaluateConfig((tmp_path / "seed0",), gif=tmp_path / "a.gif"))
+
+
+def test_an_environment_that_gymnasium_cannot_make_is_one_line(capsys, monkeypatch):
+    import gymnasium
+
+    def make(*_, **__):
+        raise gymnasium.error.DependencyNotInstalled("Box2D is not installed")
+
+    monkeypatch.setattr(gymnasium, "make", make)
+    command = f"train --task gym:Pendulum-v1 --no-use-data --offline-steps 0 {SIZES}"
+    assert cli.main([*command.split(), "--online-steps", "5000"]) == 1
+    message = "error: task 'gym:Pendulum-v1' cannot be made: Box2D is not installed\n"
+    assert capsys.readouterr().err.endswith(message)

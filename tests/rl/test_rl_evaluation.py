@@ -10,11 +10,12 @@ from tiny import Corridor, options
 from torch import nn
 
 from applications.rl.agents import make_agent
-from applications.rl.evaluate import record, write_gif
+from applications.rl.errors import RunError
+from applications.rl.evaluate import EvaluateConfig, evaluate_trained, record, write_gif
 from applications.rl.evaluation import BLOCK, Evaluation, Evaluator, evaluate
 from applications.rl.lanes import Lane, Worker
 from applications.rl.randomness import episode_seed
-from applications.rl.runs import RunError
+from applications.rl.runs import TrainedAgent
 from applications.rl.spaces import Spaces
 from applications.rl.wrappers import standardise
 
@@ -182,6 +183,24 @@ def test_failures_in_workers_are_explained(agent):
     with pytest.raises(RunError, match="ended with exit code -9"):
         _ = worker.send_begin(0), worker.receive()
     worker.close()
+
+
+def test_the_command_plays_other_episodes_than_those_of_made_data(agent, monkeypatch):
+    seeds = []
+
+    class Recording(Corridor):
+        def reset(self, *, seed=None, options=None):
+            seeds.append(seed)
+            return super().reset(seed=seed, options=options)
+
+    monkeypatch.setattr("applications.rl.evaluate.make_environment", lambda task: Recording())
+    trained = TrainedAgent(agent, "bc", "pointmaze-medium-navigate-v0", 0, {})
+    evaluate_trained(trained, EvaluateConfig((), episodes=3))
+    played = set(seeds) - {None}
+    assert len(played) == 3
+    made = {episode_seed(0, split, i) for split in (0, 1) for i in range(9)}
+    made |= {episode_seed(0, i, split) for split in (0, 1) for i in range(9)}
+    assert not played & made
 
 
 def test_recording_shows_the_episode_that_is_evaluated(agent, tmp_path):

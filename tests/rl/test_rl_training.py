@@ -60,6 +60,7 @@ def by_hand(config, seed):
     """Weights and online transitions of the protocol of the published method, written out."""
     chunk, data = config.options, corridor_data()
     agent = make_agent("qam", chunk, 4, 2, seed=seed)
+    agent.observe(torch.as_tensor(data.observations))
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in agent.parameters() if p.requires_grad]
     adam = torch.optim.Adam(trained, lr=chunk.lr, betas=(0.9, 0.999), eps=1e-8)
@@ -326,6 +327,31 @@ def test_the_past_cannot_be_changed(tmp_path):
         fit(tmp_path, ONLINE, batch_size=32, eval_every=0)
 
 
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "masks", "terminals"])
+def test_a_run_does_not_go_on_with_other_data_of_the_same_length(tmp_path, name):
+    fit(tmp_path, OFFLINE | {"offline_steps": 2}, eval_every=0)
+    changed = getattr(corridor_data(), name).copy()
+    changed[7] = 0.5
+    other = replace(corridor_data(), **{name: changed})
+    config = configuration(tmp_path, OFFLINE | {"offline_steps": 4}, eval_every=0)
+    with pytest.raises(CheckpointError, match=r"data: '[0-9a-f]{16}' in the checkpoint, expected"):
+        train(config, environment=Corridor, dataset=other)
+    (run,) = train(config, environment=Corridor, dataset=replace(corridor_data(), source="moved"))
+    assert checkpoints.load(run.folder / "checkpoint.pt")["iteration"] == 4
+
+
+@pytest.mark.parametrize("name", ["own.csv", "own"])
+def test_a_file_of_another_kind_is_not_taken_for_a_folder(tmp_path, name):
+    config = configuration(tmp_path / "runs", OFFLINE, data=tmp_path / name)
+    config = replace(config, task="pointmaze-medium-navigate-singletask-task1-v0")
+    if name == "own":
+        (tmp_path / name).write_text("1,2,3")
+    with pytest.raises(
+        ValueError, match=rf"data must be a folder or an \.npz file, got .*/{name}'"
+    ):
+        train(config, environment=Corridor)
+
+
 def test_a_run_is_not_overwritten_by_mistake(tmp_path):
     (first,) = fit(tmp_path, eval_every=0, offline_steps=3)
     content = (first.folder / "checkpoint.pt").read_bytes()
@@ -417,6 +443,8 @@ def test_an_environment_of_other_spaces_is_refused_before_any_file_changes(tmp_p
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
         ({"threads": -1}, "threads must be at least 0, got -1"),
+        ({"start_training": 0}, "start_training must be at least 1, got 0"),
+        ({"overwrite": True}, "resume and overwrite must not both be given"),
         ({"seeds": ()}, "seeds must be different numbers"),
         ({"seeds": (1, 1)}, "seeds must be different numbers"),
         ({"seeds": (-1,)}, "seeds must be different numbers"),

@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from applications.rl.errors import RunError
 from applications.rl.physics import import_ogbench, prepare_mujoco
 from applications.rl.tasks import ENVIRONMENTS, find_task, make_environment, task_names
 from applications.rl.wrappers import Standard
@@ -173,5 +174,5 @@ def test_mujoco_renders_only_if_asked(monkeypatch):
         assert chosen("", render=True) == "egl"
         assert chosen("disabled", render=True) == "egl"
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(RuntimeError, match="MUJOCO_GL=egl before"):
+    with pytest.raises(RunError, match="MUJOCO_GL=egl before"):
         chosen("disabled", render=True)

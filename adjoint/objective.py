@@ -54,7 +54,8 @@ class TiltConfig(TrainerConfig):
     """Fraction of the updates, the last ones, that minimise the variance of log w instead of the
     adjoint-matching loss, from the average and with a fresh optimiser; 0 is none.  For low
     dimensions: half or more, with 20 steps or more, or with the kernel ``covariance_matched``.  In
-    many dimensions, where log w still varies by a nat or so, its noise is too large."""
+    many dimensions, where log w still varies by a nat or so, its noise is too large.  ``clip``,
+    ``importance`` and ``replay`` are of the other updates."""
     temperature: float = 1.0
     """The target is p(x) exp(r(x) / temperature)."""
     batch_size: int = 256

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -186,7 +187,8 @@ class WandbLogger(Callback):
 
     Arguments:
         project: its name there.
-        name: of the run, also its identity.
+        name: of the run, as shown.
+        path: file that keeps the run's identity there, which a resume reads.
         config: options to show.
         every: iterations between two rows; the last iteration always has one.
         evaluations: to send too; comes before this among the callbacks.
@@ -199,11 +201,13 @@ class WandbLogger(Callback):
         self,
         project: str,
         name: str,
+        path: Path,
         config: Mapping[str, Any],
         every: int,
         evaluations: Evaluations | None = None,
     ) -> None:
-        self.project, self.name, self.config, self.every = project, name, config, every
+        self.project, self.name, self.path = project, name, path
+        self.config, self.every = config, every
         self.evaluations = evaluations
         self._seen: Evaluation | None = None
         self._run: Any = None
@@ -214,12 +218,16 @@ class WandbLogger(Callback):
             import wandb
         except ImportError as error:
             raise ImportError("logging to Weights & Biases needs: pip install wandb") from error
+        continued = bool(trainer.iteration) and self.path.exists()
+        if not continued:
+            with replacing(self.path, "wandb") as file:
+                file.write(uuid.uuid4().hex.encode())
         self._run = wandb.init(
             project=self.project,
             name=self.name,
-            id=self.name.replace("/", "-"),
+            id=self.path.read_text(encoding="utf-8"),
             config=dict(self.config),
-            resume="allow" if trainer.iteration else "never",
+            resume="allow" if continued else "never",
         )
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:

@@ -5,6 +5,7 @@
     evaluation.csv   step, phase, success, episodes, return, length
     checkpoint.pt    weights and everything that a resume needs
     tensorboard/     training and evaluation, if asked for
+    wandb.txt        identity of the run at Weights & Biases, if asked for
 
 The checkpoint also says what it belongs to, so that it is of use without its folder.
 """
@@ -32,6 +33,7 @@ METRICS = "metrics.csv"
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.pt"
 TENSORBOARD = "tensorboard"
+WANDB = "wandb.txt"
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -249,6 +249,8 @@ def _callbacks(
             result.append(EvaluationPoints(evaluations, points))
     if config.wandb is not None:
         name = f"{config.task}/{config.agent}/seed{seed}"
-        result.append(WandbLogger(config.wandb, name, content, config.log_every, evaluations))
+        identity = folder / runs.WANDB
+        every = config.log_every
+        result.append(WandbLogger(config.wandb, name, identity, content, every, evaluations))
     bar = Progress(f"{config.agent} seed {seed}", config.schedule, evaluations)
     return [*result, bar, *others]

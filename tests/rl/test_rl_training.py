@@ -278,9 +278,15 @@ def test_wandb_gets_metrics_and_evaluations(tmp_path, monkeypatch):
     evaluated = [step for step, values in module.sent if "evaluation/success" in values]
     assert evaluated == [20, 40, 60, 80, 100, 120, 140, 150]
     assert module.finished
+    assert module.options["resume"] == "never"
+    identity = module.options["id"]
+    fit(tmp_path, wandb="project")
+    assert (module.options["id"], module.options["resume"]) == (identity, "allow")
+    fit(tmp_path, wandb="project", resume=False, overwrite=True)  # another run of the same name
+    assert module.options["id"] != identity
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
-        WandbLogger("project", "name", {}, 1).on_start(None)
+        WandbLogger("project", "name", tmp_path / "id", {}, 1).on_start(None)
 
 
 # --- resuming -------------------------------------------------------------------------------------

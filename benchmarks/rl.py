@@ -6,7 +6,7 @@
 ``pointmaze``    BC, FQL, QAM and QAM-F;
 ``temperature``  QAM with a τ ten times too low and ten times too high;
 ``kernels``      QAM with the most exact kernel against the published one, at K = 5 and 10;
-``online``       QAM offline on little data, then online;
+``online``       QAM offline on five episodes of data, then online;
 ``cube``         BC, FQL, QAM and QAM-F on cube-single.
 
 A run that was stopped continues where it stood, and one whose rows are in the record is not run
@@ -91,14 +91,16 @@ def experiments() -> list[Experiment]:
         Experiment("temperature", MAZE, "qam", {"inverse_temperature": tau}) for tau in (0.1, 10.0)
     ]
     kernels = [
-        Experiment("kernels", MAZE, "qam", {"kernel": kernel, "flow_steps": steps})
+        Experiment("kernels", MAZE, "qam", {"kernel": kernel, "flow_steps": steps}, offline=3000)
         for steps in (5, 10)
         for kernel in ("moment_matched", "euler_published")
         if (kernel, steps) != ("euler_published", 5)  # the preset itself
     ]
-    online = [Experiment("online", MAZE, "qam", offline=3000, online=6000, transitions=20_000)]
+    online = [Experiment("online", MAZE, "qam", offline=3000, online=9000, transitions=5000)]
     cube = [
-        Experiment("cube", CUBE, agent, offline=30_000, transitions=200_000, eval_every=5000)
+        Experiment(
+            "cube", CUBE, agent, offline=30_000, transitions=200_000, eval_every=5000, episodes=20
+        )
         for agent in AGENTS
     ]
     return maze + online + temperatures + kernels + cube

@@ -43,6 +43,7 @@ from applications.toy2d.digits import (
 )
 from applications.toy2d.handwriting import CLASSES, DIM, Classifier, DigitReward, Digits
 from flows.checkpoint import write_json
+from flows.process import prepare_process
 
 Row = dict[str, str | int | float]
 LAWS = ("ode", "chain", "weighted")
@@ -262,7 +263,7 @@ def line(row: Row) -> str:
 def main(config: BenchmarkConfig) -> None:
     """Measure every temperature, print a table, write the record and the figure."""
     torch.set_num_threads(config.threads)
-    torch.set_flush_denormal(True)
+    prepare_process()
     data = handwriting.load(config.seed)
     options = config.tilted_at(1.0)
     classifier = train_judge(options, data)

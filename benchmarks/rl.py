@@ -40,6 +40,7 @@ from applications.rl.tasks import find_task
 from applications.rl.train_config import TrainConfig
 from applications.rl.training import train
 from flows.checkpoint import write_json
+from flows.process import prepare_process
 
 MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 CUBE = "cube-single-play-singletask-task1-v0"
@@ -186,9 +187,9 @@ def run(config: BenchmarkConfig, experiment: Experiment, seed: int) -> list[Row]
 
 
 def prepare_worker() -> None:
-    """One thread a process, and no denormals, which slow Adam down."""
+    """One thread a process; see `flows.process`."""
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    prepare_process()
 
 
 def key(row: Row) -> tuple[object, ...]:

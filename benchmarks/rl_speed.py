@@ -43,6 +43,7 @@ from applications.rl.objective import Objective, Schedule
 from applications.rl.replay import Replay
 from benchmarks.rl_speed_peer import Peer
 from flows.checkpoint import write_json
+from flows.process import prepare_process
 from flows.trainer import Trainer, TrainerConfig
 
 Row = dict[str, Any]
@@ -344,5 +345,5 @@ def main(config: SpeedConfig) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)
+    prepare_process()
     main(tyro.cli(SpeedConfig, prog="python -m benchmarks.rl_speed"))

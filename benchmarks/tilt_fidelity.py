@@ -44,6 +44,7 @@ from benchmarks.problems import Problem
 from flows.checkpoint import write_json
 from flows.field import Residual, VelocityField
 from flows.networks import MLPVelocity
+from flows.process import prepare_process
 from flows.sampling import sample
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -163,7 +164,7 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
 def prepare_worker() -> None:
     """One thread a process, and no denormals, which slow Adam down."""
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    prepare_process()
 
 
 def pending(config: FidelityConfig, rows: list[Row]) -> list[tuple[str, str, int]]:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import tyro
 
 from applications.rl.errors import RunError
 from flows.checkpoint import CheckpointError
+from flows.process import prepare_process
 from flows.trainer import TrainingDiverged
 
 PROGRAM = "python -m applications.rl"
@@ -155,5 +155,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # of the process, so not where main() is called: slow in Adam
+    prepare_process()
     sys.exit(main())

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from adjoint.kernel import KERNELS
@@ -19,6 +18,7 @@ from applications.toy2d.rewards import REWARDS
 from applications.toy2d.run import RunConfig, run, table
 from applications.toy2d.targets import TARGETS
 from flows.checkpoint import CheckpointError
+from flows.process import prepare_process
 from flows.training import TrainingDiverged
 
 
@@ -128,5 +128,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # of the process, so not where main() is called: slow in Adam
+    prepare_process()
     sys.exit(main())

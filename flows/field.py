@@ -11,12 +11,14 @@ a residual on a frozen base is ``Guided(Residual(frozen(base), correction), ...)
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from flows.weights import copy_sharing
 
 Cond = Mapping[str, Tensor]
 Field = TypeVar("Field")
@@ -57,6 +59,20 @@ def check_velocity(v: Tensor, x: Tensor, name: str = "field") -> Tensor:
     return v
 
 
+def check_cond(cond: Cond | None, x: Tensor) -> None:
+    """Refuse conditions that are not one for each sample of ``x`` (B, *).
+
+    Raises:
+        ValueError: naming the condition whose leading size is not B.
+    """
+    for name, value in (cond or {}).items():
+        if value.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"cond[{name!r}] must have the leading size {x.shape[0]} of x, "
+                f"got shape {tuple(value.shape)}"
+            )
+
+
 def velocity_and_vjp(
     field: VelocityField, x: Tensor, t: Tensor, cotangent: Tensor, cond: Cond | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -76,11 +92,14 @@ def velocity_and_vjp(
 def frozen(field: Field) -> Field:
     """A copy of ``field`` that no optimiser changes: evaluation mode, no parameter gradients.
 
-    Fields that are not modules are returned as they are: they hold no parameters.
+    Fields that are not modules are returned as they are: they hold no parameters.  What says by
+    ``shares_weights = True`` that its parameters are shared and stay as they are, such as the base
+    of a low-rank tilt, keeps them: they are not copied.
     """
     if not isinstance(field, nn.Module):
         return field
-    clone = copy.deepcopy(field).eval()
+    sharing = [m for m in field.modules() if getattr(m, "shares_weights", False)]
+    clone = copy_sharing(field, [p for m in sharing for p in m.parameters()]).eval()
     return clone.requires_grad_(False)
 
 
@@ -112,18 +131,36 @@ class Residual(nn.Module):
 class Guided(nn.Module):
     """Classifier-free guidance v_u + w (v_c - v_u) as a velocity field.
 
+    Both velocities come from one evaluation of ``field`` on 2B samples, the unconditional ones
+    first; ``field`` must treat samples independently.  With w other than 0 and 1 the result is in
+    general not E[X_1 - X_0 | X_t] of any X_1: its ODE and its memoryless chain sample two laws.
+
     Arguments:
         field: conditional velocity field.
         weight: w; 0 is unconditional, 1 conditional, above 1 extrapolates.
         null_cond: the mapping that stands for "no condition".  Its tensors have leading size 1 and
             are expanded to the batch; entries of ``cond`` that it does not name are kept.
+        null_field: velocity field of v_u where that is another one, such as the base of a tilted
+            ``field``; it costs an evaluation of its own.
+
+    Raises:
+        ValueError: the weight is not finite, or a null condition has another leading size than 1.
 
     Source: Ho and Salimans, "Classifier-free diffusion guidance" (arXiv 2207.12598), eq. 6, in
     velocity form and with their 1 + w written w.
     """
 
-    def __init__(self, field: VelocityField, weight: float, null_cond: Cond) -> None:
+    def __init__(
+        self,
+        field: VelocityField,
+        weight: float,
+        null_cond: Cond,
+        *,
+        null_field: VelocityField | None = None,
+    ) -> None:
         super().__init__()
+        if not math.isfinite(weight):
+            raise ValueError(f"weight must be finite, got {weight}")
         for name, value in null_cond.items():
             if value.shape[:1] != (1,):
                 raise ValueError(
@@ -131,6 +168,7 @@ class Guided(nn.Module):
                 )
         self.field = field
         self.weight = weight
+        self.null_field = null_field
         self._names = tuple(null_cond)
         for name, value in null_cond.items():
             self.register_buffer(f"null_{name}", value)
@@ -139,16 +177,32 @@ class Guided(nn.Module):
         """Guided velocity of the shape of ``x``.
 
         Raises:
-            ValueError: ``cond`` lacks a name of ``null_cond``.
+            ValueError: ``cond`` lacks a name of ``null_cond``, has another leading size than ``x``,
+                or a shape to which the null condition does not expand.
         """
         cond = {} if cond is None else cond
         missing = [name for name in self._names if name not in cond]
         if missing:
             raise ValueError(f"cond lacks {missing}, which null_cond names; got {sorted(cond)}")
-        nulls = {
-            name: getattr(self, f"null_{name}").expand(x.shape[0], *cond[name].shape[1:])
-            for name in self._names
-        }
-        v_u = self.field(x, t, {**cond, **nulls})
-        v_c = self.field(x, t, cond)
+        check_cond(cond, x)
+        nulls = {name: self._null(name, cond[name]) for name in self._names}
+        if self.null_field is not None:
+            v_u = self.null_field(x, t, {**cond, **nulls})
+            v_c = self.field(x, t, cond)
+        else:
+            both = {name: torch.cat([nulls.get(name, c), c]) for name, c in cond.items()}
+            batched = isinstance(t, Tensor) and t.ndim > 0
+            times = t.expand(x.shape[0]).repeat(2) if batched else t
+            v_u, v_c = self.field(torch.cat([x, x]), times, both).chunk(2)
         return v_u + self.weight * (v_c - v_u)
+
+    def _null(self, name: str, value: Tensor) -> Tensor:
+        """The null condition in the shape and dtype of ``value`` (B, *)."""
+        null: Tensor = getattr(self, f"null_{name}").to(value.dtype)
+        try:
+            return null.expand(value.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"null_cond[{name!r}] of shape {tuple(null.shape)} does not expand to "
+                f"cond[{name!r}] of shape {tuple(value.shape)}"
+            ) from error

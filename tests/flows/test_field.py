@@ -8,10 +8,14 @@ from flows.field import (
     Guided,
     Residual,
     batch_time,
+    check_cond,
     check_velocity,
     frozen,
     velocity_and_vjp,
 )
+from flows.mixture import GaussianMixture
+from flows.networks import MLPVelocity
+from flows.path import velocity_from_score
 
 F64 = torch.float64
 G = torch.Generator().manual_seed(0)
@@ -182,6 +186,61 @@ class TestGuided:
         expected = X @ A.mT + 1.0 + 2 * (2 * C - self.null["label"])
         torch.testing.assert_close(field(X, HALF, {"label": C}), expected, rtol=1e-13, atol=1e-13)
 
+    @pytest.mark.parametrize("t", [HALF, T, T[:1], 0.5], ids=["scalar", "batch", "one", "float"])
+    def test_one_evaluation_gives_the_numbers_of_two(self, t):
+        sizes, dims = [], {"label": 3, "state": 3}
+        torch.manual_seed(0)
+        network = MLPVelocity(3, hidden=(16, 16), cond_dims=dims).to(F64)
+        network.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
+        cond = {"state": 2 * C, "label": C}
+        guided = Guided(network, 3.0, {"label": self.null["label"] / 10})
+        null = guided.null_label.expand(5, 3)
+        time = t.expand(5) if isinstance(t, torch.Tensor) and t.ndim else t
+        v, product = velocity_and_vjp(guided, X, t, C, cond)
+        assert sizes == [10]
+        (v_u, p_u), (v_c, p_c) = (
+            velocity_and_vjp(network, X, time, C, {**cond, "label": label}) for label in (null, C)
+        )
+        torch.testing.assert_close(v, v_u + 3 * (v_c - v_u), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(product, p_u + 3 * (p_c - p_u), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+    def test_of_a_mixture_is_the_flow_of_the_guided_score(self, weight):
+        """∇ log p_t(x|c)^w p_t(x)^{1-w}, with class and whole known at every time."""
+        means = torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.0, 2.0]], dtype=F64)
+        stds = torch.tensor([0.5, 0.8, 0.3], dtype=F64)
+        whole = GaussianMixture.isotropic(means, stds)
+        classes = [GaussianMixture.isotropic(means[k], stds[k]) for k in ([0, 1], [2])]
+        laws = [*classes, whole]
+
+        def field(x, t, cond):
+            every = torch.stack([law(x, t) for law in laws])
+            return every[cond["label"], torch.arange(len(x))]
+
+        x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+        x, t = x.requires_grad_(), torch.tensor([0.1, 0.3, 0.5, 0.6, 0.8, 0.95], dtype=F64)
+        labels = torch.tensor([0, 1, 0, 1, 1, 0])
+        v = Guided(field, weight, {"label": torch.tensor([2])})(x, t, {"label": labels})
+        log_class = torch.stack([law.log_prob(x, t) for law in classes])[labels, torch.arange(6)]
+        log_density = weight * log_class + (1 - weight) * whole.log_prob(x, t)
+        (score,) = torch.autograd.grad(log_density.sum(), x)
+        torch.testing.assert_close(v, velocity_from_score(x, score, t), rtol=1e-12, atol=1e-12)
+
+    def test_the_null_field_gives_the_unconditional_velocity(self):
+        field = Guided(Linear(2 * A), 3.0, self.null, null_field=Linear())
+        v_u, v_c = X @ A.mT + self.null["label"], 2 * X @ A.mT + C
+        expected = v_u + 3 * (v_c - v_u) + T[:, None]
+        torch.testing.assert_close(field(X, T, {"label": C}), expected, rtol=1e-13, atol=1e-13)
+
+    def test_a_null_condition_takes_the_dtype_of_the_condition(self):
+        def field(x, t, cond):
+            assert cond["label"].dtype == torch.bfloat16
+            return x + cond["label"].to(x)
+
+        guided = Guided(field, 2.0, {"label": torch.ones(1, 3)})
+        v = guided(X.float(), HALF, {"label": torch.zeros(5, 3, dtype=torch.bfloat16)})
+        torch.testing.assert_close(v, X.float() + 1 - 2)
+
     @pytest.mark.parametrize("cond", [None, {}, {"lable": C}])
     def test_a_missing_condition_is_named(self, cond):
         with pytest.raises(ValueError, match=r"cond lacks \['label'\]"):
@@ -191,6 +250,18 @@ class TestGuided:
     def test_a_null_condition_stands_for_one_sample(self, shape):
         with pytest.raises(ValueError, match=r"null_cond\['label'\] must have leading size 1"):
             Guided(Linear(), 2.0, {"label": torch.zeros(shape)})
+
+    def test_a_condition_that_fits_neither_batch_nor_null_is_named(self):
+        guided = Guided(Linear(), 2.0, self.null)
+        with pytest.raises(ValueError, match=r"cond\['label'\] must have the leading size 5 of x"):
+            guided(X, HALF, {"label": C[:1]})
+        with pytest.raises(ValueError, match=r"null_cond\['label'\] of shape \(1, 3\) does not"):
+            guided(X, HALF, {"label": torch.zeros(5, 2, 3, dtype=F64)[:, :, :2]})
+
+    @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+    def test_the_weight_is_finite(self, weight):
+        with pytest.raises(ValueError, match="weight must be finite"):
+            Guided(Linear(), weight, self.null)
 
 
 class TestChecks:
@@ -203,6 +274,13 @@ class TestChecks:
         assert batch_time(batch_time(t, x), x).shape == (4, *ones)
         assert batch_time(t, x).dtype == F64
         assert batch_time(t, x).flatten().tolist() == [0, 1, 2, 3]
+
+    def test_conditions(self):
+        check_cond(None, X)
+        check_cond({"label": C, "index": torch.arange(5)}, X)
+        for bad in (C[:4], C[:1], torch.tensor(0.0)):
+            with pytest.raises(ValueError, match=r"cond\['b'\] must have the leading size 5"):
+                check_cond({"a": C, "b": bad}, X)
 
     def test_velocities(self):
         assert check_velocity(X, C) is X

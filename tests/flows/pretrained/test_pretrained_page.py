@@ -1,0 +1,63 @@
+"""The page on pretrained models: its Python runs, with tiny models for those it would download."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+
+PAGE = (Path(__file__).parents[3] / "docs" / "pretrained.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def run(code):
+    """As written, but for the numbers of iterations; the names it leaves."""
+    names = {}
+    exec(re.sub(r"iterations=\d+", "iterations=2", code), names)
+    return names
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """What diffusers would download, tiny and random."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
+    pipe = tiny.stable_diffusion_3(diffusers)
+    prompts = (torch.randn(1, 5, 16), None, torch.randn(1, 16), None)
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *args, **options: prompts)
+    monkeypatch.setattr(type(pipe), "from_pretrained", lambda name: pipe)
+    unet = tiny.unet(diffusers)
+    monkeypatch.setattr(diffusers.UNet2DModel, "from_pretrained", lambda name: unet)
+    scheduler = diffusers.DDIMScheduler
+    monkeypatch.setattr(scheduler, "from_pretrained", lambda name, **facts: scheduler(**facts))
+
+
+def test_there_are_examples():
+    assert len(BLOCKS) == 5
+
+
+def test_a_pipeline(downloads):
+    names = run(BLOCKS[1])
+    with torch.no_grad():
+        prompt, _, pooled, _ = names["pipe"].encode_prompt()
+        x = names["latents"]
+        timestep = torch.full((len(x),), 600.0)
+        pred = names["pipe"].transformer(
+            x, prompt.expand(4, -1, -1), pooled.expand(4, -1), timestep, return_dict=False
+        )[0]
+        v = names["tilted"].field(x, torch.tensor(0.4))
+    torch.testing.assert_close(v, -pred, rtol=1e-5, atol=1e-5)
+
+
+def test_a_unet(downloads):
+    assert bool(run(BLOCKS[2])["images"].isfinite().all())
+
+
+def test_a_network_of_ones_own(capsys):
+    pytest.importorskip("torchcfm", reason="needs the package torchcfm")
+    run(BLOCKS[3])
+    assert "log_weight_std" in capsys.readouterr().out
+
+
+def test_an_adapter_of_ones_own():
+    assert run(BLOCKS[4])["v"].shape == (5, 2)

@@ -104,3 +104,58 @@ def test_a_module_with_one_argument_is_refused_by_its_forward():
 
     with pytest.raises(TypeError, match="two arguments"):
         Reward(One())
+
+
+LABELS = {"label": torch.arange(3.0)}
+
+
+@pytest.mark.parametrize(
+    ("value", "cond", "match"),
+    [
+        (lambda x, c: x[:, 0] * c["lable"], LABELS, r"'lable'; cond names \['label'\]"),
+        (lambda x, c: x[:, 0] * c["label"], {}, r"'label'; cond names \[\]"),
+        (lambda x, c: x[:, 0] * c["label"], None, r"cond names \[\].*cond_sampler="),
+        (lambda x, c: x[:, 0] * c.get("label"), None, "'get'"),
+    ],
+)
+def test_a_condition_that_does_not_serve_the_reward_is_named(value, cond, match):
+    for reward in (Reward(value, name="fit"), Reward(quartic, gradient=value, name="fit")):
+        with pytest.raises(ValueError, match=f"reward 'fit' needs a condition.*{match}"):
+            reward.value_and_gradient(torch.ones(3, 1), cond)
+
+
+def test_a_condition_of_another_batch_is_refused():
+    with pytest.raises(ValueError, match=r"cond\['label'\] must have the leading size 3"):
+        Reward(quartic)(torch.ones(3, 1), {"label": torch.zeros(2)})
+
+
+def test_errors_that_have_nothing_to_do_with_conditions_pass():
+    def wrong_type(x, cond):
+        return x.sum(1) + "1"
+
+    with pytest.raises(TypeError, match="str"):
+        Reward(wrong_type)(torch.ones(3, 1))
+    with pytest.raises(TypeError, match="str"):
+        Reward(wrong_type)(torch.ones(3, 1), LABELS)
+    value = Reward(lambda x, c: x[:, 0] * c["label"])(torch.ones(3, 1), LABELS)
+    assert value.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_reward_in_another_dtype_or_on_another_device_is_refused():
+    layer = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"torch.float64 on cpu.*dtype and device"):
+        check_reward(Reward(lambda x, c: layer(x)[:, 0]), torch.ones(3, 2, dtype=torch.float64))
+    elsewhere = Reward(lambda x, c: torch.empty(3, device="meta"))
+    with pytest.raises(ValueError, match="on meta for x on cpu"):
+        elsewhere(torch.ones(3, 2))
+
+
+def test_capped_is_the_cap_of_the_constructor():
+    x = torch.tensor([[0.1, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    _, expected = Reward(quartic, max_norm=2.0).value_and_gradient(x)
+    for reward in (Reward(quartic), Reward(quartic, max_norm=9.0)):
+        assert torch.equal(reward.capped(2.0).value_and_gradient(x)[1], expected)
+    _, free = Reward(quartic, max_norm=2.0).capped(None).value_and_gradient(x)
+    torch.testing.assert_close(free, -4 * x**3)
+    with pytest.raises(ValueError, match="max_norm"):
+        Reward(quartic).capped(-1.0)

@@ -6,8 +6,10 @@ Three levels, each built from the one below: `tilt` (one call), `TiltLoss` with
 """
 
 from adjoint.certificate import Certificate, certify, path_log_ratio
+from adjoint.decoding import decoded
 from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse, own_time_kernel
 from adjoint.lean import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
+from adjoint.lora import lora, merge
 from adjoint.loss import (
     adjoint_matching_loss,
     importance_weights,
@@ -31,13 +33,16 @@ __all__ = [
     "Trajectory",
     "adjoint_matching_loss",
     "certify",
+    "decoded",
     "draw_noise",
     "full_adjoint",
     "importance_weights",
     "lean_adjoint",
     "log_variance_loss",
+    "lora",
     "make_kernel",
     "measure_mmse",
+    "merge",
     "own_time_kernel",
     "path_log_ratio",
     "rollout",

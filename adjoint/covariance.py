@@ -129,7 +129,8 @@ def noise_pull(
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         root = noise_root(base, kernel, k, x, cond, create_graph=True)
-        kick = (root @ noise.flatten(1).unsqueeze(2)).squeeze(2)
+        with torch.autocast(x.device.type, enabled=False):  # it would round the product
+            kick = (root @ noise.flatten(1).unsqueeze(2)).squeeze(2)
         if not kick.requires_grad:  # a velocity linear in x has a constant Jacobian
             return torch.zeros_like(x)
         (pull,) = torch.autograd.grad((kick * adjoint.flatten(1)).sum(), x, allow_unused=True)

@@ -15,14 +15,16 @@ Scalar (2610.10437): c is held constant, a_t = t a_1.  No product at all, and no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adjoint.covariance import noise_pull
 from adjoint.kernel import Kernel
-from adjoint.rollout import Trajectory, velocity_along
+from adjoint.rollout import Trajectory, by_micro_batches, rows_of, velocity_along
 from flows.field import Cond, VelocityField, velocity_and_vjp
 
 
@@ -48,6 +50,8 @@ def lean_adjoint(
     *,
     noise: Tensor | None = None,
     running: Tensor | None = None,
+    micro_batch: int = 0,
+    device: torch.device | str | None = None,
 ) -> Adjoint:
     """Lean adjoint of the base along states xs (K+1, B, *) from ``terminal`` = -∇r(x_K) (B, *).
 
@@ -56,48 +60,72 @@ def lean_adjoint(
             covariance needs (`adjoint.covariance`); unused otherwise.
         running: (K, B, *) gradient of a running state cost at x_k, times the step; for control
             problems other than tilting, which have none.
+        micro_batch, device: see `adjoint.rollout`; by default all B, and where xs is.
 
-    The product costs a forward and a backward pass a step and also yields v_β(x_k, t_k) where the
-    rule reads it at that time; the others are evaluated in one batch.
+    Adjoints have the dtype of xs, also where the base computes in another one.  The product costs a
+    forward and a backward pass a step and also yields v_β(x_k, t_k) where the rule reads it at that
+    time; the others are evaluated in one batch (of ``micro_batch`` states, if that is smaller).
 
     Raises:
         ValueError: the kernel has full covariance and no noise is given.
     """
     if kernel.start_covariance is not None and noise is None:
         raise ValueError(f"noise of the trajectory is needed with kernel {kernel.name!r}, got None")
-    value = terminal.detach()
-    values, v_base = [value], []
+    if 0 < micro_batch < len(terminal):
+
+        def run(i: slice) -> tuple[Tensor, Tensor]:
+            part = lean_adjoint(
+                base,
+                kernel,
+                xs[:, i],
+                terminal[i],
+                rows_of(cond, i),
+                noise=None if noise is None else noise[:, i],
+                running=None if running is None else running[:, i],
+                micro_batch=micro_batch,
+                device=device,
+            )
+            return part.values, part.v_base
+
+        return Adjoint(*by_micro_batches(run, len(terminal), micro_batch))
+    home, device = xs.device, torch.device(device or xs.device)
+    cond = rows_of(cond, slice(None), device)
+    value = terminal.detach().to(device, xs.dtype)
+    values, own = [value.to(home)], {}
     t, adjoint_x, adjoint_v = (
         column.to(xs.dtype).unbind()
         for column in (kernel.adjoint_t, kernel.adjoint_x, kernel.adjoint_v)
     )
     for k in reversed(range(kernel.steps)):
-        v, product = velocity_and_vjp(base, xs[k], t[k], value, cond)
+        x = xs[k].to(device)
+        v, product = velocity_and_vjp(base, x, t[k], value, cond)
         carried = adjoint_x[k] * value + adjoint_v[k] * product
         if kernel.start_covariance is not None and noise is not None:
             scale = kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k]
-            carried = carried + scale * noise_pull(base, kernel, k, xs[k], noise[k], value, cond)
+            eps = noise[k].to(device)
+            carried = carried + scale * noise_pull(base, kernel, k, x, eps, value, cond)
         value = carried
         if running is not None:
-            value = value + running[k] / kernel.adjoint_scale[k]
-        values.append(value)
-        v_base.append(v.to(xs.dtype))
-    return Adjoint(torch.stack(values[::-1]), _at_own_time(base, kernel, xs, v_base[::-1], cond))
+            value = value + running[k].to(device) / kernel.adjoint_scale[k]
+        values.append(value.to(home))
+        if kernel.own_time[k]:
+            own[k] = v.to(home, xs.dtype)
+    along = partial(velocity_along, base, cond=cond, micro_batch=micro_batch, device=device)
+    v_base = _at_own_time(along, kernel, xs, own)
+    return Adjoint(torch.stack(values[::-1]), v_base)
 
 
 @torch.no_grad()
 def _at_own_time(
-    base: VelocityField, kernel: Kernel, xs: Tensor, found: list[Tensor], cond: Cond | None
+    along: Callable[[Tensor, Tensor], Tensor], kernel: Kernel, xs: Tensor, own: dict[int, Tensor]
 ) -> Tensor:
     """v_β(x_k, t_k), evaluating those steps whose adjoint was read at another time."""
-    other = [k for k, own in enumerate(kernel.own_time) if not own]
-    if len(other) == len(found):
-        return velocity_along(base, xs[:-1], kernel.t[:-1], cond).to(xs.dtype)
+    if not own:
+        return along(xs[:-1], kernel.t[:-1]).to(xs.dtype)
+    other = [k for k in range(kernel.steps) if k not in own]
     if other:
-        fresh = velocity_along(base, xs[other], kernel.t[other], cond).to(xs.dtype)
-        for k, v in zip(other, fresh, strict=True):
-            found[k] = v
-    return torch.stack(found)
+        own |= zip(other, along(xs[other], kernel.t[other]).to(xs.dtype), strict=True)
+    return torch.stack([own[k] for k in range(kernel.steps)])
 
 
 def scalar_adjoint(

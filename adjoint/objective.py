@@ -4,6 +4,12 @@
 `adjoint_matching_loss` on the selected steps.  In the last part of a training it refines: on fresh
 trajectories of the current model it evaluates `log_variance_loss`, which needs no adjoint and whose
 noise vanishes at the optimum.  A trainer of one's own takes it as it is.
+
+Memory.  Trajectory, adjoints and velocities are a few numbers a state; what fills a device are the
+activations of the model, of S·B states at once in the loss, of B in the rollout, the adjoint and
+the reward.  ``micro_batch`` and ``reward_batch`` bound how many states are in work, whatever K and
+B are, and ``offload`` keeps between them on the CPU what has been computed.  None of them changes
+the result beyond rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from adjoint.loss import (
 )
 from adjoint.replay import ReplayBuffer
 from adjoint.reward import Reward
-from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
+from adjoint.rollout import Trajectory, chunks, draw_noise, rollout, rows_of, velocity_along
 from flows import grid as grids
 from flows.field import Cond, VelocityField
 from flows.training import TrainerConfig
@@ -82,7 +88,14 @@ class TiltConfig(TrainerConfig):
     certificate_samples: int = 4096
     """Trajectories of each of the two certificates; 0 is none."""
     max_batch: int = 4096
-    """Largest batch at which probe and certificates evaluate base and model."""
+    """Trajectories or samples at a time in probe and certificates."""
+    micro_batch: int = 0
+    """States at which base or model are evaluated at a time, in training, probe and certificates;
+    the loss then evaluates the model twice, the second time in its backward pass.  0 is all."""
+    reward_batch: int = 0
+    """Samples of which the reward and its gradient are computed at a time; 0 is all."""
+    offload: bool = False
+    """Keep trajectories, adjoints and velocities on the CPU; for another device than that."""
 
     @property
     def restart(self) -> int | None:
@@ -100,6 +113,7 @@ class TiltConfig(TrainerConfig):
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         minima = {"steps": 2, "batch_size": 1, "refresh": 1, "replay": 0}
         minima |= {"certificate_samples": 0, "probe_samples": 64, "max_batch": 1}
+        minima |= {"micro_batch": 0, "reward_batch": 0}
         for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -135,7 +149,7 @@ class TiltLoss:
         reward: scaled reward (temperature included).
         kernel: table of the chain.
         shape: of one sample, without the batch.
-        config: the options from ``batch_size`` to ``refresh``.
+        config: the options of training.
         cond_sampler: draws conditions for n samples; None for an unconditional flow.
         dtype: of the SDE state and the adjoint.
     """
@@ -153,13 +167,15 @@ class TiltLoss:
     ) -> None:
         self.base, self.reward, self.kernel = base, reward, kernel
         self.shape, self.config, self.cond_sampler = shape, config, cond_sampler
-        self.dtype = dtype
+        self.dtype, self.device = dtype, kernel.t.device
+        self.home = torch.device("cpu") if config.offload else self.device
+        self.home_kernel = kernel.to(self.home)
         self.calls = 0
         self.cap: Tensor | None = None
         self.buffer: ReplayBuffer | None = None
         if config.replay:
             self.buffer = ReplayBuffer(
-                config.replay, {"xs": 1, "values": 1, "v_base": 1}, device=kernel.t.device
+                config.replay, {"xs": 1, "values": 1, "v_base": 1}, device=self.home
             )
 
     def _rollout(
@@ -174,22 +190,60 @@ class TiltLoss:
             repeats = n // groups
             if repeats > 1:
                 cond = {name: c.repeat_interleave(repeats, 0) for name, c in cond.items()}
-        noise = draw_noise(self.kernel, x0, generator=generator)
+        noise = draw_noise(self.kernel, x0, generator=generator).to(self.home)
         training = module.training
         module.eval()  # no dropout in the trajectories, no statistics from them
-        trajectory = rollout(module, self.base, self.kernel, x0, noise, cond)
+        trajectory = rollout(
+            module,
+            self.base,
+            self.kernel,
+            x0.to(self.home),
+            noise,
+            cond,
+            micro_batch=self.config.micro_batch,
+            device=self.device,
+        )
         module.train(training)
-        return trajectory, cond
+        return trajectory, rows_of(cond, slice(None), self.home)
+
+    def _judge(
+        self,
+        judge: Callable[[Tensor, Cond | None], tuple[Tensor, ...]],
+        x: Tensor,
+        cond: Cond | None,
+    ) -> tuple[Tensor, ...]:
+        """What ``judge`` says of samples x (B, *), a part at a time, in the dtype of the state."""
+        found = [
+            judge(x[i].to(self.device), rows_of(cond, i, self.device))
+            for i in chunks(len(x), self.config.reward_batch)
+        ]
+        joined = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return tuple(part.to(self.home, self.dtype) for part in joined)
 
     def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
         n = self.config.batch_size
         trajectory, cond = self._rollout(module, n, n, generator)
-        value, gradient = self.reward.value_and_gradient(trajectory.xs[-1], cond)
+        names: list[str] = []
+
+        def judge(x: Tensor, some: Cond | None) -> tuple[Tensor, ...]:
+            terms, gradient = self.reward.terms_and_gradient(x, some)
+            names[:] = terms
+            return gradient, *terms.values()
+
+        gradient, *values = self._judge(judge, trajectory.xs[-1], cond)
+        value = torch.stack(values).sum(0)
         adjoint = lean_adjoint(
-            self.base, self.kernel, trajectory.xs, -gradient, cond, noise=trajectory.noise
+            self.base,
+            self.kernel,
+            trajectory.xs,
+            -gradient,
+            cond,
+            noise=trajectory.noise,
+            micro_batch=self.config.micro_batch,
+            device=self.device,
         )
-        log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel)
+        log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.home_kernel)
         return {
             "xs": trajectory.xs[:-1],
             "values": adjoint.values,
@@ -197,6 +251,7 @@ class TiltLoss:
             "log_w": value + log_ratio,
             "reward": value,
             "kl": kl,
+            **{f"reward.{name}": v for name, v in zip(names, values, strict=True) if names[1:]},
             **{f"cond.{name}": c for name, c in (cond or {}).items()},
         }
 
@@ -236,7 +291,7 @@ class TiltLoss:
         loss, metrics = adjoint_matching_loss(
             v,
             Adjoint(batch["values"], batch["v_base"]),
-            self.kernel,
+            self.home_kernel,
             steps=steps,
             weights=weights,
             clip=clip,
@@ -244,7 +299,8 @@ class TiltLoss:
         if config.clip_quantile:
             seen = metrics["term_quantile"]
             self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
-        return loss, metrics | _judged(batch["reward"], batch["log_w"], batch["kl"])
+        terms = {name: v.mean() for name, v in batch.items() if name.startswith("reward.")}
+        return loss, metrics | _judged(batch["reward"], batch["log_w"], batch["kl"]) | terms
 
     def _refine(
         self, module: nn.Module, generator: torch.Generator
@@ -260,14 +316,13 @@ class TiltLoss:
             n = groups * (n // groups)
         trajectory, cond = self._rollout(module, n, groups, generator)
         with torch.no_grad():
-            v_base = velocity_along(self.base, trajectory.xs[:-1], self.kernel.t[:-1], cond)
-            v_base = v_base.to(self.dtype)
-            value = self.reward(trajectory.xs[-1], cond)
+            v_base = self._velocity(self.base, trajectory.xs[:-1], None, cond)
+            (value,) = self._judge(lambda x, c: (self.reward(x, c),), trajectory.xs[-1], cond)
         steps = self._select(generator)
-        v = self._velocity(module, trajectory.xs[:-1], steps, cond).to(self.dtype)
+        v = self._velocity(module, trajectory.xs[:-1], steps, cond)
         if steps is not None:
             v = trajectory.v.index_copy(0, steps.to(v.device), v)
-        log_ratio, kl = path_log_ratio(trajectory, v_base, self.kernel, v)
+        log_ratio, kl = path_log_ratio(trajectory, v_base, self.home_kernel, v)
         log_w = value + log_ratio
         metrics = _judged(value, log_w.detach(), kl.detach())
         return log_variance_loss(log_w, groups), metrics
@@ -280,13 +335,15 @@ class TiltLoss:
         return select_steps(self.kernel.steps, late=late, early=early, generator=generator)
 
     def _velocity(
-        self, module: nn.Module, xs: Tensor, steps: Tensor | None, cond: Cond | None
+        self, field: VelocityField, xs: Tensor, steps: Tensor | None, cond: Cond | None
     ) -> Tensor:
-        """Velocities (S, B, *) of ``module`` at the selected of the states (K, B, *)."""
+        """Velocities (S, B, *) of ``field`` at the selected of the states (K, B, *)."""
         times = self.kernel.t[:-1]
         if steps is not None:
             xs, times = xs[steps.to(xs.device)], times[steps.to(times.device)]
-        return velocity_along(module, xs, times, cond)
+        micro_batch = self.config.micro_batch
+        v = velocity_along(field, xs, times, cond, micro_batch=micro_batch, device=self.device)
+        return v.to(self.dtype)
 
     def state_dict(self) -> dict[str, object]:
         """Counter, running cap and replay buffer, for a checkpoint."""
@@ -300,7 +357,7 @@ class TiltLoss:
         """Restore what `state_dict` gave."""
         self.calls = int(state["calls"])  # type: ignore[call-overload]
         cap = state["cap"]
-        self.cap = cap.to(self.kernel.t.device) if isinstance(cap, Tensor) else None
+        self.cap = cap.to(self.home) if isinstance(cap, Tensor) else None
         if self.buffer is not None and isinstance(state["buffer"], dict):
             self.buffer.load_state_dict(state["buffer"])
 

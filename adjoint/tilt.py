@@ -24,6 +24,7 @@ from adjoint.covariance import MAX_DIM
 from adjoint.kernel import MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.objective import CondSampler, TiltConfig, TiltLoss
 from adjoint.reward import Reward, ValueFunction, as_reward, check_reward
+from adjoint.rollout import chunks, rows_of, velocity_along
 from flows import grid as grids
 from flows.callbacks import Callback
 from flows.checkpoint import ensure_writable
@@ -33,6 +34,12 @@ from flows.sampling import sample
 from flows.training import Trainer
 
 __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]
+
+FREE = (
+    *("checkpoint_every", "certificate_samples", "max_batch"),
+    *("micro_batch", "reward_batch", "offload"),  # these do not change a result beyond rounding
+)
+"""Options that a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Tilted:
         log_z_ode, log_z_ode_stderr: log mean e^r over ODE samples of the base.  It must agree with
             the certificates' log_z, up to the error of the grid, if the base is the flow that the
             method assumes; see `tilt`.
+        dtype: of the state, which weights of half the precision do not have.
     """
 
     field: nn.Module
@@ -61,6 +69,7 @@ class Tilted:
     config: TiltConfig
     log_z_ode: float
     log_z_ode_stderr: float
+    dtype: torch.dtype
 
     def sample(
         self,
@@ -75,10 +84,11 @@ class Tilted:
 
         The certificate judges the chain; its own samples are ``certificate.samples``.
         """
-        like = next(self.field.parameters())
-        device = like.device if generator is None else generator.device
-        x0 = torch.randn((n, *self.shape), generator=generator, dtype=like.dtype, device=device)
-        return sample(self.field, x0.to(like.device), grid=grid, method=method, cond=cond)
+        home = next(self.field.parameters()).device
+        device = home if generator is None else generator.device
+        x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
+        field = _in_parts(self.field, self.config.micro_batch)
+        return sample(field, x0.to(home), grid=grid, method=method, cond=cond)
 
     def __str__(self) -> str:
         """The two certificates as a table."""
@@ -128,8 +138,26 @@ def trainable(
         return Residual(base, network.to(dtype))
 
 
-def _head(cond: Cond | None, n: int) -> Cond | None:
-    return None if cond is None else {name: c[:n] for name, c in cond.items()}
+def _in_parts(field: VelocityField, size: int) -> VelocityField:
+    """``field`` at scalar times, evaluated at ``size`` states at a time; itself if that is 0."""
+    if not size:
+        return field
+
+    def evaluate(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        return velocity_along(field, x[None], t.reshape(1), cond, micro_batch=size)[0]
+
+    return evaluate
+
+
+def _reward_in_parts(reward: Reward, size: int) -> ValueFunction:
+    """The value of ``reward``, of ``size`` samples at a time; itself if that is 0."""
+    if not size:
+        return reward
+
+    def value(x: Tensor, cond: Cond | None) -> Tensor:
+        return torch.cat([reward(x[i], rows_of(cond, i)) for i in chunks(len(x), size)])
+
+    return value
 
 
 @torch.no_grad()
@@ -174,32 +202,28 @@ def _probe(
     generator = torch.Generator(device).manual_seed(config.seed + 1)
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
     cond = None if cond_sampler is None else cond_sampler(n, generator)
-    _check_field(base, x0[:64], _head(cond, 64), "base")
-    parts = []
-    for i in range(0, n, size):
-        some = None if cond is None else {name: c[i : i + size] for name, c in cond.items()}
-        parts.append(sample(base, x0[i : i + size], grid=50, method="midpoint", cond=some))
+    few = slice(min(64, config.micro_batch or 64))
+    _check_field(base, x0[few], rows_of(cond, few), "base")
+    v_base = _in_parts(base, config.micro_batch)
+    parts = [
+        sample(v_base, x0[i], grid=50, method="midpoint", cond=rows_of(cond, i))
+        for i in chunks(n, size)
+    ]
     x1 = torch.cat(parts)
     if not bool(torch.isfinite(x1).all()):
         raise ValueError("base does not lead to finite samples: its ODE from noise ends in NaN")
-    check_reward(reward, x1[:size], _head(cond, size))
+    for i in chunks(min(n, size), config.reward_batch):
+        check_reward(reward, x1[i], rows_of(cond, i))
+    value = _reward_in_parts(reward, config.reward_batch)
     with torch.no_grad():
-        values = torch.cat(
-            [
-                reward(
-                    x1[i : i + size],
-                    None if cond is None else {m: c[i : i + size] for m, c in cond.items()},
-                )
-                for i in range(0, n, size)
-            ]
-        )
+        values = torch.cat([value(x1[i], rows_of(cond, i)) for i in chunks(n, size)])
     grid = grids.shifted(config.steps, config.shift)
     mmse = covariance = None
     if config.kernel in MATCHED:
-        mmse = measure_mmse(base, grid, x1, cond=cond, batch_size=size, generator=generator)
+        mmse = measure_mmse(v_base, grid, x1, cond=cond, batch_size=size, generator=generator)
     if config.kernel == "covariance_matched":
         with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
-            rest = x1 - (x0 + base(x0, grid[0].to(x0), cond))
+            rest = x1 - (x0 + v_base(x0, grid[0].to(x0), cond))
         covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
     kernel = make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
     return kernel, cond, values.double()
@@ -229,7 +253,8 @@ def tilt(
     differ by more than five standard errors and a tenth of a nat.
 
     Arguments:
-        base: velocity field on the canonical path; it is copied and never changed.
+        base: velocity field on the canonical path; it is copied (but for the weights that one of
+            `adjoint.lora` shares with its model) and never changed.
         reward: callable (x, cond) → (B,) or a `Reward`.
         shape: of one sample, without the batch.
         config: options.
@@ -237,7 +262,9 @@ def tilt(
             of the base, or a residual on it where the base has no parameters.
         cond_sampler: (n, generator) → mapping of n conditions, for a conditional flow.
         callbacks: progress bar and loggers of `flows.callbacks`.
-        checkpoint: file to save to; with ``resume`` training continues from it if it exists.
+        checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
+            leaves out the weights of the model that are not trained, and a resume of a model with
+            others is refused.
         problem: what identifies the run beside the options (names of base and reward, say); a
             checkpoint of another problem is refused.
         device, dtype: of the SDE state; the reward must live on that device.
@@ -264,7 +291,8 @@ def tilt(
     model = model.to(device)
     generator = torch.Generator(device).manual_seed(0)
     x0 = torch.randn((4, *shape), generator=generator, dtype=dtype, device=device)
-    _check_field(model.eval(), x0, _head(cond, 4), "model")
+    few = slice(min(4, config.micro_batch or 4))
+    _check_field(model.eval(), x0[few], rows_of(cond, few), "model")
     loss = TiltLoss(
         base,
         scaled,
@@ -274,12 +302,7 @@ def tilt(
         cond_sampler=cond_sampler,
         dtype=dtype,
     )
-    free = (
-        "checkpoint_every",
-        "certificate_samples",
-        "max_batch",
-    )  # a resumed run may change these
-    options = {name: value for name, value in asdict(config).items() if name not in free}
+    options = {name: value for name, value in asdict(config).items() if name not in FREE}
     trainer = Trainer(
         model,
         loss,
@@ -291,16 +314,19 @@ def tilt(
             **{f"problem.{k}": v for k, v in (problem or {}).items()},
             "shape": list(shape),
         },
+        save_frozen=False,  # the caller has them
     )
     field = trainer.fit(resume=resume)
+    judged = [_in_parts(v, config.micro_batch) for v in (base, field)]
+    value = _reward_in_parts(scaled, config.reward_batch)
     before, after = (
-        certificate_of(v, base, scaled, kernel, shape, config, cond_sampler, device, dtype)
-        for v in (base, field)
+        certificate_of(v, judged[0], value, kernel, shape, config, cond_sampler, device, dtype)
+        for v in judged
     )
     log_z, error = _log_mean_exp(values)
     if before is not None and cond is None:
         _compare_log_z(log_z, error, before)
-    return Tilted(field, base, kernel, after, before, shape, config, log_z, error)
+    return Tilted(field, base, kernel, after, before, shape, config, log_z, error, dtype)
 
 
 def _log_mean_exp(values: Tensor) -> tuple[float, float]:
@@ -326,7 +352,7 @@ def _compare_log_z(log_z: float, error: float, chain: Certificate) -> None:
 def certificate_of(
     field: VelocityField,
     base: VelocityField,
-    reward: Reward,
+    reward: Reward | ValueFunction,
     kernel: Kernel,
     shape: tuple[int, ...],
     config: TiltConfig,

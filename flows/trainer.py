@@ -23,6 +23,10 @@ generator, iteration, and the state of the loss if it has ``state_dict`` and ``l
 On a CPU a resumed run is therefore equal to an undisturbed one bit by bit.  Layers that draw from
 PyTorch's global generator (dropout) are outside this promise.
 
+Parameters that require no gradient are not averaged: module and average share them.  Checkpoints
+hold them, since a loss may change them all the same; with ``save_frozen=False`` they are left out,
+and a fingerprint tells on resume whether the module still has the same ones.
+
 Divergence.  A loss or gradient norm that is not finite stops the training.  On a CPU it is seen
 before the weights change; elsewhere numbers are read only once in ``CHECK_EVERY`` iterations, so as
 not to wait for the device, and always before a checkpoint is written.
@@ -35,6 +39,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +49,7 @@ from torch import Tensor, nn
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback
 from flows.checkpoint import CheckpointError
+from flows.weights import copy_sharing, fingerprint, frozen_weights
 
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Problem = Mapping[str, str | int | float | bool | list | None]
@@ -134,11 +140,13 @@ class Trainer:
         checkpoint: file written every ``checkpoint_every`` iterations and at the end; one of an
             earlier run stays there until this run's first save.
         problem: what the checkpoint belongs to; a resume from another problem is refused.
+        save_frozen: whether checkpoints hold the parameters that require no gradient.  If not, the
+            caller must have them on resume, and nothing may change them.
 
     Attributes:
         iteration: optimiser steps done so far.
-        ema: the average of the weights as a module in evaluation mode, with buffers copied (the
-            module itself if averaging is off).
+        ema: the average of the weights as a module in evaluation mode, with buffers copied and
+            parameters that require no gradient shared (the module itself if averaging is off).
         generator: on the device of the module.
 
     Raises:
@@ -154,6 +162,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         checkpoint: str | Path | None = None,
         problem: Problem | None = None,
+        save_frozen: bool = True,
     ) -> None:
         self.module = module
         self.loss = loss
@@ -161,6 +170,7 @@ class Trainer:
         self.callbacks = tuple(callbacks)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.problem = problem
+        self.save_frozen = save_frozen
         self.iteration = 0
         self._saved_at: int | None = None
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
@@ -182,7 +192,8 @@ class Trainer:
 
         self.ema = module
         if config.ema_decay:
-            self.ema = copy.deepcopy(module).eval().requires_grad_(False)
+            held = [p for p in module.parameters() if not p.requires_grad]
+            self.ema = copy_sharing(module, held).eval().requires_grad_(False)
             averaged = dict(self.ema.named_parameters())
             self._averages: list[Tensor] = [averaged[name] for name, _ in named]
             self._buffers = (list(self.ema.buffers()), list(module.buffers()))
@@ -259,11 +270,14 @@ class Trainer:
         return self.ema.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on, as tensors and plain data."""
+        """What the next iteration depends on, as tensors and plain data; see ``save_frozen``."""
+        weights, averages = self.module.state_dict(), self.ema.state_dict()
+        for name in self._left_out():
+            del weights[name], averages[name]
         return {
             "iteration": self.iteration,
-            "module": self.module.state_dict(),
-            "ema": self.ema.state_dict() if self.config.ema_decay else None,
+            "module": weights,
+            "ema": averages if self.config.ema_decay else None,
             "optimizer": self._optimizer.state_dict()["state"],
             "generator": self.generator.get_state(),
             "loss": self.loss.state_dict() if hasattr(self.loss, "state_dict") else None,
@@ -271,9 +285,10 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; the configuration stays that of this trainer."""
-        self.module.load_state_dict(state["module"])
+        left_out = self._left_out()
+        self.module.load_state_dict(state["module"] | left_out)
         if self.config.ema_decay:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load_state_dict(state["ema"] | left_out)
         groups = self._optimizer.state_dict()["param_groups"]
         moments = copy.deepcopy(state["optimizer"])  # the optimiser would share these tensors
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -282,6 +297,18 @@ class Trainer:
             self.loss.load_state_dict(state["loss"])
         self.iteration = state["iteration"]
         self._unchecked.clear()
+
+    def _left_out(self) -> dict[str, Tensor]:
+        """The parameters that checkpoints leave out."""
+        return {} if self.save_frozen else frozen_weights(self.module)
+
+    @cached_property
+    def _described(self) -> Problem | None:
+        """The problem, with a fingerprint of the parameters that checkpoints leave out."""
+        left_out = self._left_out()
+        if not left_out:
+            return self.problem
+        return {**(self.problem or {}), "frozen_weights": fingerprint(left_out)}
 
     @torch.no_grad()
     def _restart(self) -> None:
@@ -334,7 +361,7 @@ class Trainer:
         if self.checkpoint is None:
             return
         state: dict[str, Any] = {
-            "problem": None if self.problem is None else dict(self.problem),
+            "problem": None if self._described is None else dict(self._described),
             "config": asdict(self.config),
             "versions": checkpoints.versions(),
         }
@@ -342,7 +369,7 @@ class Trainer:
         self._saved_at = self.iteration
 
     def _resume(self, path: Path) -> None:
-        state = checkpoints.load(path, expect=self.problem)
+        state = checkpoints.load(path, expect=self._described)
         try:
             self.load_state_dict(state)
         except Exception as error:  # modules and losses refuse foreign state in their own ways

@@ -105,6 +105,8 @@ def test_a_closed_form_of_images_needs_a_model():
         ({"refresh": 0}, "refresh must be at least 1, got 0"),
         ({"refresh": 2}, "refresh=2 needs a replay buffer"),
         ({"certificate_samples": -1}, "certificate_samples must be at least 0, got -1"),
+        ({"micro_batch": -1}, "micro_batch must be at least 0, got -1"),
+        ({"reward_batch": -2}, "reward_batch must be at least 0, got -2"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
     ],

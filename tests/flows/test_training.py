@@ -248,6 +248,30 @@ def test_a_step_does_not_wait_for_the_gpu(monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_average_shares_what_is_not_trained():
+    """So it is what the module has, also where the loss changes it between two updates."""
+
+    class Slow:
+        def __call__(self, module, generator):
+            return quadratic(module, generator)
+
+        def before_step(self, module):
+            module.fixed.mul_(2.0)
+
+    trainer = Trainer(Point(), Slow(), replace(PLAIN, ema_decay=0.9))
+    assert trainer.ema.fixed is trainer.module.fixed
+    assert trainer.ema.theta is not trainer.module.theta
+    for _ in range(3):
+        trainer.step()
+    assert trainer.ema.fixed.tolist() == [8.0, 8.0]
+    assert not torch.equal(trainer.ema.theta, trainer.module.theta)
+    state = trainer.state_dict()
+    assert state["module"]["fixed"].tolist() == state["ema"]["fixed"].tolist() == [8.0, 8.0]
+    other = Trainer(Point(), Slow(), replace(PLAIN, ema_decay=0.9))
+    other.load_state_dict(copy.deepcopy(state))
+    assert equal(other.state_dict(), state)
+
+
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -409,6 +433,56 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
         resume(network(), {"target": "ring"})
+
+
+def adapted(scale=1.0):
+    """A large frozen layer below a small one that is trained."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4000), nn.BatchNorm1d(4000), nn.Linear(4000, 1))
+    module[0].requires_grad_(False).weight.mul_(scale)
+    return module
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_checkpoints_without_frozen_weights_resume_exactly_and_know_them(tmp_path, decay):
+    path = tmp_path / "c.pt"
+    config = replace(PLAIN, lr=1e-4, ema_decay=decay)
+
+    def fit(module, iterations, **options):
+        options = {"checkpoint": path, "save_frozen": False, "problem": {"a": 1}} | options
+        trainer = Trainer(module, regression, replace(config, iterations=iterations), **options)
+        return trainer.fit(resume=True).state_dict()
+
+    whole = fit(adapted(), 6, checkpoint=None)
+    fit(adapted(), 4, checkpoint=tmp_path / "all.pt", save_frozen=True)
+    fit(adapted(), 4)
+    state = checkpoints.load(path)
+    assert not {"0.weight", "0.bias"} & state["module"].keys()
+    assert {"1.running_mean", "2.weight"} <= state["module"].keys()
+    assert (state["ema"] or state["module"]).keys() == state["module"].keys()
+    assert state["problem"].keys() == {"a", "frozen_weights"}
+    saved = (tmp_path / "all.pt").stat().st_size - path.stat().st_size
+    assert saved > 4000 * 4 * 4 - 1000
+
+    with pytest.raises(CheckpointError, match=r"another problem; frozen_weights: '\w{16}' in the"):
+        fit(adapted(scale=1.001), 6)
+    with pytest.raises(CheckpointError, match="frozen_weights: 'absent' in the checkpoint"):
+        fit(adapted(), 6, checkpoint=tmp_path / "all.pt")
+    with pytest.raises(CheckpointError, match="in the checkpoint, expected 'absent'"):
+        fit(adapted(), 6, save_frozen=True)
+    assert equal(fit(adapted(), 6), whole)
+
+    del state["module"]["2.weight"]
+    checkpoints.save(path, state)
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit this trainer.*2\.weight"):
+        fit(adapted(), 6)
+
+
+def test_without_frozen_weights_a_checkpoint_is_the_same_either_way(tmp_path):
+    for name, save_frozen in (("a", True), ("b", False)):
+        options = {"checkpoint": tmp_path / name, "problem": {"a": 1}, "save_frozen": save_frozen}
+        Trainer(network(), regression, PLAIN, **options).fit()
+    assert equal(*(checkpoints.load(tmp_path / name) for name in ("a", "b")))
 
 
 def test_unwritable_places_are_known_before_training(tmp_path):

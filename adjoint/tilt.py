@@ -324,7 +324,7 @@ def tilt(
         for v in judged
     )
     log_z, error = _log_mean_exp(values)
-    if before is not None and cond is None:
+    if before is not None:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
     return Tilted(field, base, kernel, after, before, shape, config, log_z, error, dtype)
 

@@ -233,12 +233,23 @@ def test_a_shape_is_a_tuple_of_sizes(shape):
         tilt(lambda x, t, c=None: x, Slope(), shape=shape)
 
 
-def test_a_base_that_is_no_flow_of_independent_noise_is_noticed():
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_base_that_is_no_flow_of_independent_noise_is_noticed(conditional):
     """The optimal-transport flow of N(0, 1) to N(0, 9): its chain samples another law."""
 
     def transport(x, t, cond=None):
-        return 2 * x / (1 + 2 * batch_time(t, x))
+        stretch = 2.0 if cond is None else cond["c"]
+        return stretch * x / (1 + stretch * batch_time(t, x))
+
+    def stretches(n, generator):
+        return {"c": 1.9 + 0.2 * torch.rand(n, 1, generator=generator)}
 
     config = TiltConfig(steps=20, iterations=1, batch_size=16, certificate_samples=2000)
     with pytest.warns(UserWarning, match=r"ODE gives log Z = 1\.\d+.*memoryless chain 0\.\d+"):
-        tilt(transport, lambda x, c: 0.5 * x[:, 0], shape=(1,), config=config)
+        tilt(
+            transport,
+            lambda x, c: 0.5 * x[:, 0],
+            shape=(1,),
+            config=config,
+            cond_sampler=stretches if conditional else None,
+        )

@@ -27,7 +27,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def lora(
     names = _find_layers(field, targets)
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # any number serves
         lora_dropout=dropout,
         target_modules="|".join(re.escape(name) for name in names),
     )

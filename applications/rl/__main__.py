@@ -1,4 +1,4 @@
-"""Command line: ``python -m applications.rl {data, train, evaluate, report, export, demo, list}``.
+"""Command line: ``python -m applications.rl COMMAND``; `COMMANDS` names them.
 
 Each command is a dataclass in a module of its own, which is imported only when it is called for, so
 that none needs the optional packages of another.
@@ -55,6 +55,7 @@ COMMANDS = {
     "evaluate": Command(
         "evaluate", "EvaluateConfig", "show_evaluate", "play episodes with trained agents"
     ),
+    "sweep": Command("sweep", "SweepConfig", "show_sweep", "train many agents, on many machines"),
     "report": Command(
         "report", "ReportConfig", "show_report", "draw learning curves and print the table"
     ),
@@ -148,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command with --resume continues" if hasattr(config, "resume") else ""
+        flag = " with --resume" if hasattr(config, "resume") else ""
+        hint = f"; the same command{flag} continues" if flag or name == "sweep" else ""
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     return 0

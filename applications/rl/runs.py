@@ -6,6 +6,7 @@
     checkpoint.pt    weights and everything that a resume needs
     tensorboard/     training and evaluation, if asked for
     wandb.txt        identity of the run at Weights & Biases, if asked for
+    worker.json, finished.json, error.txt    of a sweep (`applications.rl.sweep.folders`)
 
 The checkpoint also says what it belongs to, so that it is of use without its folder.
 """

@@ -1,0 +1,112 @@
+"""What a sweep will cost, before it starts.
+
+The rate that everything follows from is either given or measured by some updates here, in training
+itself, on numbers of the task's shapes; evaluations are not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import numpy as np
+
+from applications.rl.dataset import Dataset
+from applications.rl.spaces import Spaces, spaces_of
+from applications.rl.sweep.plan import Job, duration, makespan, slots
+from applications.rl.tasks import find_task, make_environment
+from applications.rl.train_config import TrainConfig
+from applications.rl.training import train
+from flows.callbacks import Callback, Metrics
+from flows.trainer import Trainer
+
+WARM = 5
+"""Updates before the clock starts."""
+MOST = 500
+"""Updates at which a measurement ends."""
+ROWS = 4096
+
+
+class _Enough(Exception):  # noqa: N818  (no error: a measurement is complete)
+    pass
+
+
+class _Clock(Callback):
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.began, self.rate = seconds, 0.0, 0.0
+
+    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+        if iteration <= WARM:
+            float(metrics["loss"])  # waits for the device
+            self.began = perf_counter()
+        elif iteration == WARM + MOST or perf_counter() - self.began > self.seconds:
+            float(metrics["loss"])
+            self.rate = (iteration - WARM) / (perf_counter() - self.began)
+            raise _Enough
+
+
+def measure(config: TrainConfig, seconds: float = 10.0) -> float:
+    """Updates per second of one seed alone, as ``config`` trains it, on this machine.
+
+    Raises:
+        ValueError, ImportError: as `applications.rl.training.train`.
+    """
+    environment = make_environment(find_task(config.task))
+    spaces = spaces_of(environment)
+    environment.close()
+    clock = _Clock(seconds)
+    with TemporaryDirectory() as folder:
+        brief = replace(
+            config,
+            seeds=config.seeds[:1],
+            folder=Path(folder),
+            data=None,
+            use_data=True,
+            offline_steps=WARM + MOST + 1,
+            online_steps=0,
+            eval_every=0,
+            checkpoint_every=WARM + MOST + 1,
+            resume=False,
+        )
+        with contextlib.suppress(_Enough):
+            train(brief, dataset=_any_data(spaces), callbacks=[clock])
+    return clock.rate
+
+
+def cost(
+    updates: Sequence[tuple[Job, int]],
+    rates: dict[str, float],
+    *,
+    cpus: float,
+    gpus: float,
+    devices: Sequence[int],
+) -> str:
+    """Lines that say what jobs cost.
+
+    Arguments:
+        updates: jobs in order, and the updates that each one has to do.
+        rates: updates per second of a job, by agent.
+        cpus, gpus: that a job takes.
+        devices: numbers of GPUs, or of CPUs where a job takes no GPU, to give the time for.
+    """
+    name, share = ("GPU", gpus) if gpus else ("CPU", cpus)
+    seconds = [number / rates[job.config.agent] for job, number in updates]
+    total = sum(seconds) * share
+    times = []
+    for number in devices:
+        places = slots(number, share)
+        time = duration(makespan(seconds, places)) if places else "too few for a job"
+        times.append(f"on {number} {name}{'s' * (number > 1)}: {time}")
+    return f"cost: {total / 3600:.3g} {name}-hours, without evaluations; {'; '.join(times)}"
+
+
+def _any_data(spaces: Spaces) -> Dataset:
+    rng = np.random.default_rng(0)
+    shapes = [(ROWS, spaces.observation_dim), (ROWS, spaces.action_dim)]
+    observations, actions = (rng.uniform(-0.9, 0.9, s).astype(np.float32) for s in shapes)
+    ones = np.ones(ROWS, np.float32)
+    return Dataset(observations, actions, -ones, ones, 0 * ones, observations, source="any")

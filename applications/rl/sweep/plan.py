@@ -1,0 +1,219 @@
+"""The plan of a sweep: which runs there are, how they are packed into jobs, and what they cost.
+
+A run is one seed of one agent on one task, and lies where `train` would write it,
+``FOLDER/TASK/AGENT/seedN``.  A job is what one worker trains: some seeds of one agent on one task.
+Jobs are ordered by their seeds first, so that a sweep that is stopped half-way has some seeds of
+every task rather than every seed of some.
+
+Cost.  Where a job makes r updates a second and D devices hold D/g jobs at a time (each taking g of
+a device), jobs start in order, each as soon as there is room; the last one's end is the time of the
+sweep.  Device-hours count what jobs take of a device, idle rest excluded.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from applications.rl.agents import find_agent
+from applications.rl.official import SPARSE
+from applications.rl.presets import DOMAINS, preset
+from applications.rl.tasks import ENVIRONMENTS, TASK_NUMBERS, find_task
+from applications.rl.train_config import TrainConfig
+
+PUBLISHED = "published"
+"""The word that stands for the tasks of the published table."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of an agent on a task.
+
+    Attributes:
+        task, agent, seed: what it is.
+        folder: where it is written.
+    """
+
+    task: str
+    agent: str
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.agent} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker trains: the seeds of ``config``."""
+
+    config: TrainConfig
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """A run for every seed."""
+        config = self.config
+        return tuple(
+            Run(config.task, config.agent, seed, config.path / f"seed{seed}")
+            for seed in config.seeds
+        )
+
+    def only(self, runs: Iterable[Run]) -> Job:
+        """Some of its runs as a job."""
+        return Job(replace(self.config, seeds=tuple(run.seed for run in runs)))
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands.
+
+    Attributes:
+        name: ``submitted``, which it also is while it runs; ``done`` or ``failed``.
+        note: why it failed, one line.
+        attempt: that it is submitted as.
+        deaths: workers it has lost in this sweep.
+    """
+
+    name: str = "submitted"
+    note: str = ""
+    attempt: str = ""
+    deaths: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is to be run.
+
+    Attributes:
+        jobs: in the order in which they are started.
+        refused: runs of tasks that do not exist, and what is wrong with their names.
+    """
+
+    jobs: tuple[Job, ...]
+    refused: Mapping[Run, str]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, those refused at the end."""
+        return (*(run for job in self.jobs for run in job.runs), *self.refused)
+
+
+def published_tasks() -> tuple[str, ...]:
+    """The 50 tasks of the published table: five goals in each of ten domains."""
+    return tuple(
+        f"{domain}{'-sparse' * (domain in SPARSE)}-{ENVIRONMENTS[domain].kinds[0]}-singletask-"
+        f"task{number}-v0"
+        for domain in DOMAINS
+        for number in TASK_NUMBERS
+    )
+
+
+def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
+    """Seeds from numbers and ranges: ``("0-3", "7")`` is 0, 1, 2, 3, 7.
+
+    Raises:
+        ValueError: a word is neither, a range is empty, or a seed is there twice.
+    """
+    seeds: list[int] = []
+    for word in words:
+        first, dash, last = word.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise ValueError(f"seeds must be numbers or ranges such as 0-11, got {word!r}")
+        found = range(int(first), int(last if dash else first) + 1)
+        if not found:
+            raise ValueError(f"seeds: the range {word!r} is empty")
+        seeds += found
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if not seeds or twice:
+        raise ValueError(f"seeds must be different numbers, got {' '.join(words) or 'none'}")
+    return tuple(seeds)
+
+
+def make_plan(
+    setting: TrainConfig,
+    *,
+    tasks: Sequence[str],
+    agents: Sequence[str],
+    seeds: Sequence[int],
+    seeds_per_job: int,
+    folder: Path,
+) -> Plan:
+    """All runs of agents × tasks × seeds.
+
+    Arguments:
+        setting: what all of them share; its task, agent, seeds and folder are replaced.
+        tasks: names, among which ``published`` stands for `published_tasks`.
+        seeds_per_job: seeds of one (agent, task) that one worker trains.
+        folder: above that of the tasks.
+
+    Raises:
+        ValueError: an unknown agent or preset, something twice, or no task that exists.
+    """
+    for name in agents:
+        find_agent(name)
+    named: list[str] = []
+    unknown: dict[str, str] = {}
+    for word in tasks:
+        for name in published_tasks() if word == PUBLISHED else (word,):
+            try:
+                task = find_task(name)
+            except ValueError as error:
+                unknown[name] = " ".join(str(error).split())
+            else:
+                named.append(task.name)
+                for agent in agents:
+                    preset(agent, task, setting.preset)
+    for what, names in (("agents", agents), ("tasks", named)):
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{what}: {twice[0]!r} is there twice")
+    if not agents or not named:
+        raise ValueError(next(iter(unknown.values()), "tasks and agents: name at least one"))
+
+    def jobs(names: Sequence[str]) -> list[Job]:
+        return [
+            Job(
+                replace(
+                    setting,
+                    task=task,
+                    agent=agent,
+                    seeds=tuple(seeds[start : start + seeds_per_job]),
+                    folder=folder.absolute() / task.replace(":", "-") / agent,
+                )
+            )
+            for start in range(0, len(seeds), seeds_per_job)
+            for task in names
+            for agent in agents
+        ]
+
+    refused = {run: unknown[run.task] for job in jobs([*unknown]) for run in job.runs}
+    return Plan(tuple(jobs(named)), refused)
+
+
+def slots(devices: float, share: float) -> int:
+    """How many jobs run at a time on ``devices``, of which each takes ``share``."""
+    if share >= 1:
+        return int(devices // share)
+    return int(devices) * int(1 / share + 1e-9)  # a job does not lie across two devices
+
+
+def makespan(seconds: Sequence[float], places: int) -> float:
+    """When the last job ends if they start in order, each in the place that is free first."""
+    ends = [0.0] * places
+    for duration in seconds:
+        heapq.heappush(ends, heapq.heappop(ends) + duration)
+    return max(ends)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 42 s, 3 min 20 s, 5 h 10 min, 3 d 4 h."""
+    seconds = round(seconds)
+    units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
+    for (name, size), (lower, small) in pairwise(units):
+        if seconds >= size:
+            rest = seconds % size // small
+            return f"{seconds // size} {name}" + (f" {rest} {lower}" if rest else "")
+    return f"{seconds} s"

@@ -1,0 +1,199 @@
+"""The live table of a sweep: a row for every run that matters now, and a line that sums up.
+
+What it shows is read from the folders of the runs.  On a terminal it is drawn again and again in
+place, with as many rows as there is room for: runs that train, those that failed, those that wait,
+those that are done.  Elsewhere, as in the log of a batch job, each change is a line, and the sum is
+one from time to time.
+
+Updates per second are those since this process first saw the run move, or any run for the sum; the
+time left is that of the updates left at this rate.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import TextIO
+
+from applications.rl.sweep import folders
+from applications.rl.sweep.plan import Run, State, duration
+from applications.rl.train_config import TrainConfig
+
+ORDER = ("training", "failed", "waiting", "done")
+"""Of the rows; also the names of what a run can be seen to do."""
+
+
+@dataclass
+class Seen:
+    """What was seen of a run.
+
+    Attributes:
+        name: of `ORDER`.
+        note: why it failed, or the workers it lost.
+        updates: done.
+        first, last: time and updates when it was first seen to move in its attempt, and last; what
+            goes before the first, such as loading the data, tells nothing of its rate.
+        success: of the latest evaluation.
+    """
+
+    name: str = "waiting"
+    note: str = ""
+    attempt: str = ""
+    updates: int = 0
+    first: tuple[float, int] | None = None
+    last: tuple[float, int] = (0.0, 0)
+    success: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Updates per second, 0 where they are not known."""
+        if self.first is None or self.last[0] <= self.first[0]:
+            return 0.0
+        return (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
+
+    def look(self, run: Run, state: State, config: TrainConfig, now: float) -> None:
+        """See what has become of the run."""
+        if self.name in ("done", "failed"):
+            return
+        if state.attempt != self.attempt:
+            self.attempt, self.first, self.name = state.attempt, None, "waiting"
+        self.note = state.note or (f"workers lost: {state.deaths}" if state.deaths else "")
+        if state.name == "submitted":
+            if self.name == "waiting" and not folders.started(run, state.attempt):
+                return
+            self.name = "training"
+        else:
+            self.name = state.name
+        updates = folders.updates_done(run.folder)
+        if self.name == "done":
+            updates = config.schedule.updates
+        if updates != self.updates:
+            if self.first is None or updates < self.updates:
+                self.first = (now, updates)
+            self.last = (now, updates)
+        self.updates, self.success = updates, folders.latest_success(run.folder)
+
+
+class Table:
+    """Shows states of runs.
+
+    Arguments:
+        configs: how each run is trained, in the order of the table.
+        states: of those that are over before the sweep starts.
+        out: where to.
+        every: seconds between two sums where ``out`` is no terminal.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[Run, TrainConfig],
+        states: Mapping[Run, State],
+        out: TextIO | None = None,
+        every: float = 60.0,
+    ) -> None:
+        self.configs, self.every = configs, every
+        self.out = out or sys.stderr
+        self.live = self.out.isatty()
+        self.seen = {run: Seen() for run in configs}
+        self._drawn, self._shown = 0, False
+        self._summed = self._began = monotonic()
+        for run, state in states.items():
+            self.seen[run].look(run, state, configs[run], self._began)
+        for run, seen in self.seen.items():
+            if seen.name == "waiting":
+                seen.updates = folders.updates_done(run.folder)
+        self._before = self._updates
+        self._moved: tuple[float, int] | None = None
+
+    @property
+    def _updates(self) -> int:
+        return sum(seen.updates for seen in self.seen.values())
+
+    def show(self, states: Mapping[Run, State]) -> None:
+        """Look at the runs and draw, or write the lines that are new."""
+        now, self._shown = monotonic(), True
+        changed = []
+        for run, state in states.items():
+            seen = self.seen[run]
+            was = (seen.name, seen.note)
+            seen.look(run, state, self.configs[run], now)
+            if (seen.name, seen.note) != was:
+                changed.append(run)
+        if self._moved is None and self._updates != self._before:
+            self._moved = (now, self._updates)
+        if self.live:
+            self._draw(shutil.get_terminal_size())
+            return
+        lines = [self.row(run) for run in changed]
+        if now - self._summed >= self.every:
+            self._summed = now
+            lines.append(self.sum(now))
+        self._write("".join(f"{line}\n" for line in lines))
+
+    def close(self) -> None:
+        """Leave the last sum as a line, if anything was shown."""
+        if not self._shown:
+            return
+        if self.live and self._drawn:
+            self._write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0
+        self._write(f"{self.sum(monotonic())}\n")
+
+    def lines(self, height: int, now: float) -> list[str]:
+        """The table in at most ``height`` lines."""
+        runs = sorted(self.seen, key=lambda run: ORDER.index(self.seen[run].name))  # stable
+        room = max(0, height - 1)
+        if len(runs) > room:
+            runs = runs[: max(0, room - 1)]
+        rows = [self.row(run) for run in runs]
+        hidden = len(self.seen) - len(runs)
+        return [*rows, *([f"... and {hidden} more"] if hidden and room else []), self.sum(now)]
+
+    def row(self, run: Run) -> str:
+        """The line of one run."""
+        seen, schedule = self.seen[run], self.configs[run].schedule
+        text = f"{seen.name:<8}  {run.task}  {run.agent}  seed {run.seed}"
+        if seen.name == "failed":
+            return f"{text}: {seen.note}"
+        parts = [text]
+        if seen.updates:
+            parts.append(f"step {schedule.step(seen.updates)}/{schedule.step(schedule.updates)}")
+        if seen.name == "training" and seen.rate:
+            left = (schedule.updates - seen.updates) / seen.rate
+            parts.append(f"{seen.rate:.3g} updates/s, {duration(left)} left")
+        if seen.success is not None:
+            parts.append(f"success {seen.success:.0%}")
+        return ", ".join([*parts, *([seen.note] if seen.note else [])])
+
+    def sum(self, now: float) -> str:
+        """The line that sums up."""
+        count = dict.fromkeys(ORDER, 0)
+        for seen in self.seen.values():
+            count[seen.name] += 1
+        states = ", ".join(f"{n} {name}" for name, n in count.items() if n)
+        over = ("done", "failed")
+        left = sum(
+            self.configs[run].schedule.updates - seen.updates
+            for run, seen in self.seen.items()
+            if seen.name not in over
+        )
+        text = f"{len(self.seen)} runs: {states}; {duration(now - self._began)}"
+        since, updates = self._moved or (now, 0)
+        rate = (self._updates - updates) / max(1e-9, now - since)
+        if left and now > since and rate > 0:
+            text += f", {rate:.3g} updates/s, {duration(left / rate)} left"
+        return text
+
+    def _draw(self, size: tuple[int, int]) -> None:
+        width, height = size
+        lines = [line[: width - 1] for line in self.lines(height - 1, monotonic())]
+        back = f"\x1b[{self._drawn}F" if self._drawn else ""
+        self._write(back + "\x1b[J" + "".join(f"{line}\n" for line in lines))
+        self._drawn = len(lines)
+
+    def _write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()

@@ -1,0 +1,111 @@
+"""What a job of a sweep does in its worker: train, and say in one line what went wrong.
+
+What fails for a reason of its own, such as missing data or a loss that became NaN, is not tried
+again.  Of a job of several seeds, each is then trained on its own, which those that caused no
+failure survive.
+
+Locks keep two workers from one run, as where a sweep was started twice, and from downloading the
+same data at the same time.  The system takes them from a process that dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from applications.rl.dataset import data_folder, find_files, load_shards
+from applications.rl.errors import RunError
+from applications.rl.sweep import folders
+from applications.rl.sweep.plan import Job
+from applications.rl.tasks import ENVIRONMENTS, find_task
+from applications.rl.train_config import TrainConfig
+from applications.rl.training import Trained, train
+from flows.checkpoint import CheckpointError, ensure_writable, write_json
+from flows.trainer import TrainingDiverged
+
+Train = Callable[[TrainConfig], list[Trained]]
+LOCK = ".lock"
+PATIENCE = 20.0
+"""Seconds to wait for a run that another worker has, which may be about to die."""
+
+
+def work(job: Job, attempt: str, train: Train, node: str = "") -> dict[int, str]:
+    """Train the runs of a job, in a worker; why those failed that did, by seed.
+
+    Arguments:
+        job: what is to be done.
+        attempt: what the worker signs its presence with, beside its ``node``.
+        train: what does it.
+    """
+    where = {"attempt": attempt, "host": socket.gethostname(), "node": node, "pid": os.getpid()}
+    notes: dict[int, str] = {}
+    try:
+        with contextlib.ExitStack() as locks:
+            for run in job.runs:
+                ensure_writable(run.folder / folders.WORKER, "folder")
+                locks.enter_context(locked(run.folder / LOCK, PATIENCE))
+                write_json(run.folder / folders.WORKER, where)
+            for trained in train(job.config):
+                hours = None if trained.evaluation is None else trained.seconds / 3600
+                folders.write_finished(trained.folder, job.config, hours)
+    except Exception as error:
+        if len(job.runs) > 1:
+            for run in job.runs:
+                notes |= work(job.only([run]), attempt, train, node)
+            return notes
+        (run,) = job.runs
+        notes[run.seed] = one_line(error)
+        with contextlib.suppress(OSError):  # perhaps it was that the folder cannot be written
+            (run.folder / folders.ERROR).write_text(traceback.format_exc())
+    return notes
+
+
+def train_task(config: TrainConfig) -> list[Trained]:
+    """Train as `applications.rl.training.train` does; data that are missing are downloaded once."""
+    task = find_task(config.task) if config.use_data else None
+    own = config.data is not None and config.data.suffix == ".npz"
+    if task is not None and task.environment in ENVIRONMENTS and not own:
+        folder = data_folder(config.data)
+        if not find_files(task, folder=folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / LOCK, math.inf):
+                load_shards(task, folder=folder)
+    return train(config)
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience: float) -> Iterator[None]:
+    """Hold the lock that the file ``path`` stands for; waits for it.
+
+    Raises:
+        RunError: another process has held it for ``patience`` seconds.
+        OSError: the file cannot be written, or its file system has no locks.
+    """
+    with path.open("w") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError(
+                        f"{path.parent} is in use by another worker; does another sweep go on?"
+                    ) from None
+            time.sleep(0.1)
+        yield
+
+
+def one_line(error: BaseException | None) -> str:
+    """What went wrong; the type is named where the message was not written for the user."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") else lines[0]
+    expected = (OSError, ValueError, ImportError, RunError, CheckpointError, TrainingDiverged)
+    return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"

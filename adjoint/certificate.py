@@ -15,6 +15,8 @@ conditions remains, so judge a conditional tilt one condition at a time.
 
 Sources: Girsanov's theorem in discrete time; Nüsken and Richter 2005.05409 (log-variance as a
 measure of optimality); self-normalised importance sampling as in Owen's "Monte Carlo theory".
+
+Of several processes each runs its own trajectories, and every one gets the certificate of all.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from tqdm import tqdm
 from adjoint.kernel import Kernel
 from adjoint.reward import Reward, ValueFunction, as_reward
 from adjoint.rollout import Trajectory, draw_noise, rollout
+from flows import distributed
 from flows.field import Cond, VelocityField
 
 
@@ -156,6 +159,8 @@ def certify(
 ) -> Certificate:
     """Certificate of ``field`` as the tilt of ``base`` by ``reward``, from starts x0 (N, *).
 
+    With several processes, x0 are the starts of this one, N in each, and the result is of all.
+
     Arguments:
         field: tilted velocity; the base itself gives the certificate "before".
         x0: standard normal starts.
@@ -181,4 +186,5 @@ def certify(
         log_ratio, kl = path_log_ratio(trajectory, v_base, kernel)
         value = reward(trajectory.xs[-1], some)
         parts.append((trajectory.xs[-1], value, value + log_ratio, kl))
-    return Certificate(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    whole = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Certificate(*(distributed.gather(part) for part in whole))

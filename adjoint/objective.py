@@ -10,6 +10,12 @@ activations of the model, of S·B states at once in the loss, of B in the rollou
 the reward.  ``micro_batch`` and ``reward_batch`` bound how many states are in work, whatever K and
 B are, and ``offload`` keeps between them on the CPU what has been computed.  None of them changes
 the result beyond rounding.
+
+Several processes (`flows.distributed`).  Options count trajectories of all processes together, of
+which each takes its share, with noise of its own: R processes minimise what one does.  Importance
+weights, the variance of the refinement, and the metrics ``ess`` and ``log_weight_std`` are those of
+the joined batch.  The running cap follows the mean of the processes' quantiles, each keeps its
+share of the replay buffer, and each draws its own subset of the early steps.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from adjoint.loss import (
 from adjoint.replay import ReplayBuffer
 from adjoint.reward import Reward
 from adjoint.rollout import Trajectory, chunks, draw_noise, rollout, rows_of, velocity_along
+from flows import distributed
 from flows import grid as grids
 from flows.field import Cond, VelocityField
 from flows.training import TrainerConfig
@@ -65,7 +72,8 @@ class TiltConfig(TrainerConfig):
     temperature: float = 1.0
     """The target is p(x) exp(r(x) / temperature)."""
     batch_size: int = 256
-    """Trajectories an update (a micro-batch, where updates accumulate)."""
+    """Trajectories an update (a micro-batch, where updates accumulate).  This, ``replay`` and the
+    numbers of samples below are totals over the processes, rounded up to a multiple of theirs."""
     late: float = 1.0
     """Fraction of the steps, the last ones, that always enter the loss."""
     early: float = 1.0
@@ -88,7 +96,7 @@ class TiltConfig(TrainerConfig):
     certificate_samples: int = 4096
     """Trajectories of each of the two certificates; 0 is none."""
     max_batch: int = 4096
-    """Trajectories or samples at a time in probe and certificates."""
+    """Trajectories or samples at a time in probe and certificates, of one process."""
     micro_batch: int = 0
     """States at which base or model are evaluated at a time, in training, probe and certificates;
     the loss then evaluates the model twice, the second time in its backward pass.  0 is all."""
@@ -152,6 +160,9 @@ class TiltLoss:
         config: the options of training.
         cond_sampler: draws conditions for n samples; None for an unconditional flow.
         dtype: of the SDE state and the adjoint.
+
+    Raises:
+        ValueError: several processes refine under conditions with less than two trajectories each.
     """
 
     def __init__(
@@ -170,13 +181,20 @@ class TiltLoss:
         self.dtype, self.device = dtype, kernel.t.device
         self.home = torch.device("cpu") if config.offload else self.device
         self.home_kernel = kernel.to(self.home)
+        self.batch_size = distributed.share(config.batch_size)
+        if config.refine and cond_sampler is not None and self.batch_size < 2:
+            raise ValueError(
+                "refine compares trajectories under one condition: batch_size must be at least "
+                f"{2 * distributed.size()} for {distributed.size()} processes, "
+                f"got {config.batch_size}"
+            )
         self.calls = 0
         self.cap: Tensor | None = None
         self.buffer: ReplayBuffer | None = None
         if config.replay:
-            self.buffer = ReplayBuffer(
-                config.replay, {"xs": 1, "values": 1, "v_base": 1}, device=self.home
-            )
+            capacity = distributed.share(config.replay)
+            dims = {"xs": 1, "values": 1, "v_base": 1}
+            self.buffer = ReplayBuffer(capacity, dims, device=self.home)
 
     def _rollout(
         self, module: nn.Module, n: int, groups: int, generator: torch.Generator
@@ -222,7 +240,7 @@ class TiltLoss:
 
     def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
-        n = self.config.batch_size
+        n = self.batch_size
         trajectory, cond = self._rollout(module, n, n, generator)
         names: list[str] = []
 
@@ -259,9 +277,9 @@ class TiltLoss:
         """Fresh trajectories, or replayed ones when the buffer says so."""
         if self.buffer is None:
             return self.collect(module, generator)
-        if self.calls % self.config.refresh == 0:
+        if self.calls % self.config.refresh == 0 or not self.buffer.size:
             self.buffer.add(self.collect(module, generator))
-        return self.buffer.draw(self.config.batch_size, generator=generator)
+        return self.buffer.draw(self.batch_size, generator=generator)
 
     def __call__(
         self, module: nn.Module, generator: torch.Generator
@@ -287,7 +305,8 @@ class TiltLoss:
             clip = self.cap
         weights = None
         if config.importance:
-            weights = importance_weights(batch["log_w"], min_ess=config.min_ess)
+            log_w = distributed.gather(batch["log_w"])
+            weights = distributed.own(importance_weights(log_w, min_ess=config.min_ess))
         loss, metrics = adjoint_matching_loss(
             v,
             Adjoint(batch["values"], batch["v_base"]),
@@ -298,6 +317,7 @@ class TiltLoss:
         )
         if config.clip_quantile:
             seen = metrics["term_quantile"]
+            distributed.average_([seen])
             self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
         terms = {name: v.mean() for name, v in batch.items() if name.startswith("reward.")}
         return loss, metrics | _judged(batch["reward"], batch["log_w"], batch["kl"]) | terms
@@ -310,10 +330,10 @@ class TiltLoss:
         Where the loss is taken on some of the steps, the other steps enter log w as numbers: the
         gradient in each step's control vanishes at the optimum by itself.
         """
-        n, groups = self.config.batch_size, 1
+        n, groups, several = self.batch_size, 1, 1
         if self.cond_sampler is not None:
             groups = max(1, n // GROUP)
-            n = groups * (n // groups)
+            n, several = groups * (n // groups), distributed.size()
         trajectory, cond = self._rollout(module, n, groups, generator)
         with torch.no_grad():
             v_base = self._velocity(self.base, trajectory.xs[:-1], None, cond)
@@ -325,7 +345,7 @@ class TiltLoss:
         log_ratio, kl = path_log_ratio(trajectory, v_base, self.home_kernel, v)
         log_w = value + log_ratio
         metrics = _judged(value, log_w.detach(), kl.detach())
-        return log_variance_loss(log_w, groups), metrics
+        return log_variance_loss(distributed.gather(log_w), groups * several), metrics
 
     def _select(self, generator: torch.Generator) -> Tensor | None:
         """Indices of the steps whose velocities get a gradient; None for all."""
@@ -346,24 +366,27 @@ class TiltLoss:
         return v.to(self.dtype)
 
     def state_dict(self) -> dict[str, object]:
-        """Counter, running cap and replay buffer, for a checkpoint."""
+        """Counter, running cap and this process's replay buffer, for a checkpoint."""
         return {
+            "processes": distributed.size(),
             "calls": self.calls,
             "cap": self.cap,
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; what another number of processes replayed is left out."""
         self.calls = int(state["calls"])  # type: ignore[call-overload]
         cap = state["cap"]
         self.cap = cap.to(self.home) if isinstance(cap, Tensor) else None
-        if self.buffer is not None and isinstance(state["buffer"], dict):
+        as_many = state.get("processes", 1) == distributed.size()
+        if self.buffer is not None and isinstance(state["buffer"], dict) and as_many:
             self.buffer.load_state_dict(state["buffer"])
 
 
 def _judged(reward: Tensor, log_w: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """What a batch of trajectories says about the tilt, as the certificate does; (B,) each."""
+    log_w = distributed.gather(log_w)
     relative = torch.softmax(log_w, 0)
     return {
         "reward": reward.mean(),

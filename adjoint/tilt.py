@@ -25,6 +25,7 @@ from adjoint.kernel import MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.objective import CondSampler, TiltConfig, TiltLoss
 from adjoint.reward import Reward, ValueFunction, as_reward, check_reward
 from adjoint.rollout import chunks, rows_of, velocity_along
+from flows import distributed
 from flows import grid as grids
 from flows.callbacks import Callback
 from flows.checkpoint import ensure_writable
@@ -138,6 +139,22 @@ def trainable(
         return Residual(base, network.to(dtype))
 
 
+def _shareable(base: nn.Module, model: nn.Module | None) -> nn.Module:
+    """A frozen copy of ``base``; itself, if it is sharded and so cannot be copied.
+
+    Raises:
+        ValueError: a sharded base without a model, or with itself as the model.
+    """
+    if not distributed.is_sharded(base):
+        return frozen(base)
+    if model is None or any(part is base for part in model.modules()):
+        raise ValueError(
+            "a base sharded by fully_shard cannot be copied: give model= a module of its own, made "
+            "in the same way and sharded too"
+        )
+    return base.eval().requires_grad_(False)
+
+
 def _in_parts(field: VelocityField, size: int) -> VelocityField:
     """``field`` at scalar times, evaluated at ``size`` states at a time; itself if that is 0."""
     if not size:
@@ -193,13 +210,13 @@ def _probe(
     Raises:
         TypeError, ValueError: as `tilt`.
     """
-    n, size = config.probe_samples, config.max_batch
+    n, size = distributed.share(config.probe_samples), config.max_batch
     if config.kernel == "covariance_matched" and math.prod(shape) > MAX_DIM:
         raise ValueError(
             f"kernel 'covariance_matched' serves up to {MAX_DIM} dimensions, got shape {shape}; "
             "use 'moment_matched'"
         )
-    generator = torch.Generator(device).manual_seed(config.seed + 1)
+    generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 1))
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
     cond = None if cond_sampler is None else cond_sampler(n, generator)
     few = slice(min(64, config.micro_batch or 64))
@@ -221,12 +238,14 @@ def _probe(
     mmse = covariance = None
     if config.kernel in MATCHED:
         mmse = measure_mmse(v_base, grid, x1, cond=cond, batch_size=size, generator=generator)
+        distributed.average_([mmse])
     if config.kernel == "covariance_matched":
         with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
             rest = x1 - (x0 + v_base(x0, grid[0].to(x0), cond))
+            rest = distributed.gather(rest)
         covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
     kernel = make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
-    return kernel, cond, values.double()
+    return kernel, cond, distributed.gather(values.double())
 
 
 def tilt(
@@ -251,6 +270,11 @@ def tilt(
     couplings, reflowed, distilled or guided are not; they are tilted as the law of their *chain*.
     The two estimates of log Z, by ODE samples and by the chain, tell: a warning says where they
     differ by more than five standard errors and a tenth of a nat.
+
+    Started by ``torchrun``, the processes do this together (`flows.distributed`): the numbers of
+    ``config`` are totals, of which each takes its share, the first process writes the checkpoint,
+    and every one returns the same weights and the certificate of all trajectories.  Every process
+    must make the same call.
 
     Arguments:
         base: velocity field on the canonical path; it is copied (but for the weights that one of
@@ -279,16 +303,19 @@ def tilt(
     if not isinstance(shape, tuple | list) or not all(isinstance(n, int) for n in shape):
         raise ValueError(f"shape must be a tuple of sizes such as (2,), got {shape!r}")
     shape = tuple(shape)
+    distributed.start()
     if checkpoint is not None:
-        ensure_writable(checkpoint, "checkpoint")
+        path = checkpoint
+        distributed.from_first(lambda: ensure_writable(path, "checkpoint"))
     scaled = as_reward(reward).scaled(1 / config.temperature)
-    original, base = base, frozen(base)
+    original = base
     if isinstance(base, nn.Module):
-        base = base.to(device)
+        base = _shareable(base, model).to(device)
+        distributed.broadcast_([*base.parameters(), *base.buffers()])
     kernel, cond, values = _probe(base, scaled, shape, config, cond_sampler, device, dtype)
     if model is None:
         model = trainable(original, shape, config.seed, cond=cond, dtype=dtype)
-    model = model.to(device)
+    model = distributed.unwrapped(model).to(device)
     generator = torch.Generator(device).manual_seed(0)
     x0 = torch.randn((4, *shape), generator=generator, dtype=dtype, device=device)
     few = slice(min(4, config.micro_batch or 4))
@@ -324,7 +351,7 @@ def tilt(
         for v in judged
     )
     log_z, error = _log_mean_exp(values)
-    if before is not None:  # with conditions, both of log E Z(c)
+    if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
     return Tilted(field, base, kernel, after, before, shape, config, log_z, error, dtype)
 
@@ -361,10 +388,10 @@ def certificate_of(
     dtype: torch.dtype,
 ) -> Certificate | None:
     """Certificate with noise that depends only on the seed; None if no samples are asked for."""
-    n = config.certificate_samples
+    n = distributed.share(config.certificate_samples)
     if not n:
         return None
-    generator = torch.Generator(device).manual_seed(config.seed + 2)
+    generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 2))
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
     cond = None if cond_sampler is None else cond_sampler(n, generator)
     return certify(

@@ -33,7 +33,14 @@ Metrics = Mapping[str, Tensor | float]
 
 
 class Callback:
-    """Hooks that do nothing; override the ones of interest."""
+    """Hooks that do nothing; override the ones of interest.
+
+    Attributes:
+        writes: whether of several processes (``flows.distributed``) only the first calls it.  One
+            that evaluates a sharded module must be called in all.
+    """
+
+    writes: bool = False
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first iteration; ``trainer.iteration`` is above 0 in a resumed run."""
@@ -53,6 +60,8 @@ class ProgressBar(Callback):
         every: iterations between two readings of the metrics.
         shown: how many metrics are shown, in the order in which the loss returns them.
     """
+
+    writes = True
 
     def __init__(self, description: str = "", *, every: int = 25, shown: int = 3) -> None:
         self.description = description
@@ -97,6 +106,8 @@ class CSVLogger(Callback):
         OSError: the file cannot be written.
         ValueError: a resumed run finds a file that this logger did not write.
     """
+
+    writes = True
 
     def __init__(self, path: str | Path, every: int = 10) -> None:
         self.path = Path(path)
@@ -148,6 +159,8 @@ class JSONLLogger(Callback):
     Arguments and errors as for ``CSVLogger``.
     """
 
+    writes = True
+
     def __init__(self, path: str | Path, every: int = 10) -> None:
         self.path = Path(path)
         self.every = _check_every(every)
@@ -188,6 +201,8 @@ class TensorBoardLogger(Callback):
         ImportError: TensorBoard is not installed.
         OSError: the folder cannot be written.
     """
+
+    writes = True
 
     def __init__(self, folder: str | Path, every: int = 10) -> None:
         self.folder = Path(folder)

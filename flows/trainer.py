@@ -30,12 +30,24 @@ and a fingerprint tells on resume whether the module still has the same ones.
 Divergence.  A loss or gradient norm that is not finite stops the training.  On a CPU it is seen
 before the weights change; elsewhere numbers are read only once in ``CHECK_EVERY`` iterations, so as
 not to wait for the device, and always before a checkpoint is written.
+
+Several processes (``torchrun``, see ``flows.distributed``).  Each evaluates the loss with random
+numbers of its own; g and the metrics are means over the processes, so that weights that are equal
+at the start, those of the first process, stay equal, and that a NaN anywhere stops them all.  The
+first process alone writes.  Its checkpoint holds the generators, and the states of the losses, of
+all, for an exact resume with as many processes; with another number of them the streams of random
+numbers start anew.  Every process must make the same trainers and call the same methods of them.
+Buffers that change in training (batch statistics) are not made equal.
+
+A module sharded by ``fully_shard`` is trained shard by shard.  As it cannot be copied, ``ema`` is
+the module itself, which gets the average as its weights at the end of ``fit``.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -47,6 +59,7 @@ import torch
 from torch import Tensor, nn
 
 from flows import checkpoint as checkpoints
+from flows import distributed
 from flows.callbacks import Callback
 from flows.checkpoint import CheckpointError
 from flows.weights import copy_sharing, fingerprint, frozen_weights
@@ -136,7 +149,7 @@ class Trainer:
         loss: callable (module, generator) -> (scalar loss, scalar metrics); may have
             ``before_step``, ``state_dict`` and ``load_state_dict``, see above.
         config: see ``TrainerConfig``.
-        callbacks: see ``flows.callbacks``.
+        callbacks: see ``flows.callbacks``; those that write are kept in the first process only.
         checkpoint: file written every ``checkpoint_every`` iterations and at the end; one of an
             earlier run stays there until this run's first save.
         problem: what the checkpoint belongs to; a resume from another problem is refused.
@@ -150,7 +163,8 @@ class Trainer:
         generator: on the device of the module.
 
     Raises:
-        ValueError: no parameter of the module requires a gradient.
+        ValueError: no parameter of the module requires a gradient, or some of those that do are
+            sharded and others are not.
     """
 
     def __init__(
@@ -164,10 +178,12 @@ class Trainer:
         problem: Problem | None = None,
         save_frozen: bool = True,
     ) -> None:
-        self.module = module
+        distributed.start()
+        self.module = module = distributed.unwrapped(module)
         self.loss = loss
         self.config = config
-        self.callbacks = tuple(callbacks)
+        first = distributed.rank() == 0
+        self.callbacks = tuple(c for c in callbacks if first or not getattr(c, "writes", False))
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.problem = problem
         self.save_frozen = save_frozen
@@ -175,12 +191,21 @@ class Trainer:
         self._saved_at: int | None = None
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
+        distributed.reshard(module)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("module has no parameter that requires a gradient")
+        distributed.broadcast_([*module.parameters(), *module.buffers()])
         self._parameters: list[Tensor] = [p for _, p in named]
+        self._sharded = distributed.is_sharded(module)
+        if len({distributed.is_sharded(p) for p in self._parameters}) > 1:
+            raise ValueError(
+                "some parameters that require a gradient are sharded and others are not: call "
+                "fully_shard on the whole module after its parts"
+            )
         self._device = self._parameters[0].device
-        self.generator = torch.Generator(device=self._device).manual_seed(config.seed)
+        self.generator = torch.Generator(device=self._device)
+        self.generator.manual_seed(distributed.seed_of(config.seed))
         adam = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
         fused = self._device.type in ("cpu", "cuda")  # elsewhere PyTorch chooses the fastest
         self._optimizer = adam(
@@ -191,11 +216,15 @@ class Trainer:
         )
 
         self.ema = module
-        if config.ema_decay:
+        self._averages: list[Tensor] = []
+        self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
+        if config.ema_decay and self._sharded:
+            self._averages = [p.detach().clone() for p in self._parameters]
+        elif config.ema_decay:
             held = [p for p in module.parameters() if not p.requires_grad]
             self.ema = copy_sharing(module, held).eval().requires_grad_(False)
             averaged = dict(self.ema.named_parameters())
-            self._averages: list[Tensor] = [averaged[name] for name, _ in named]
+            self._averages = [averaged[name] for name, _ in named]
             self._buffers = (list(self.ema.buffers()), list(module.buffers()))
         module.train()
 
@@ -221,8 +250,12 @@ class Trainer:
                 raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
             (loss / config.accumulate).backward()
             parts.append({**metrics, "loss": loss.detach()})
+        distributed.average_gradients(self._parameters)
         norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or math.inf).detach()
+        if distributed.is_sharded(norm):
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
         means = {name: _mean([part[name] for part in parts]) for name in parts[0]}
+        means = _over_processes(means, self._device)
         result = {"loss": means["loss"], "grad_norm": norm}
         result |= {name: mean for name, mean in means.items() if name not in result}
 
@@ -250,9 +283,7 @@ class Trainer:
             OSError: the checkpoint cannot be written; raised before training begins.
         """
         if self.checkpoint is not None:
-            checkpoints.ensure_writable(self.checkpoint, "checkpoint")
-            if resume and self.checkpoint.exists():
-                self._resume(self.checkpoint)
+            self._begin(self.checkpoint, resume)
         self.module.train()
         try:
             for callback in self.callbacks:
@@ -267,36 +298,82 @@ class Trainer:
         finally:
             for callback in self.callbacks:
                 callback.on_end(self)
+        if self._sharded:
+            distributed.reshard(self.module)
+            self._take_average()
         return self.ema.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next iteration depends on, as tensors and plain data; see ``save_frozen``."""
-        weights, averages = self.module.state_dict(), self.ema.state_dict()
+        """What the next iteration depends on, as tensors and plain data; see ``save_frozen``.
+
+        Of several processes all must call it, and the first gets the whole.
+        """
+        loss = self.loss.state_dict() if hasattr(self.loss, "state_dict") else None
+        own = {"generator": self.generator.get_state(), "loss": loss}
+        first, *others = distributed.to_first(own) or [own]
+        weights = self.module.state_dict()
+        averages = self.ema.state_dict() | self._sharded_averages()
         for name in self._left_out():
             del weights[name], averages[name]
         return {
             "iteration": self.iteration,
-            "module": weights,
-            "ema": averages if self.config.ema_decay else None,
-            "optimizer": self._optimizer.state_dict()["state"],
-            "generator": self.generator.get_state(),
-            "loss": self.loss.state_dict() if hasattr(self.loss, "state_dict") else None,
+            "module": distributed.whole(weights),
+            "ema": distributed.whole(averages) if self.config.ema_decay else None,
+            "optimizer": distributed.whole(self._optimizer.state_dict()["state"]),
+            **first,
+            "others": others,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``; the configuration stays that of this trainer."""
+        """Continue from ``state``, the whole; the configuration stays that of this trainer.
+
+        Warns where ``state`` was saved by another number of processes.
+        """
         left_out = self._left_out()
-        self.module.load_state_dict(state["module"] | left_out)
-        if self.config.ema_decay:
+        distributed.load_whole(self.module, state["module"], left_out)
+        if self._sharded:
+            for name, average in self._sharded_averages().items():
+                average.copy_(distributed.sharded_like(state["ema"][name], average))
+        elif self.config.ema_decay:
             self.ema.load_state_dict(state["ema"] | left_out)
         groups = self._optimizer.state_dict()["param_groups"]
-        moments = copy.deepcopy(state["optimizer"])  # the optimiser would share these tensors
+        moments = {
+            index: {
+                name: distributed.sharded_like(value, self._parameters[index])
+                for name, value in copy.deepcopy(moment).items()  # it would share these tensors
+            }
+            for index, moment in state["optimizer"].items()
+        }
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.generator.set_state(state["generator"])
-        if hasattr(self.loss, "load_state_dict"):
-            self.loss.load_state_dict(state["loss"])
         self.iteration = state["iteration"]
+        self._load_own([state, *state.get("others", [])])
         self._unchecked.clear()
+
+    def _load_own(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take generator and loss from those of the processes that saved."""
+        as_many = len(states) == distributed.size()
+        own = states[distributed.rank() if as_many else 0]
+        if as_many:
+            self.generator.set_state(own["generator"])
+        else:
+            seed = distributed.seed_of(self.config.seed, distributed.size(), self.iteration)
+            self.generator.manual_seed(seed)
+            if distributed.rank() == 0:
+                warnings.warn(
+                    f"the checkpoint was saved by {len(states)} processes and goes on in "
+                    f"{distributed.size()}: random numbers are drawn from new streams",
+                    stacklevel=2,
+                )
+        if hasattr(self.loss, "load_state_dict"):
+            self.loss.load_state_dict(own["loss"])
+
+    def _sharded_averages(self) -> dict[str, Tensor]:
+        """The averages of a sharded module under the names of its state dict; else none."""
+        if not (self._sharded and self._averages):
+            return {}
+        of = {id(p): average for p, average in zip(self._parameters, self._averages, strict=True)}
+        named = self.module.named_parameters(remove_duplicate=False)
+        return {name: of[id(p)] for name, p in named if id(p) in of}
 
     def _left_out(self) -> dict[str, Tensor]:
         """The parameters that checkpoints leave out."""
@@ -305,7 +382,7 @@ class Trainer:
     @cached_property
     def _described(self) -> Problem | None:
         """The problem, with a fingerprint of the parameters that checkpoints leave out."""
-        left_out = self._left_out()
+        left_out = distributed.whole(self._left_out())
         if not left_out:
             return self.problem
         return {**(self.problem or {}), "frozen_weights": fingerprint(left_out)}
@@ -313,9 +390,17 @@ class Trainer:
     @torch.no_grad()
     def _restart(self) -> None:
         """Continue from the average with a fresh optimiser."""
-        if self.config.ema_decay:
-            torch._foreach_copy_(self._parameters, self._averages)
+        self._take_average()
         self._optimizer.state.clear()
+
+    @torch.no_grad()
+    def _take_average(self) -> None:
+        if self.config.ema_decay:
+            torch._foreach_copy_(self._local(self._parameters), self._local(self._averages))
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What this process holds of them."""
+        return [distributed.local(t.detach()) for t in tensors] if self._sharded else tensors
 
     def _autocast(self) -> AbstractContextManager:
         if not self.config.autocast:
@@ -330,7 +415,8 @@ class Trainer:
             return
         done, _ = self.config.stage(self.iteration)
         decay = min(self.config.ema_decay, (1 + done) / (10 + done))
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+        averages, weights = self._local(self._averages), self._local(self._parameters)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         if self._buffers[0]:
             torch._foreach_copy_(*self._buffers)
 
@@ -355,28 +441,52 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_finite()
-        finite = [parameter.isfinite().all() for parameter in self._parameters]
-        if not torch.stack(finite).all():
+        finite = torch.stack([p.isfinite().all() for p in self._local(self._parameters)]).all()
+        distributed.average_([found := finite.float()])
+        if found < 1:
             raise self._diverged(f"a weight is not finite after iteration {self.iteration}")
         if self.checkpoint is None:
             return
+        path = self.checkpoint
         state: dict[str, Any] = {
             "problem": None if self._described is None else dict(self._described),
             "config": asdict(self.config),
             "versions": checkpoints.versions(),
         }
-        checkpoints.save(self.checkpoint, state | self.state_dict())
+        state |= self.state_dict()
+        distributed.from_first(lambda: checkpoints.save(path, state))
         self._saved_at = self.iteration
 
-    def _resume(self, path: Path) -> None:
-        state = checkpoints.load(path, expect=self._described)
+    def _begin(self, path: Path, resume: bool) -> None:
+        """Prove that ``path`` can be written, and continue from it where that is asked for."""
+        described = self._described
+
+        def read() -> dict[str, Any] | None:
+            checkpoints.ensure_writable(path, "checkpoint")
+            return checkpoints.load(path, expect=described) if resume and path.exists() else None
+
+        state = distributed.from_first(read)
+        if state is None:
+            return
         try:
             self.load_state_dict(state)
+        except distributed.ProcessLost:
+            raise
         except Exception as error:  # modules and losses refuse foreign state in their own ways
             raise CheckpointError(
                 f"{path} does not fit this trainer: {type(error).__name__}: {error}"
             ) from error
         self._saved_at = self.iteration
+
+
+@torch.no_grad()
+def _over_processes(metrics: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Means over the processes, in one message."""
+    if distributed.size() == 1:
+        return metrics
+    values = torch.stack([metric.to(device, torch.float64) for metric in metrics.values()])
+    distributed.average_([values])
+    return {name: v.to(metrics[name]) for name, v in zip(metrics, values, strict=True)}
 
 
 def _mean(values: Sequence[Tensor | float]) -> Tensor:

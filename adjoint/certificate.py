@@ -132,6 +132,28 @@ class Certificate:
         mean = (weights * values).sum(0)
         return mean, (weights * (values - mean)).square().sum(0).sqrt()
 
+    def resample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` samples (n, *) of the exact tilt: the chain's, drawn with their weights.
+
+        Systematic resampling: a sample of weight w occurs n w times, rounded up or down, so that
+        frequencies are those of `weighted_mean` to within 1/n a sample.  No more than about
+        ``ess`` · N of them differ.  In random order.
+
+        Arguments:
+            generator: on the device of the samples.
+
+        Raises:
+            ValueError: ``n`` is not positive.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        weights = self.weights
+        device = weights.device
+        start = torch.rand(1, generator=generator, dtype=weights.dtype, device=device)
+        ticks = (torch.arange(n, dtype=weights.dtype, device=device) + start) / n
+        index = torch.searchsorted(weights.cumsum(0), ticks).clamp_max(len(weights) - 1)
+        return self.samples[index[torch.randperm(n, generator=generator, device=device)]]
+
     def summary(self) -> dict[str, float]:
         """The numbers of a report, flat."""
         return {

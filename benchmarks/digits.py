@@ -5,7 +5,8 @@ classes are held against importance-resampled samples of the base, for three kin
 
 ``ode``       the tilted ODE, against samples of the base's ODE;
 ``chain``     the tilted memoryless chain, against samples of the base's chain;
-``weighted``  the tilted chain with the weights of its certificate, against the base's chain.
+``weighted``  the tilted chain with the weights of its certificate, as `Certificate.resample` draws
+              from it, against the base's chain.
 
 The base's two laws differ (column ``law_gap``, the total variation between the classes of their
 exact tilts), so that each is compared with its own.  z is the difference over the joint standard

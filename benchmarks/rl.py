@@ -7,7 +7,7 @@
 ``temperature``  QAM with a τ ten times too low and ten times too high;
 ``kernels``      QAM with the most exact kernel against the published one, at K = 5 and 10;
 ``online``       QAM offline on five episodes of data, then online;
-``cube``         BC, FQL, QAM and QAM-F on cube-single.
+``cube``         BC, FQL, QAM and QAM-F on cube-single, and QAM with the most exact kernel.
 
 A run that was stopped continues where it stood, and one whose rows are in the record is not run
 again.  Each evaluation is a row {task, agent, seed, step, phase, success, episodes, hours, device,
@@ -104,6 +104,7 @@ def experiments() -> list[Experiment]:
         )
         for agent in AGENTS
     ]
+    cube.append(replace(cube[2], options={"kernel": "moment_matched"}))
     return maze + online + temperatures + kernels + cube
 
 

@@ -76,6 +76,31 @@ def test_weighted_means_are_right_from_the_untilted_model(problem):
     assert abs(float(reward) - float(draws.mean())) < 3 * float(error) + 0.01
 
 
+def test_resampled_samples_follow_the_exact_tilt():
+    """From the untilted model: each sample n w times up to one, and the law by its quantiles."""
+    problem = PROBLEMS["C"]
+    tilted, _ = problem.exact()
+    found = certificate(
+        problem.base, problem.base, problem.reward, "covariance_matched", 100, n=20_000
+    )
+    n = 5000
+    drawn = found.resample(n, generator=torch.Generator().manual_seed(1))
+    assert drawn.shape == (n, 1)
+    place = {float(x): i for i, x in enumerate(found.samples)}
+    counts = torch.zeros(len(found.samples), dtype=torch.float64)
+    for x in drawn:
+        counts[place[float(x)]] += 1
+    assert float((counts - n * found.weights).abs().max()) < 1
+    assert not torch.equal(drawn, drawn.sort(0).values)
+    exact = tilted.sample(200_000, generator=torch.Generator().manual_seed(0)).flatten()
+    for q in (0.1, 0.3, 0.5, 0.7, 0.9):
+        below = (drawn <= exact.quantile(q)).double().mean()
+        error = math.sqrt(q * (1 - q) * (1 / n + 1 / (found.ess * 20_000)))
+        assert abs(float(below) - q) < 4 * error
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        found.resample(0)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_mean_weight_is_the_partition_function_of_the_chain_for_any_model(name):
     """E[w] does not depend on the model: base and tilted velocity give one log Z on one chain."""

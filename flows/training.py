@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flows import distributed
 from flows.callbacks import Callback
 from flows.field import Cond
 from flows.matching import flow_matching_loss, independent, optimal_transport
@@ -73,7 +74,7 @@ def fit_flow(
         field: velocity network, trained in place.
         sampler: callable (n, generator) -> x1 (n, *), or (x1, cond) with cond of leading size n.
         config: see ``TrainerConfig``.
-        batch_size: pairs per loss.
+        batch_size: pairs per loss, of all processes together.
         coupling: how noise and data are paired, see ``flows.matching``.
         callbacks: see ``flows.callbacks``.
         checkpoint: file, see ``Trainer``.
@@ -89,7 +90,7 @@ def fit_flow(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
     def loss(module: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        drawn = sampler(batch_size, generator)
+        drawn = sampler(distributed.share(batch_size), generator)
         x1, cond = drawn if isinstance(drawn, tuple) else (drawn, None)
         x1 = x1.to(generator.device)
         x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)

@@ -135,8 +135,10 @@ def _find_layers(field: nn.Module, targets: Sequence[str] | None = None) -> list
         ValueError: see `lora`.
     """
     modules = dict(field.named_modules())
-    # nn.MultiheadAttention reads the weights of its layer out_proj and never calls it.
-    unused = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    # nn.MultiheadAttention reads the weights of its layer out_proj and never calls it, and in
+    # evaluation mode nn.TransformerEncoderLayer does so with its two linear layers.
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    unused = tuple(f"{n}." for n, m in modules.items() if isinstance(m, readers))
     layers = {
         name: layer
         for name, layer in modules.items()

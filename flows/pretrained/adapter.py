@@ -57,7 +57,8 @@ class Network(nn.Module):
         self.fixed, self.repeated = tuple(tensors), tuple(expanded)
         for name, value in {**tensors, **expanded}.items():
             # Buffers move with the module; outside its state_dict, which stays the network's.
-            self.register_buffer(f"extra_{name}", value, persistent=False)
+            # Detached: a prompt's embedding may come with the graph of its encoder.
+            self.register_buffer(f"extra_{name}", value.detach(), persistent=False)
 
     def forward(self, z: Tensor, tau: Tensor, cond: Cond | None = None) -> Tensor:
         """Prediction (B, *) at native state ``z`` (B, *) and native time ``tau``, () or (B,).

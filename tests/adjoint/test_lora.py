@@ -42,6 +42,21 @@ def randomised(model, scale=1.0):
     return model
 
 
+def test_layers_that_are_read_and_not_called_are_no_targets():
+    """In evaluation mode an encoder layer reads its weights past any adapter."""
+    field = nn.ModuleDict(
+        {
+            "encoder": nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+            "last": nn.Linear(4, 4),
+        }
+    )
+    model, _ = lora(field, rank=2)
+    adapted = [name for name, m in model.named_modules() if hasattr(m, "get_delta_weight")]
+    assert adapted == ["last"]
+    with pytest.raises(ValueError, match=r"that are called as such, got 'encoder\.linear1'"):
+        lora(field, rank=2, targets=("linear1",))
+
+
 class Images(nn.Module):
     """Convolutions, attention, statistics and dropout on (B, 1, 4, 4), each block checkpointed."""
 

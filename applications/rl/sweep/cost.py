@@ -71,6 +71,8 @@ def measure(config: TrainConfig, seconds: float = 10.0) -> float:
             eval_every=0,
             checkpoint_every=WARM + MOST + 1,
             resume=False,
+            tensorboard=False,
+            wandb=None,
         )
         with contextlib.suppress(_Enough):
             train(brief, dataset=_any_data(spaces), callbacks=[clock])

@@ -65,7 +65,8 @@ class Work:
 
     def updates(self, job: Job) -> int:
         """Updates that a job has still to do."""
-        return sum(job.config.schedule.updates - updates_done(run.folder) for run in job.runs)
+        whole = job.config.schedule.updates
+        return sum(max(0, whole - updates_done(run.folder)) for run in job.runs)
 
 
 def write_finished(folder: Path, config: TrainConfig, hours: float | None) -> None:

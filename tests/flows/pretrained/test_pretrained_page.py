@@ -23,7 +23,8 @@ def downloads(monkeypatch):
     """What diffusers would download, tiny and random."""
     diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
     pipe = tiny.stable_diffusion_3(diffusers)
-    prompts = (torch.randn(1, 5, 16), None, torch.randn(1, 16), None)
+    embeddings = [torch.randn(s).requires_grad_() * 1.0 for s in ((1, 5, 16), (1, 16))]
+    prompts = (embeddings[0], None, embeddings[1], None)  # with a graph, as an encoder gives them
     monkeypatch.setattr(type(pipe), "encode_prompt", lambda *args, **options: prompts)
     monkeypatch.setattr(type(pipe), "from_pretrained", lambda name: pipe)
     unet = tiny.unet(diffusers)

@@ -100,7 +100,10 @@ def grid(scheduler: object) -> Tensor:
     """The canonical times α/(α + σ) of a DDIM-like scheduler, shape (K + 1,), float64.
 
     Its Euler steps from ``prior_scale(grid[0])`` times its noise are DDIM's (η = 0) without
-    clipping: x̂1 and x̂0 are kept, α and σ exchanged.
+    clipping: x̂1 and x̂0 are kept, α and σ exchanged.  So for ``timestep_spacing="leading"``, or a
+    number of steps that divides that of the table; otherwise DDIM's own steps are not those of its
+    ``timesteps``.  Where the last ᾱ is not 1 (``set_alpha_to_one=False``), the end is to be divided
+    by ``prior_scale(grid[-1])``.
 
     Raises:
         ValueError: the times are no grid.

@@ -136,8 +136,8 @@ class Certificate:
         """``n`` samples (n, *) of the exact tilt: the chain's, drawn with their weights.
 
         Systematic resampling: a sample of weight w occurs n w times, rounded up or down, so that
-        frequencies are those of `weighted_mean` to within 1/n a sample.  No more than about
-        ``ess`` · N of them differ.  In random order.
+        frequencies are those of `weighted_mean` to within 1/n a sample.  Samples repeat: for an
+        estimate they are worth about ``ess`` · N independent ones.  In random order.
 
         Arguments:
             generator: on the device of the samples.

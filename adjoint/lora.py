@@ -166,6 +166,12 @@ def _find_layers(field: nn.Module, targets: Sequence[str] | None = None) -> list
     return [name for name in layers if any(name in found for found in ends.values())]
 
 
+def adapter_scales(model: nn.Module) -> str | None:
+    """The factors alpha / rank of the adapters of ``model``, as text; None if it has none."""
+    scales = sorted({float(layer.scaling[ADAPTER]) for layer in _adapters(model).values()})
+    return ", ".join(map(repr, scales)) or None
+
+
 def merge(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the field without adapters, W + (alpha / rank) B A in the place of W.
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from adjoint.certificate import path_log_ratio
+from adjoint.composite import total
 from adjoint.kernel import KERNELS, Kernel
 from adjoint.lean import Adjoint, lean_adjoint
 from adjoint.loss import (
@@ -224,33 +225,31 @@ class TiltLoss:
         module.train(training)
         return trajectory, rows_of(cond, slice(None), self.home)
 
-    def _judge(
-        self,
-        judge: Callable[[Tensor, Cond | None], tuple[Tensor, ...]],
-        x: Tensor,
-        cond: Cond | None,
-    ) -> tuple[Tensor, ...]:
-        """What ``judge`` says of samples x (B, *), a part at a time, in the dtype of the state."""
-        found = [
-            judge(x[i].to(self.device), rows_of(cond, i, self.device))
-            for i in chunks(len(x), self.config.reward_batch)
-        ]
-        joined = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return tuple(part.to(self.home, self.dtype) for part in joined)
+    def _rewards(
+        self, x: Tensor, cond: Cond | None, *, gradient: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Terms (B,) of the reward at samples x (B, *), and its gradient; in the state's dtype."""
+        terms: list[dict[str, Tensor]] = []
+        slopes: list[Tensor] = []
+        for i in chunks(len(x), self.config.reward_batch):
+            part, some = x[i].to(self.device), rows_of(cond, i, self.device)
+            if gradient:
+                found, slope = self.reward.terms_and_gradient(part, some)
+                slopes.append(slope)
+            else:
+                found = self.reward.terms(part, some)
+            terms.append(found)
+        values = {name: torch.cat([found[name] for found in terms]) for name in terms[0]}
+        values = {name: value.to(self.home, self.dtype) for name, value in values.items()}
+        return values, torch.cat(slopes).to(self.home, self.dtype) if slopes else None
 
     def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
         n = self.batch_size
         trajectory, cond = self._rollout(module, n, n, generator)
-        names: list[str] = []
-
-        def judge(x: Tensor, some: Cond | None) -> tuple[Tensor, ...]:
-            terms, gradient = self.reward.terms_and_gradient(x, some)
-            names[:] = terms
-            return gradient, *terms.values()
-
-        gradient, *values = self._judge(judge, trajectory.xs[-1], cond)
-        value = torch.stack(values).sum(0)
+        terms, gradient = self._rewards(trajectory.xs[-1], cond, gradient=True)
+        assert gradient is not None
+        value = total(terms)
         adjoint = lean_adjoint(
             self.base,
             self.kernel,
@@ -269,7 +268,7 @@ class TiltLoss:
             "log_w": value + log_ratio,
             "reward": value,
             "kl": kl,
-            **{f"reward.{name}": v for name, v in zip(names, values, strict=True) if names[1:]},
+            **_named(terms),
             **{f"cond.{name}": c for name, c in (cond or {}).items()},
         }
 
@@ -337,7 +336,8 @@ class TiltLoss:
         trajectory, cond = self._rollout(module, n, groups, generator)
         with torch.no_grad():
             v_base = self._velocity(self.base, trajectory.xs[:-1], None, cond)
-            (value,) = self._judge(lambda x, c: (self.reward(x, c),), trajectory.xs[-1], cond)
+            terms, _ = self._rewards(trajectory.xs[-1], cond, gradient=False)
+        value = total(terms)
         steps = self._select(generator)
         v = self._velocity(module, trajectory.xs[:-1], steps, cond)
         if steps is not None:
@@ -345,6 +345,7 @@ class TiltLoss:
         log_ratio, kl = path_log_ratio(trajectory, v_base, self.home_kernel, v)
         log_w = value + log_ratio
         metrics = _judged(value, log_w.detach(), kl.detach())
+        metrics |= {name: v.mean() for name, v in _named(terms).items()}
         return log_variance_loss(distributed.gather(log_w), groups * several), metrics
 
     def _select(self, generator: torch.Generator) -> Tensor | None:
@@ -382,6 +383,11 @@ class TiltLoss:
         as_many = state.get("processes", 1) == distributed.size()
         if self.buffer is not None and isinstance(state["buffer"], dict) and as_many:
             self.buffer.load_state_dict(state["buffer"])
+
+
+def _named(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of a composite reward as metrics; none for a single one, which is the reward."""
+    return {f"reward.{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
 
 
 def _judged(reward: Tensor, log_w: Tensor, kl: Tensor) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adjoint.certificate import Certificate, certify
 from adjoint.covariance import MAX_DIM
 from adjoint.kernel import MATCHED, Kernel, make_kernel, measure_mmse
+from adjoint.lora import adapter_scales
 from adjoint.objective import CondSampler, TiltConfig, TiltLoss
 from adjoint.reward import Reward, ValueFunction, as_reward, check_reward
 from adjoint.rollout import chunks, rows_of, velocity_along
@@ -33,6 +34,7 @@ from flows.field import Cond, Residual, VelocityField, check_velocity, frozen
 from flows.networks import MLPVelocity
 from flows.sampling import sample
 from flows.training import Trainer
+from flows.weights import fingerprint
 
 __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]
 
@@ -257,7 +259,7 @@ def tilt(
     model: nn.Module | None = None,
     cond_sampler: CondSampler | None = None,
     callbacks: Sequence[Callback] = (),
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     problem: Mapping[str, str | int | float | bool | None] | None = None,
     device: torch.device | str = "cpu",
@@ -287,8 +289,8 @@ def tilt(
         cond_sampler: (n, generator) → mapping of n conditions, for a conditional flow.
         callbacks: progress bar and loggers of `flows.callbacks`.
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
-            leaves out the weights of the model that are not trained, and a resume of a model with
-            others is refused.
+            leaves out the weights of the model that are not trained; a resume of a model with
+            others, with adapters of another scale, or on another base is refused.
         problem: what identifies the run beside the options (names of base and reward, say); a
             checkpoint of another problem is refused.
         device, dtype: of the SDE state; the reward must live on that device.
@@ -340,6 +342,8 @@ def tilt(
             **options,
             **{f"problem.{k}": v for k, v in (problem or {}).items()},
             "shape": list(shape),
+            "base": _fingerprint(base),
+            "adapters": adapter_scales(model),
         },
         save_frozen=False,  # the caller has them
     )
@@ -354,6 +358,12 @@ def tilt(
     if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
     return Tilted(field, base, kernel, after, before, shape, config, log_z, error, dtype)
+
+
+def _fingerprint(base: VelocityField) -> str | None:
+    """What tells the base's weights from others; None if it has none."""
+    weights = dict(base.named_parameters()) if isinstance(base, nn.Module) else {}
+    return fingerprint(distributed.whole(weights)) if weights else None
 
 
 def _log_mean_exp(values: Tensor) -> tuple[float, float]:

@@ -61,7 +61,7 @@ def start() -> None:
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         return
-    if torch.cuda.is_available():
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():  # else a job on CPUs
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=TIMEOUT)
     atexit.register(_leave)

@@ -54,8 +54,8 @@ CUBE: dict[str, Any] = {
     "rho": 0.0,
     "lr": 1e-3,
 }
-"""Small agents with one cube.  The gradient of the mean of six small critics is steady enough to
-follow; with two of them success came and went from one evaluation to the next."""
+"""Small agents with one cube.  The policy follows the gradient of the mean of the critics, and six
+small ones give it less noise than two."""
 
 CUBE_AGENTS: dict[str, dict[str, Any]] = {
     "qam": {"inverse_temperature": 1.0},

@@ -24,7 +24,7 @@ from flows.training import TrainingDiverged
 
 @dataclass(frozen=True)
 class Demo:
-    """Both demonstrations: a trained 2-D flow, then handwritten digits; three minutes."""
+    """Both demonstrations: a trained 2-D flow, then handwritten digits; two minutes."""
 
     folder: Path = Path("outputs/demo")
     """Where pictures, reports and checkpoints are written."""

@@ -40,17 +40,22 @@ OWN = ("hidden_states", "timestep", "return_dict")
 def recognises(network: nn.Module, scheduler: object) -> bool:
     """Whether the network is a flow transformer of diffusers, or the scheduler that of one."""
     known = (*REVERSED, *FORWARD, *LISTS)
-    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    flows = type(scheduler).__name__.startswith("FlowMatch") or predicts == "flow_prediction"
-    return is_class(network, known, "diffusers") or flows
+    return is_class(network, known, "diffusers") or _of_a_flow(scheduler)
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
     """Convention of a flow transformer; the scheduler changes nothing.
 
     Raises:
-        ValueError: a class that is not known, whose direction of time cannot be told.
+        ValueError: a class that is not known, whose direction of time cannot be told; or a
+            scheduler that is none of a flow, as of a network distilled to another path.
     """
+    if scheduler is not None and not _of_a_flow(scheduler):
+        raise ValueError(
+            f"scheduler must be one of a flow (FlowMatch..., or of prediction_type "
+            f"'flow_prediction') for a {type(unwrapped(network)).__name__}, "
+            f"got {type(scheduler).__name__}"
+        )
     for name, scale in REVERSED.items():
         if is_class(network, (name,)):
             config = getattr(unwrapped(network), "config", None)
@@ -108,6 +113,11 @@ def grid(scheduler: object) -> Tensor:
 def first_half(out: Tensor, x: Tensor) -> Tensor:
     """``out`` without its variance: half the channels where it has twice those of ``x``."""
     return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
+
+
+def _of_a_flow(scheduler: object) -> bool:
+    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+    return type(scheduler).__name__.startswith("FlowMatch") or predicts == "flow_prediction"
 
 
 def _timestep(

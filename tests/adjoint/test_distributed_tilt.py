@@ -215,7 +215,7 @@ def torchrun(folder):
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127.0.0.1"]
     return subprocess.run(
         [*command, str(here.with_name("torchrun_tilt.py")), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -230,7 +230,12 @@ def test_torchrun_ends_when_a_process_is_killed_and_goes_on_when_started_again(t
     assert ended.returncode != 0
     assert "Signal 9 (SIGKILL) received" in ended.stderr
     assert checkpoints.load(killed / "c.pt")["iteration"] == 3
-    again = torchrun(killed)
+    # In one of some two hundred starts a process was aborted by a thread of PyTorch's ("terminate
+    # called without an active exception"), it seems on its way out: a kill too, to go on from.
+    for _ in range(2):
+        again = torchrun(killed)
+        if "terminate called without an active exception" not in again.stderr:
+            break
     assert again.returncode == 0, again.stderr
     said = again.stdout.splitlines()
     assert len(said) == 2  # each process says the same

@@ -333,8 +333,22 @@ def test_a_tilt_resumes_exactly_on_its_own_base_only(trained, tmp_path):
     assert held["iteration"] == 40
     assert all("lora_" in name or "frequencies" in name for name in held["module"])
     other = {name: value + 1e-6 for name, value in trained.items()}
-    with pytest.raises(CheckpointError, match="another problem; frozen_weights"):
+    with pytest.raises(CheckpointError, match=r"another problem; base.*frozen_weights"):
         run(other, checkpoint=path, resume=True)
+    field, _, base = fields(trained)
+    stronger, _ = lora(field, rank=4, alpha=8)
+    with pytest.raises(
+        CheckpointError, match=r"adapters: '1\.0' in the checkpoint, expected '2\.0'"
+    ):
+        tilt(
+            base,
+            PROBLEMS["square"].reward,
+            shape=(2,),
+            config=CONFIG,
+            model=stronger,
+            checkpoint=path,
+            resume=True,
+        )
     resumed = run(trained, checkpoint=path, resume=True)
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 

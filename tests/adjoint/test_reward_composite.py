@@ -169,14 +169,21 @@ def test_bad_arithmetic_is_refused():
     assert isinstance(a + wave, Sum)
 
 
-def test_a_training_logs_every_term(tmp_path):
+@pytest.mark.parametrize("refine", [0.0, 1.0])
+def test_a_training_logs_every_term(tmp_path, refine):
     path = tmp_path / "metrics.csv"
     reward = Reward(lambda x, c: 0.3 * x[:, 0], name="right") - Reward(
         lambda x, c: 0.1 * x.square().sum(1), name="far"
     )
     base = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
     config = TiltConfig(
-        iterations=3, batch_size=16, steps=4, probe_samples=64, reward_batch=5, temperature=2.0
+        iterations=3,
+        batch_size=16,
+        steps=4,
+        probe_samples=64,
+        reward_batch=5,
+        temperature=2.0,
+        refine=refine,
     )
     tilt(base, reward, shape=(2,), config=config, callbacks=[CSVLogger(path, every=1)])
     with path.open(newline="") as file:

@@ -13,6 +13,7 @@ from adjoint.reward import Reward
 from adjoint.tilt import TiltConfig, tilt
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback
+from flows.checkpoint import CheckpointError
 from flows.field import Residual, batch_time
 from flows.networks import MLPVelocity
 
@@ -349,3 +350,17 @@ def test_trajectories_are_rolled_out_without_dropout():
     config = with_options(iterations=1, certificate_samples=0)
     tilt(BASE, flat, shape=(2,), config=config, model=Noisy(), callbacks=[Watch()])
     assert float(loss_metrics["log_weight_std"]) < 1e-6
+
+
+def test_a_resume_on_another_base_is_refused(tmp_path):
+    """Where all weights are trained, the checkpoint holds none of the base."""
+    config = TiltConfig(
+        iterations=2, steps=3, batch_size=8, probe_samples=64, certificate_samples=0
+    )
+    path = tmp_path / "tilt.pt"
+    torch.manual_seed(0)
+    one, other = MLPVelocity(2, hidden=(8,)), MLPVelocity(2, hidden=(8,))
+    tilt(one, Slope(), shape=(2,), config=config, checkpoint=path)
+    with pytest.raises(CheckpointError, match="belongs to another problem; base: "):
+        tilt(other, Slope(), shape=(2,), config=config, checkpoint=path, resume=True)
+    tilt(one, Slope(), shape=(2,), config=config, checkpoint=str(path), resume=True)

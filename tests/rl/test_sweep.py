@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+import torch
 from swept import SETTING, TASK, sweep_config, train_corridor, train_or_fail
 
 from applications.rl import __main__ as cli
@@ -175,6 +176,12 @@ def test_cost_per_agent_and_too_few_devices(tmp_path):
     )
     assert "cost: 6 CPU-hours" in text
     assert "on 2 CPUs: too few for a job; on 4 CPUs: 1 h 30 min" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_rate_on_a_gpu_needs_one():
+    with pytest.raises(ValueError, match="this machine has none; give --updates-per-second"):
+        measure(TrainConfig(task=TASK, device="cuda"))
 
 
 def test_the_rate_is_measured_by_training_itself(tmp_path, monkeypatch):

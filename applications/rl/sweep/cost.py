@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import numpy as np
+import torch
 
 from applications.rl.dataset import Dataset
 from applications.rl.spaces import Spaces, spaces_of
@@ -53,8 +54,14 @@ def measure(config: TrainConfig, seconds: float = 10.0) -> float:
     """Updates per second of one seed alone, as ``config`` trains it, on this machine.
 
     Raises:
-        ValueError, ImportError: as `applications.rl.training.train`.
+        ValueError, ImportError: as `applications.rl.training.train`; and ValueError if it is for a
+            GPU, and this machine has none.
     """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "measure: with gpus above 0 it times updates on a GPU, and this machine has none; give "
+            "--updates-per-second instead"
+        )
     environment = make_environment(find_task(config.task))
     spaces = spaces_of(environment)
     environment.close()

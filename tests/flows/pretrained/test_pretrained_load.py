@@ -167,6 +167,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="time_varying=True"):
             load(network, scheduler=fakes.matcher("TargetConditionalFlowMatcher"))
 
+    def test_a_flow_transformer_with_a_scheduler_of_something_else(self):
+        transformer = fakes.SD3Transformer2DModel()
+        with pytest.raises(ValueError, match="scheduler must be one of a flow"):
+            load(transformer, scheduler=fakes.diffusers_scheduler("epsilon"))
+        load(transformer, scheduler=fakes.diffusers_scheduler("flow_prediction"), quiet=True)
+
     def test_schedulers_where_none_is_needed(self):
         denoiser = fakes.Denoiser(schedule="VPSchedule")
         for network, name in ((denoiser, "azula"), (fakes.EDMPrecond(), "EDM")):

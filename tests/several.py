@@ -37,6 +37,7 @@ def several(function, *arguments, processes=2, timeout=60, patience=60):
         if hung:
             raise TimeoutError(f"processes {hung} hang")
         said = [Path(folder, f"{rank}.pt") for rank in range(processes)]
+        # Exceptions and results of any kind, which these processes themselves have just written.
         return [torch.load(path, weights_only=False) if path.exists() else None for path in said]
 
 

@@ -75,7 +75,7 @@ class Args:
     """Channels of the convolutional field, and a thirty-second of the perceptron's width."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where it runs."""
-    out: Path = Path(__file__).parent / "results" / "memory.json"
+    output: Path = Path(__file__).parent / "results" / "memory.json"
     """Where the rows are written."""
 
 
@@ -230,7 +230,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             f"{row['name']:<40}{row['steps']:>5}{row['device']:>11}{row['peak_mb']:>10.2f}"
             f"{row['ratio']:>8.3f}{row['seconds']:>8.2f}"
         )
-    write_json(args.out, rows)
+    write_json(args.output, rows)
     return rows
 
 

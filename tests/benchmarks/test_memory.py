@@ -62,7 +62,7 @@ def test_gradients_cross_between_the_places():
 
 def test_every_option_saves_memory_and_the_adjoint_pass_needs_no_more_for_more_steps(tmp_path):
     out = tmp_path / "memory.json"
-    args = Args(steps=(4, 16), update_steps=4, batch_size=8, width=8, device="cpu", out=out)
+    args = Args(steps=(4, 16), update_steps=4, batch_size=8, width=8, device="cpu", output=out)
     rows = main(args)
     assert json.loads(out.read_text()) == rows
     keys = {"name", "steps", "device", "peak_mb", "ratio", "seconds"}

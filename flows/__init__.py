@@ -10,6 +10,7 @@ from flows.networks import MLPVelocity
 from flows.path import OnCanonicalPath, convert
 from flows.sampling import log_likelihood, sample
 from flows.training import Trainer, TrainerConfig, data_sampler, fit_flow
+from flows.unet import UNetVelocity
 
 __all__ = [
     "Cond",
@@ -20,6 +21,7 @@ __all__ = [
     "Residual",
     "Trainer",
     "TrainerConfig",
+    "UNetVelocity",
     "VelocityField",
     "convert",
     "data_sampler",

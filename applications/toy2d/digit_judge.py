@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from applications.toy2d import handwriting
-from applications.toy2d.exact import ResampledTilt, resample_tilt
-from applications.toy2d.handwriting import CLASSES, Classifier, DigitReward, Digits
+from applications.toy2d.exact import ResampledTilt, RewardFunction, resample_tilt
+from applications.toy2d.handwriting import CLASSES, Classifier, Digits
 from flows.field import Cond
 
 
@@ -60,7 +60,7 @@ def compare(
     classifier: Classifier,
     base: Tensor,
     tilted: Tensor,
-    reward: DigitReward,
+    reward: RewardFunction,
     temperature: float,
     *,
     weights: Tensor | None = None,

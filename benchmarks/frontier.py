@@ -1,0 +1,149 @@
+r"""Reward against diversity: what is measured of samples, and who is ahead at equal reward.
+
+Samples are judged in batches of one size, so that metrics that depend on the number of samples
+compare, and every metric has a standard error from its spread over the batches:
+
+``classes``   effective number of classes, the exponential of the entropy of the recognised digits;
+``distance``  mean distance of two samples, with pixels clipped to the range they are shown in;
+``coverage``  per-class coverage: the fraction of a class's training images in whose neighbourhood
+              a sample lies, averaged over the classes.  The neighbourhood reaches to the fifth
+              nearest training image (Naeem et al., "Reliable fidelity and diversity metrics for
+              generative models", arXiv 2002.09797);
+``nearest``   distance to the nearest training image: not of diversity but of fidelity, to be held
+              against that of held-out images;
+``certain``   fraction recognised with a probability above 0.8, of fidelity too.
+
+The frontier of a method is the curve of its settings in the plane of reward R and diversity D,
+straight between two of them.  At the reward of a tilt it lies at D_a + s (R - R_a), s = (D_b - D_a)
+/ (R_b - R_a), so that the margin of the tilt is, with λ = (R - R_a) / (R_b - R_a),
+
+    (D - s R) - (1 - λ) (D_a - s R_a) - λ (D_b - s R_b),
+
+and, to first order, its variance is the sum of those of the three terms at fixed s and λ.  A curve
+that passes the reward several times counts where it is the most diverse.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from applications.toy2d.digit_judge import nearest_distance
+from applications.toy2d.handwriting import CLASSES, Classifier, Digits, add_noise
+
+DIVERSITY = ("classes", "distance", "coverage")
+NEIGHBOURS = 5
+
+Metrics = Mapping[str, Tensor]
+"""By name, one value a batch, (m,)."""
+
+
+class Judge:
+    """Measures the metrics of samples (N, 64), in batches.
+
+    Arguments:
+        classifier: recognises the digits.
+        data: its training images, with the noise of the flow, are what is to be covered.
+        batch_size: samples in each batch.
+    """
+
+    def __init__(self, classifier: Classifier, data: Digits, batch_size: int) -> None:
+        self.classifier, self.batch_size = classifier, batch_size
+        self.train, self.labels = data.train, data.train_labels
+        noise = torch.Generator().manual_seed(0)
+        self.real = add_noise(data.train, generator=noise)
+        distances = torch.cdist(self.real, self.real)
+        self.radii = distances.kthvalue(NEIGHBOURS + 1, dim=1).values  # the first is its own
+        self.held_out = float(
+            nearest_distance(add_noise(data.test, generator=noise), self.train).mean()
+        )
+
+    def __call__(self, x: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+        """Metrics of ``x`` (N, 64) and its rewards (N,); what does not fill a batch is left out.
+
+        Raises:
+            ValueError: there are not two batches.
+        """
+        size = self.batch_size
+        if len(x) < 2 * size:
+            raise ValueError(f"x must hold at least two batches of {size}, got {len(x)} samples")
+        whole = len(x) // size * size
+        parts = zip(x[:whole].split(size), rewards[:whole].split(size), strict=True)
+        found = [self._batch(part) | {"reward": float(r.double().mean())} for part, r in parts]
+        return {name: torch.tensor([f[name] for f in found]).double() for name in found[0]}
+
+    def _batch(self, x: Tensor) -> dict[str, float]:
+        n = len(x)
+        with torch.no_grad():
+            confidence, digits = self.classifier(x).softmax(1).max(1)
+        p = digits.bincount(minlength=CLASSES).double() / n
+        covered = (torch.cdist(self.real, x).amin(1) < self.radii).double()
+        by_class = [covered[self.labels == c].mean() for c in range(CLASSES)]
+        shown = x.clamp(-1, 1)
+        return {
+            "classes": math.exp(float(-torch.special.xlogy(p, p).sum())),
+            "distance": float(torch.cdist(shown, shown).double().sum()) / (n * (n - 1)),
+            "coverage": float(torch.stack(by_class).mean()),
+            "nearest": float(nearest_distance(x, self.train).double().mean()),
+            "certain": float((confidence > 0.8).double().mean()),
+        }
+
+
+def mean(values: Tensor) -> float:
+    """Mean over the batches."""
+    return float(values.mean())
+
+
+def stderr(values: Tensor) -> float:
+    """Standard error of the mean over the batches."""
+    return float(values.std()) / math.sqrt(len(values))
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How far a point lies above a frontier at its reward.
+
+    Attributes:
+        difference: in diversity.
+        stderr: its standard error.
+    """
+
+    difference: float
+    stderr: float
+
+    @property
+    def at_least(self) -> bool:
+        """Whether the point is not below by more than two standard errors."""
+        return self.difference >= -2 * self.stderr
+
+
+def margin(point: Metrics, curve: Sequence[Metrics], metric: str) -> Margin | None:
+    """The smallest `Margin` of ``point`` over the segments of ``curve`` that pass its reward.
+
+    Arguments:
+        point: metrics by batch, with ``reward``.
+        curve: those of the settings of a method, in their order.
+        metric: which one.
+
+    Returns:
+        None where the curve does not reach the reward.
+    """
+    found = []
+    R, D = point["reward"], point[metric]
+    for a, b in itertools.pairwise(curve):
+        low, high = mean(a["reward"]), mean(b["reward"])
+        if not min(low, high) <= mean(R) <= max(low, high) or low == high:
+            continue
+        share = (mean(R) - low) / (high - low)
+        slope = (mean(b[metric]) - mean(a[metric])) / (high - low)
+        terms = [D - slope * R]
+        for weight, end in ((1 - share, a), (share, b)):
+            terms.append(-weight * (end[metric] - slope * end["reward"]))
+        error = math.hypot(*(stderr(term) for term in terms))
+        found.append(Margin(sum(mean(term) for term in terms), error))
+    return min(found, key=lambda m: m.difference) if found else None

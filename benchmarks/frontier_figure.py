@@ -1,0 +1,127 @@
+"""Pictures of the frontier: curves of reward and diversity, and samples at about equal reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from applications.pictures import style
+from applications.toy2d.handwriting import SIZE
+from applications.toy2d.images import mosaic
+from benchmarks.frontier import DIVERSITY, mean, stderr
+from benchmarks.frontier_rows import Point, curve_of
+
+METHODS = {
+    "exact": ("exact tilt", style.EXACT),
+    "tilt": ("tilt", style.TILTED),
+    "tilt_lora": ("tilt, LoRA", "#d9623a"),
+    "best_of_n": ("best of n", "#7cc8ff"),
+    "guidance": ("gradient guidance", "#2f7fc4"),
+    "backprop_last": ("backpropagation, last step", "#a9b4c4"),
+    "backprop_all": ("backpropagation, all steps", "#6f7a8c"),
+}
+"""Names and hues, in the order of the legend."""
+LABELS = {
+    "classes": "effective number of classes",
+    "distance": "mean distance of two samples",
+    "coverage": "per-class coverage",
+}
+ACROSS, DOWN = 6, 4
+
+
+def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
+    """A column a problem, a row a metric of diversity, a curve a method; bars: two standard errors.
+
+    Arguments:
+        path: the PNG to write.
+        points: those of each problem.
+    """
+    sheet, axes = style.sheet(
+        len(DIVERSITY),
+        len(points),
+        (4.6, 2.9),
+        title="Reward against diversity, handwritten digits",
+        subtitle="from the base, where all curves meet; bars: two standard errors",
+        gap=(0.6, 0.6),
+        margin=(0.7, 0.4, 1.5, 0.7),
+    )
+    for j, (problem, own) in enumerate(points.items()):
+        for i, metric in enumerate(DIVERSITY):
+            ax = axes[i, j]
+            style.chart(ax)
+            for method, (_, hue) in METHODS.items():
+                curve = curve_of(own, method)
+                if len(curve) < 2:
+                    continue
+                ax.errorbar(
+                    [mean(p.metrics["reward"]) for p in curve],
+                    [mean(p.metrics[metric]) for p in curve],
+                    [2 * stderr(p.metrics[metric]) for p in curve],
+                    [2 * stderr(p.metrics["reward"]) for p in curve],
+                    color=hue,
+                    marker="o",
+                    ms=3.5,
+                    lw=1.3,
+                    elinewidth=0.8,
+                    zorder=4 if method.startswith("tilt") else 3,
+                )
+            style.heading(ax, LABELS[metric], caption=f"{problem}: reward along x")
+    x = 0.0
+    for name, hue in METHODS.values():
+        text = axes[0, 0].annotate(
+            f"●  {name}",
+            (0, 1),
+            (x, 30),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=hue,
+            fontsize=9.5,
+            annotation_clip=False,
+        )
+        x += text.get_window_extent().width * 72 / style.DPI + 18
+    return style.save(sheet, path)
+
+
+def nearest_in_reward(points: Sequence[Point], reward: float) -> Point:
+    """The point whose reward is nearest."""
+    return min(points, key=lambda p: abs(mean(p.metrics["reward"]) - reward))
+
+
+def examples(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
+    """A row a problem, a panel a method: samples where its reward is nearest to a tilt's.
+
+    The tilt is the one at the median of the temperatures.
+    """
+    sheet, axes = style.sheet(
+        len(points),
+        1 + len(METHODS),
+        (2.7, 2.7 * DOWN / ACROSS),
+        title="Samples at about equal reward",
+        subtitle="of every method the strength whose mean reward is nearest to that of the tilt",
+        gap=(0.25, 0.5),
+    )
+    for i, (problem, own) in enumerate(points.items()):
+        tilts = curve_of(own, "tilt")[1:]
+        reward = mean(tilts[len(tilts) // 2].metrics["reward"])
+        for j, method in enumerate(("base", *METHODS)):
+            ax = axes[i, j]
+            ax.set_axis_off()
+            found = [p for p in own if p.method == method]
+            if not found:
+                continue
+            point = nearest_in_reward(found, reward)
+            name, hue = METHODS.get(method, (f"{problem}: base", style.BASE))
+            caption = f"{mean(point.metrics['reward']):.2f}"
+            style.heading(
+                ax, name.replace("backpropagation", "backprop"), color=hue, caption=caption
+            )
+            images = point.images[: ACROSS * DOWN].reshape(-1, SIZE, SIZE).numpy()
+            ax.imshow(
+                mosaic(images, ACROSS, DOWN),
+                cmap=style.EMBER if method.startswith("tilt") else style.ICE,
+                vmin=-1,
+                vmax=1,
+                interpolation="nearest",
+                aspect="auto",
+            )
+    return style.save(sheet, path)

@@ -37,6 +37,10 @@ from applications.toy2d.digit_judge import nearest_distance
 from applications.toy2d.handwriting import CLASSES, Classifier, Digits, add_noise
 
 DIVERSITY = ("classes", "distance", "coverage")
+JUDGED = ("distance", "coverage")
+"""What decides who is ahead.  ``classes`` also counts what is recognised in samples of which the
+classifier is unsure: there best-of-n surpasses even the exact tilt."""
+
 NEIGHBOURS = 5
 
 Metrics = Mapping[str, Tensor]

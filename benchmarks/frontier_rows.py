@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from benchmarks.frontier import DIVERSITY, Metrics, margin, mean, stderr
+from benchmarks.frontier import DIVERSITY, JUDGED, Metrics, margin, mean, stderr
 
 Row = dict[str, str | int | float]
 
@@ -55,7 +55,8 @@ def margins(point: Point, points: Sequence[Point]) -> Row:
                 break
             row[f"{metric}_over_{method}"] = found.difference
             row[f"{metric}_over_{method}_stderr"] = found.stderr
-            at_least = min(at_least, int(found.at_least))
+            if metric in JUDGED:
+                at_least = min(at_least, int(found.at_least))
         row[f"at_least_{method}"] = at_least
     return row
 
@@ -73,7 +74,7 @@ def make_rows(points: Sequence[Point]) -> list[Row]:
         for name, values in point.metrics.items():
             row |= {name: mean(values), f"{name}_stderr": stderr(values)}
         row |= point.more
-        if point.method in TILTS:
+        if point.method in (*TILTS, "exact"):
             row |= margins(point, points)
         rows.append(row)
     return rows
@@ -87,14 +88,10 @@ def line(row: Row) -> str:
         "{distance_stderr:.2f}  coverage {coverage:.3f}  nearest {nearest:.2f}  "
         "certain {certain:.2f}"
     ).format_map(row)
-    if row["method"] not in TILTS:
+    if "at_least_best_of_n" not in row:
         return text
-    text += (
-        "\n    std log w {log_weight_std:.2f} (base {log_weight_std_base:.2f})  ESS {ess:.2f}  "
-        "log Z {log_z:.3f} ± {log_z_stderr:.3f}, exact {log_z_exact:.3f} ± "
-        "{log_z_exact_stderr:.3f}, by ODE {log_z_ode:.3f}  classes within 2 s.e.: "
-        "ODE {within_ode}, chain {within_chain}, weighted {within_weighted}"
-    ).format_map(row)
+    if row["method"] in TILTS:
+        text += certificate(row)
     said = {1: "at least as diverse", 0: "less diverse", -1: "reward not reached"}
     for method in ALTERNATIVES:
         text += f"\n    {method:<14} {said[int(row[f'at_least_{method}'])]:<20}"
@@ -103,3 +100,13 @@ def line(row: Row) -> str:
             if name in row:
                 text += f" {metric} {row[name]:+.3f} ± {row[f'{name}_stderr']:.3f} "
     return text
+
+
+def certificate(row: Row) -> str:
+    """The line of a tilt's certificate and class frequencies."""
+    return (
+        "\n    std log w {log_weight_std:.2f} (base {log_weight_std_base:.2f})  ESS {ess:.2f}  "
+        "log Z {log_z:.3f} ± {log_z_stderr:.3f}, exact {log_z_exact:.3f} ± "
+        "{log_z_exact_stderr:.3f}, by ODE {log_z_ode:.3f}  classes within 2 s.e.: "
+        "ODE {within_ode}, chain {within_chain}, weighted {within_weighted}"
+    ).format_map(row)

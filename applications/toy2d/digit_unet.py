@@ -5,6 +5,9 @@ at zero.  States stay vectors of 64 pixels, which is what classifier, rewards an
 `OnImages` shows them to the network as images of 4×4 patches, with the four pixels of a patch as
 channels: that costs half as much as pixels and a resolution more.  With labels, every tenth is
 replaced in training by the one that stands for none, so that the flow can be guided.
+
+A tilt toward a class moves whole images, which a perceptron added to the flow learns sooner than
+the convolutions do, and at less cost, since the flow then needs no gradient: `with_correction`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from applications.toy2d.handwriting import CLASSES, NOISE, SIZE, Digits, add_noi
 from flows.callbacks import Callback
 from flows.field import Cond, Guided, Residual
 from flows.mixture import GaussianMixture
+from flows.networks import MLPVelocity
 from flows.training import TrainerConfig, fit_flow
 from flows.unet import UNetVelocity
 
@@ -99,6 +103,28 @@ def fit_unet(
             "seed": seed,
         },
     )
+
+
+class Correction(nn.Module):
+    """A perceptron (B, 64) that starts at zero and sees the label, where there is one."""
+
+    def __init__(self, *, labelled: bool, width: int = 256) -> None:
+        super().__init__()
+        dims = {"label": CLASSES} if labelled else None
+        self.network = MLPVelocity(SIZE**2, hidden=[width] * 3, cond_dims=dims, zero_init=True)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """Correction (B, 64)."""
+        if cond is not None:
+            cond = {"label": functional.one_hot(cond["label"], CLASSES).to(x.dtype)}
+        return self.network(x, t, cond)
+
+
+def with_correction(base: nn.Module, *, labelled: bool, seed: int = 0) -> Residual:
+    """A frozen copy of ``base`` plus a `Correction` to be trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Residual(base, Correction(labelled=labelled))
 
 
 def guided(field: nn.Module, weight: float) -> Guided:

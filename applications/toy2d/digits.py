@@ -53,6 +53,8 @@ class DigitsConfig:
     """Learning rate of the tilt."""
     importance: bool = True
     """Weight trajectories by their importance."""
+    min_ess: float = 0.5
+    """Batches whose effective sample size / B is smaller go unweighted."""
     width: int = 256
     """Width of the base flow's three hidden layers."""
     base_iterations: int = 2000
@@ -101,6 +103,7 @@ class DigitsConfig:
             lr=self.lr,
             temperature=self.temperature,
             importance=self.importance,
+            min_ess=self.min_ess,
             ema_decay=0.99,
             seed=self.seed,
             certificate_samples=self.samples,

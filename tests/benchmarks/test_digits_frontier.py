@@ -203,6 +203,7 @@ TINY = {
     "steps": 3,
     "iterations": 2,
     "batch_size": 8,
+    "backprop_batch": 8,
     "widths": (4,),
     "base_iterations": 2,
     "classifier_iterations": 5,
@@ -216,8 +217,8 @@ TINY = {
 
 
 def test_a_run_is_kept_and_its_rows_are_flat(tmp_path, monkeypatch, capsys):
-    small = digits_frontier.Problem("ink", False, (2, 4), (2,), (0.5,))
-    guided = digits_frontier.Problem("ink", True, (2,), (), (0.5,))
+    small = digits_frontier.Problem("ink", False, (2, 4), (2,), (0.5,), 2)
+    guided = digits_frontier.Problem("ink", True, (2,), (), (0.5,), 2)
     monkeypatch.setattr(digits_frontier, "PROBLEMS", {"ink": small, "guided ink": guided})
     pytest.importorskip("peft", reason="the low-rank tilt needs peft")
     results = tmp_path / "results" / "frontier.json"

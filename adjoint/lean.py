@@ -64,7 +64,9 @@ def lean_adjoint(
 
     Adjoints have the dtype of xs, also where the base computes in another one.  The product costs a
     forward and a backward pass a step and also yields v_β(x_k, t_k) where the rule reads it at that
-    time; the others are evaluated in one batch (of ``micro_batch`` states, if that is smaller).
+    time; the others are evaluated in one batch (of ``micro_batch`` states, if that is smaller).  A
+    base that has the method ``linearised`` (`flows.field`) makes the forward passes of all steps in
+    one batch too, so that only the backward ones follow each other.
 
     Raises:
         ValueError: the kernel has full covariance and no noise is given.
@@ -96,9 +98,15 @@ def lean_adjoint(
         column.to(xs.dtype).unbind()
         for column in (kernel.adjoint_t, kernel.adjoint_x, kernel.adjoint_v)
     )
+    linearised = getattr(base, "linearised", None)
+    if linearised is not None:
+        vs, pull = linearised(xs[:-1].to(device), kernel.adjoint_t.to(xs.dtype), cond)
     for k in reversed(range(kernel.steps)):
         x = xs[k].to(device)
-        v, product = velocity_and_vjp(base, x, t[k], value, cond)
+        if linearised is None:
+            v, product = velocity_and_vjp(base, x, t[k], value, cond)
+        else:
+            v, product = vs[k], pull(k, value)
         carried = adjoint_x[k] * value + adjoint_v[k] * product
         if kernel.start_covariance is not None and noise is not None:
             scale = kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k]
@@ -124,7 +132,9 @@ def _at_own_time(
         return along(xs[:-1], kernel.t[:-1]).to(xs.dtype)
     other = [k for k in range(kernel.steps) if k not in own]
     if other:
-        own |= zip(other, along(xs[other], kernel.t[other]).to(xs.dtype), strict=True)
+        # A list as index would be sent to the device, and be waited for.
+        states, times = (torch.stack([column[k] for k in other]) for column in (xs, kernel.t))
+        own |= zip(other, along(states, times).to(xs.dtype), strict=True)
     return torch.stack([own[k] for k in range(kernel.steps)])
 
 

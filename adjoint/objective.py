@@ -47,6 +47,9 @@ from flows.training import TrainerConfig
 
 CondSampler = Callable[[int, torch.Generator], Cond]
 
+COMPILED_FORMS = 64
+"""Shapes and modes for which the code of one class of fields is compiled, of all tilts."""
+
 GROUP = 8
 """Trajectories that share a condition where the spread of their log-weights is the loss."""
 
@@ -105,6 +108,9 @@ class TiltConfig(TrainerConfig):
     """Samples of which the reward and its gradient are computed at a time; 0 is all."""
     offload: bool = False
     """Keep trajectories, adjoints and velocities on the CPU; for another device than that."""
+    compile: bool = False
+    """Compile base and model for the updates (`torch.compile`, on a CPU with a C++ compiler): a
+    minute or so before the first, which only long trainings earn back."""
 
     @property
     def restart(self) -> int | None:
@@ -146,6 +152,11 @@ class TiltConfig(TrainerConfig):
             )
         if self.refresh > 1 and not self.replay:
             raise ValueError(f"refresh={self.refresh} needs a replay buffer, got replay=0")
+        if self.compile and self.kernel == "covariance_matched":
+            raise ValueError(
+                "compile must be False with kernel 'covariance_matched', which differentiates the "
+                "base twice: compiled functions have first derivatives only"
+            )
         if self.certificate_samples == 1:
             raise ValueError("certificate_samples must be 0 or at least 2, got 1")
 
@@ -163,7 +174,8 @@ class TiltLoss:
         dtype: of the SDE state and the adjoint.
 
     Raises:
-        ValueError: several processes refine under conditions with less than two trajectories each.
+        ValueError: several processes refine under conditions with less than two trajectories each,
+            or a sharded base is to be compiled (a sharded model: when the loss is first called).
     """
 
     def __init__(
@@ -177,7 +189,9 @@ class TiltLoss:
         cond_sampler: CondSampler | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.base, self.reward, self.kernel = base, reward, kernel
+        self.base = compiled(base) if config.compile else base
+        self.reward, self.kernel = reward, kernel
+        self._compiled: dict[nn.Module, VelocityField] = {}
         self.shape, self.config, self.cond_sampler = shape, config, cond_sampler
         self.dtype, self.device = dtype, kernel.t.device
         self.home = torch.device("cpu") if config.offload else self.device
@@ -213,7 +227,7 @@ class TiltLoss:
         training = module.training
         module.eval()  # no dropout in the trajectories, no statistics from them
         trajectory = rollout(
-            module,
+            self._field(module),
             self.base,
             self.kernel,
             x0.to(self.home),
@@ -298,7 +312,7 @@ class TiltLoss:
         batch = self._batch(module, generator)
         steps = self._select(generator)
         cond = {n.removeprefix("cond."): c for n, c in batch.items() if n.startswith("cond.")}
-        v = self._velocity(module, batch["xs"], steps, cond or None)
+        v = self._velocity(self._field(module), batch["xs"], steps, cond or None)
         clip: Tensor | float | None = config.clip or None
         if config.clip_quantile:
             clip = self.cap
@@ -339,7 +353,7 @@ class TiltLoss:
             terms, _ = self._rewards(trajectory.xs[-1], cond, gradient=False)
         value = total(terms)
         steps = self._select(generator)
-        v = self._velocity(module, trajectory.xs[:-1], steps, cond)
+        v = self._velocity(self._field(module), trajectory.xs[:-1], steps, cond)
         if steps is not None:
             v = trajectory.v.index_copy(0, steps.to(v.device), v)
         log_ratio, kl = path_log_ratio(trajectory, v_base, self.home_kernel, v)
@@ -347,6 +361,14 @@ class TiltLoss:
         metrics = _judged(value, log_w.detach(), kl.detach())
         metrics |= {name: v.mean() for name, v in _named(terms).items()}
         return log_variance_loss(distributed.gather(log_w), groups * several), metrics
+
+    def _field(self, module: nn.Module) -> VelocityField:
+        """What evaluates ``module``: itself, or its compiled form, which shares its weights."""
+        if not self.config.compile:
+            return module
+        if module not in self._compiled:
+            self._compiled = {module: compiled(module)}
+        return self._compiled[module]
 
     def _select(self, generator: torch.Generator) -> Tensor | None:
         """Indices of the steps whose velocities get a gradient; None for all."""
@@ -383,6 +405,21 @@ class TiltLoss:
         as_many = state.get("processes", 1) == distributed.size()
         if self.buffer is not None and isinstance(state["buffer"], dict) and as_many:
             self.buffer.load_state_dict(state["buffer"])
+
+
+def compiled(field: VelocityField) -> VelocityField:
+    """``field`` compiled for the shapes that it will be given; parameters are shared.
+
+    Raises:
+        ValueError: the field is sharded, so that its weights are gathered by hooks.
+    """
+    if distributed.is_sharded(field):
+        raise ValueError("compile must be False for a base or model sharded by fully_shard")
+    # Compiled forms are kept with the code of ``forward``, at most this many for all fields of one
+    # class in a process; a field more would run as it is.
+    limits = torch._dynamo.config
+    limits.cache_size_limit = max(limits.cache_size_limit, COMPILED_FORMS)
+    return torch.compile(field, dynamic=False)
 
 
 def _named(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from flows.field import Cond, check_cond
+from flows.field import Cond, check_cond, pullback
 
 ValueFunction = Callable[[Tensor, Cond | None], Tensor]
 GradientFunction = Callable[[Tensor, Cond | None], Tensor]
@@ -176,17 +176,14 @@ class Reward:
                     f"{tuple(x.shape)}"
                 )
         else:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_(True)
-                value = self(x, cond)
-                if not value.requires_grad:
-                    raise ValueError(
-                        "reward is not differentiable: its value does not depend on x through "
-                        "torch operations; pass gradient= or avoid detach, numpy and argmax"
-                    )
-                (found,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
-            gradient = torch.zeros_like(x) if found is None else found
-        return value.detach(), cap_norm(gradient, self.max_norm).detach()
+            value, pull = pullback(lambda x: self(x, cond), x)
+            if pull is None:
+                raise ValueError(
+                    "reward is not differentiable: its value does not depend on x through "
+                    "torch operations; pass gradient= or avoid detach, numpy and argmax"
+                )
+            gradient = pull(torch.ones_like(value))
+        return value, cap_norm(gradient, self.max_norm)
 
     def terms(self, x: Tensor, cond: Cond | None = None) -> dict[str, Tensor]:
         """Values (B,) by name of what the reward is a sum of; of a single one, itself."""

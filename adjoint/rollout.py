@@ -113,7 +113,7 @@ def rollout(
     for k in range(kernel.steps):
         follows_base = kernel.noiseless_last and k == kernel.steps - 1
         v = (base if follows_base else field)(x, t[k], cond).to(x0.dtype)
-        mean = mean_x[k] * x + mean_v[k] * v
+        mean = torch.addcmul(mean_x[k] * x, mean_v[k], v)
         if kernel.start_covariance is not None:
             root = noise_root(base, kernel, k, x, cond).detach()
             with torch.autocast(device.type, enabled=False):  # it would round the product
@@ -121,7 +121,7 @@ def rollout(
             x = mean + kick.reshape(x.shape)
             roots.append(root.to(home))
         elif not follows_base:
-            x = mean + std[k] * noise[k].to(device)
+            x = torch.addcmul(mean, std[k], noise[k].to(device))
         else:
             x = mean
         xs.append(x.to(home))
@@ -142,6 +142,9 @@ def velocity_along(
 ) -> Tensor:
     """Velocities (S, B, *) at states xs (S, B, *) and times t (S,), in one batch of S·B.
 
+    A field that ``broadcasts`` (`flows.field`) gets states and times as they are, and so computes
+    what depends on the time alone S times; any other gets a time for each of the S·B states.
+
     Arguments:
         micro_batch: states at a time.  Where a gradient is recorded, each micro-batch is evaluated
             again in the backward pass, which so holds the activations of one at a time.
@@ -151,9 +154,11 @@ def velocity_along(
     states, device = xs.flatten(0, 1), torch.device(device or xs.device)
     times = t.to(xs.dtype)
     if not 0 < micro_batch < len(states):
+        moved = rows_of(cond, slice(None), device)
+        if getattr(field, "broadcasts", False):
+            return field(xs.to(device), times[:, None], moved).to(xs.device)
         repeated = None
-        if cond is not None:
-            moved = {name: c.to(device) for name, c in cond.items()}
+        if moved is not None:
             repeated = {n: repeat(c, "b ... -> (s b) ...", s=steps) for n, c in moved.items()}
         v = field(states.to(device), times.repeat_interleave(batch), repeated)
         return v.to(xs.device).reshape(xs.shape)

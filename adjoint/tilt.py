@@ -40,7 +40,7 @@ __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable
 
 FREE = (
     *("checkpoint_every", "certificate_samples", "max_batch"),
-    *("micro_batch", "reward_batch", "offload"),  # these do not change a result beyond rounding
+    *("micro_batch", "reward_batch", "offload", "compile"),  # no change beyond rounding
 )
 """Options that a resumed run may change."""
 

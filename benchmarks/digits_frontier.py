@@ -331,6 +331,11 @@ class Runs:
         n = self.config.samples
         return self.point("base", 0, lambda: (self.pool.samples[:n], {}), "base_samples")
 
+    def enough_for(self, n: int) -> bool:
+        """Whether the best of ``n``, under each label, fill two batches."""
+        found = sum(len(part.samples) // n for part in self.pool.by_label())
+        return found >= 2 * self.config.batch
+
     def best(self, n: int) -> Point:
         """The best of ``n`` samples of the base, under one label where there are labels."""
 
@@ -499,7 +504,7 @@ class Runs:
         p, config = self.problem, self.config
         return [
             self.unchanged(),
-            *(self.best(n) for n in config.candidates),
+            *(self.best(n) for n in config.candidates if self.enough_for(n)),
             *(self.exact(temperature) for temperature in sorted(p.temperatures, reverse=True)),
             *(self.guidance(strength) for strength in p.strengths),
             *self.backpropagation(last_only=True),

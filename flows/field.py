@@ -5,6 +5,13 @@ tensor or one of shape (B,), and ``cond`` one explicit mapping from names to ten
 size B (or ``None``).  It returns a tensor of the shape of ``x``.  Time runs from noise at t = 0 to
 data at t = 1 along the canonical path X_t = t X_1 + (1 - t) X_0 (see ``flows.path``).
 
+Two things a field may offer besides, which save work where states of S times are given at once:
+
+- the attribute ``broadcasts``, if true: it also takes states (S, B, *) at times (S, 1), with
+  conditions of leading size B, and computes what depends on the time alone S times;
+- the method ``linearised(x, t, cond)``: for states (S, B, *) at times (S,) it returns velocities
+  and a function (k, c) -> (dv/dx)^T c at the k-th state, of shape (B, *), with constant weights.
+
 Wrappers are modules, so they move between devices, are found by optimisers, and nest: guidance of
 a residual on a frozen base is ``Guided(Residual(frozen(base), correction), ...)``.
 """
@@ -12,7 +19,7 @@ a residual on a frozen base is ``Guided(Residual(frozen(base), correction), ...)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -73,6 +80,38 @@ def check_cond(cond: Cond | None, x: Tensor) -> None:
             )
 
 
+def pullback(
+    function: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """Value of ``function`` at ``x``, detached, and cotangent -> Jᵀ cotangent, to be called once.
+
+    The map is None if the value is seen not to depend on anything differentiable.  It gives zeros
+    if the value does not depend on ``x``; inside transforms of `torch.func` and in compiled
+    functions these two cannot be told apart, and it always does.  Parameters receive no gradient.
+
+    Outside of transforms a graph is recorded, not `torch.func.vjp` taken: modules may checkpoint
+    themselves, be sharded, or call autograd on their own.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        with torch.no_grad():
+            value, vjp = torch.func.vjp(function, x)[:2]
+
+        def product_of(cotangent: Tensor) -> Tensor:
+            with torch.no_grad():
+                return vjp(cotangent)[0]
+
+        return value, product_of
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        value = function(x)
+
+    def pull(cotangent: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(value, x, cotangent, allow_unused=True)
+        return torch.zeros_like(x) if product is None else product
+
+    return value.detach(), pull if value.requires_grad else None
+
+
 def velocity_and_vjp(
     field: VelocityField, x: Tensor, t: Tensor, cotangent: Tensor, cond: Cond | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -80,13 +119,8 @@ def velocity_and_vjp(
 
     One forward and one backward pass; parameters receive no gradient.  Shapes: all (B, *).
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        v = field(x, t, cond)
-        if not v.requires_grad:  # a constant velocity has a zero Jacobian
-            return v.detach(), torch.zeros_like(x)
-        (product,) = torch.autograd.grad(v, x, cotangent.to(v.dtype), allow_unused=True)
-    return v.detach(), torch.zeros_like(x) if product is None else product
+    v, pull = pullback(lambda x: field(x, t, cond), x)
+    return v, torch.zeros_like(x) if pull is None else pull(cotangent.to(v.dtype))
 
 
 def frozen(field: Field) -> Field:
@@ -122,6 +156,11 @@ class Residual(nn.Module):
         if isinstance(self.base, nn.Module):
             self.base.eval()
         return self
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether both parts do; see the module docstring."""
+        return all(getattr(part, "broadcasts", False) for part in (self.base, self.correction))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Velocity of the shape of ``x``."""

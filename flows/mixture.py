@@ -59,6 +59,7 @@ class GaussianMixture(nn.Module):
     eigenvalues: Tensor
     basis: Tensor
     centres: Tensor
+    broadcasts = True  # see `flows.field`
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         super().__init__()
@@ -104,8 +105,12 @@ class GaussianMixture(nn.Module):
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Velocity E[X1 - X0 | X_t = x], shape (B, d).
 
-        ``t`` is a scalar or (B,), here and in every method; ``cond`` is ignored.
+        ``t`` is a scalar or (B,), here and in every method; ``cond`` is ignored.  Here also x
+        (S, B, d) with t (S, 1).
         """
+        if x.ndim == 3:
+            times = torch.as_tensor(t).expand(x.shape[:2]).flatten()
+            return self.forward(x.flatten(0, 1), times).reshape(x.shape)
         time = self._time(x, t)
         return self._average(x, time, time * self.eigenvalues - (1 - time), self.centres)
 

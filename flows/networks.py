@@ -29,7 +29,7 @@ MIN_FREQUENCY, MAX_FREQUENCY = 0.25, 4.0
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of 2π f_j t, f_j geometric from 1/4 to 4: (B,) -> (B, dim).
+    """Sines and cosines of 2π f_j t, f_j geometric from 1/4 to 4: (*) -> (*, dim).
 
     Raises:
         ValueError: ``dim`` is not a positive even number.
@@ -48,16 +48,17 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", exponents.exp(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Features of shape (B, dim) for ``t`` of shape (B,)."""
-        phase = 2 * math.pi * t[:, None] * self.frequencies
-        return torch.cat([phase.sin(), phase.cos()], dim=1)
+        """Features of shape (*, dim) for ``t`` of shape (*)."""
+        phase = 2 * math.pi * t[..., None] * self.frequencies
+        return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 
 class MLPVelocity(nn.Module):
     """Perceptron v(x, t, cond) on x of shape (B, dim).
 
     The input is [x, conditions]; each hidden layer is SiLU((1 + a(t)) (W h + w) + b(t)), where a
-    and b are linear in the time embedding.  A scalar t costs one embedding for the whole batch.
+    and b are linear in the time embedding, of which as many are computed as there are times: one
+    for a scalar t, S for states (S, B, dim) at times (S, 1).
 
     Arguments:
         dim: dimension of x.
@@ -69,6 +70,8 @@ class MLPVelocity(nn.Module):
     Raises:
         ValueError: ``dim``, a width or a condition's size is not positive, or ``hidden`` is empty.
     """
+
+    broadcasts = True  # see `flows.field`
 
     def __init__(
         self,
@@ -99,34 +102,37 @@ class MLPVelocity(nn.Module):
             nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity (B, dim) at ``x`` (B, dim) and ``t`` (scalar or (B,)).
+        """Velocity (B, dim) at ``x`` (B, dim) and ``t`` (scalar or (B,)); or (S, B, dim), (S, 1).
 
         Raises:
             ValueError: ``x`` has another shape, ``t`` is neither scalar nor (B,), a condition is
                 missing or unknown, or its shape is not (B, size).
         """
-        if x.ndim != 2 or x.shape[1] != self.dim:
+        if x.ndim not in (2, 3) or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (B, {self.dim}), got {tuple(x.shape)}")
-        batch = x.shape[0]
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        if t.numel() != 1 and t.shape != (batch,):
-            raise ValueError(f"t must be a scalar or ({batch},), got shape {tuple(t.shape)}")
-        features = self.time(t.reshape(-1))  # (1 or B, time_dim)
-        scales = (1 + self.scales(features)).split(self.widths, dim=1)
-        shifts = self.shifts(features).split(self.widths, dim=1)
-        h = torch.cat([x, *self._conditions(x, cond or {})], dim=1)
+        times = (x.shape[0], 1)[: x.ndim - 1]
+        if t.numel() == 1:
+            t = t.reshape(())
+        elif t.shape != times:
+            raise ValueError(f"t must be a scalar or {times}, got shape {tuple(t.shape)}")
+        features = self.time(t)
+        scales = (1 + self.scales(features)).split(self.widths, dim=-1)
+        shifts = self.shifts(features).split(self.widths, dim=-1)
+        conditions = self._conditions(x, cond or {})
+        h = torch.cat([x, *conditions], dim=-1) if conditions else x
         for layer, scale, shift in zip(self.layers, scales, shifts, strict=True):
             h = functional.silu(torch.addcmul(shift, layer(h), scale))
         return self.last(h)
 
     def _conditions(self, x: Tensor, cond: Cond) -> list[Tensor]:
-        """The conditions in the order of ``cond_dims`` and the dtype of ``x``, checked."""
+        """The conditions in the order of ``cond_dims``, dtype and batch of ``x``, checked."""
         if cond.keys() != self.cond_dims.keys():
             raise ValueError(f"cond must name {sorted(self.cond_dims)}, got {sorted(cond)}")
         for name, size in self.cond_dims.items():
-            if cond[name].shape != (x.shape[0], size):
+            if cond[name].shape != (x.shape[-2], size):
                 raise ValueError(
-                    f"cond[{name!r}] must have shape ({x.shape[0]}, {size}), "
+                    f"cond[{name!r}] must have shape ({x.shape[-2]}, {size}), "
                     f"got {tuple(cond[name].shape)}"
                 )
-        return [cond[name].to(x.dtype) for name in self.cond_dims]
+        return [cond[name].to(x.dtype).expand(*x.shape[:-1], -1) for name in self.cond_dims]

@@ -48,8 +48,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,6 +162,8 @@ class Trainer:
         ema: the average of the weights as a module in evaluation mode, with buffers copied and
             parameters that require no gradient shared (the module itself if averaging is off).
         generator: on the device of the module.
+        parts: metrics, with the ``loss``, of each loss that adds up to the step being made.
+        made: metrics of steps that were made ahead (`flows.graphs`) and are not yet counted.
 
     Raises:
         ValueError: no parameter of the module requires a gradient, or some of those that do are
@@ -188,6 +191,8 @@ class Trainer:
         self.problem = problem
         self.save_frozen = save_frozen
         self.iteration = 0
+        self.parts: list[dict[str, Tensor]] = []
+        self.made: deque[dict[str, Tensor]] = deque()
         self._saved_at: int | None = None
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
@@ -238,18 +243,45 @@ class Trainer:
             TrainingDiverged: the loss or the norm of the gradient is not finite.
             ValueError: the loss is not a scalar.
         """
-        config = self.config
-        if self.iteration == config.restart:
+        self.prepare()
+        self.backward()
+        return self.apply()
+
+    def prepare(self) -> None:
+        """The first part of a step: restart where it is due, and clear what is to be added up."""
+        if self.iteration == self.config.restart:
             self._restart()
         self._optimizer.zero_grad(set_to_none=True)
-        parts: list[dict[str, Tensor]] = []
-        for _ in range(config.accumulate):
-            with self._autocast():
-                loss, metrics = self.loss(self.module, self.generator)
+        self.parts.clear()
+
+    def backward(self, evaluate: Loss | None = None) -> None:
+        """The second: losses, at the random numbers that come next, into ``parts`` and gradients.
+
+        Arguments:
+            evaluate: instead of the trainer's loss.
+
+        Raises:
+            ValueError: the loss is not a scalar.
+        """
+        for _ in range(self.config.accumulate):
+            with self.autocast():
+                loss, metrics = (evaluate or self.loss)(self.module, self.generator)
             if loss.ndim:
                 raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
-            (loss / config.accumulate).backward()
-            parts.append({**metrics, "loss": loss.detach()})
+            (loss / self.config.accumulate).backward()
+            self.parts.append({**metrics, "loss": loss.detach()})
+
+    def apply(self) -> dict[str, Tensor]:
+        """The last: the update by what was added up; returns and raises what ``step`` does."""
+        result = self.collect()
+        self._look_at(result)
+        self.change()
+        self.iteration += 1
+        return result
+
+    def collect(self) -> dict[str, Tensor]:
+        """Of ``apply`` the first: the gradient clipped, and the metrics."""
+        config, parts = self.config, self.parts
         distributed.average_gradients(self._parameters)
         norm = nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or math.inf).detach()
         if distributed.is_sharded(norm):
@@ -257,19 +289,22 @@ class Trainer:
         means = {name: _mean([part[name] for part in parts]) for name in parts[0]}
         means = _over_processes(means, self._device)
         result = {"loss": means["loss"], "grad_norm": norm}
-        result |= {name: mean for name, mean in means.items() if name not in result}
+        return result | {name: mean for name, mean in means.items() if name not in result}
 
-        self._unchecked.append((self.iteration + 1, result["loss"], norm))
+    def _look_at(self, result: dict[str, Tensor]) -> None:
+        """See, now or later, whether the numbers of the next iteration are finite."""
+        self._unchecked.append((self.iteration + 1, result["loss"], result["grad_norm"]))
         if self._device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
             self._check_finite()
+
+    def change(self) -> None:
+        """And of ``apply`` the second: slow copies, weights and their average."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.iteration)
+            group["lr"] = learning_rate(self.config, self.iteration)
         if hasattr(self.loss, "before_step"):
             self.loss.before_step(self.module)
         self._optimizer.step()
         self._average()
-        self.iteration += 1
-        return result
 
     def fit(self, *, resume: bool = False) -> nn.Module:
         """Train to the end, with callbacks and checkpoints; returns ``ema`` in evaluation mode.
@@ -282,6 +317,15 @@ class Trainer:
             CheckpointError: the checkpoint is damaged or does not fit.
             OSError: the checkpoint cannot be written; raised before training begins.
         """
+        with closing(self.training(resume=resume)) as steps:
+            for _ in steps:
+                self.backward()
+        return self.ema.eval()
+
+    def training(self, *, resume: bool = False) -> Generator[Trainer, None, None]:
+        """``fit`` but for the losses: who iterates calls ``backward`` once for each item, or does
+        what it does in another way, as `flows.together`.  Each item is this trainer.
+        """
         if self.checkpoint is not None:
             self._begin(self.checkpoint, resume)
         self.module.train()
@@ -289,7 +333,14 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             while self.iteration < self.config.iterations:
-                metrics = self.step()
+                if not self.made:
+                    self.prepare()
+                yield self
+                if self.made:
+                    self._look_at(metrics := self.made.popleft())
+                    self.iteration += 1
+                else:
+                    metrics = self.apply()
                 for callback in self.callbacks:
                     callback.on_step(self, self.iteration, metrics)
                 done = self.iteration == self.config.iterations
@@ -301,7 +352,6 @@ class Trainer:
         if self._sharded:
             distributed.reshard(self.module)
             self._take_average()
-        return self.ema.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next iteration depends on, as tensors and plain data; see ``save_frozen``.
@@ -402,7 +452,8 @@ class Trainer:
         """What this process holds of them."""
         return [distributed.local(t.detach()) for t in tensors] if self._sharded else tensors
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """The precision in which losses are evaluated."""
         if not self.config.autocast:
             return nullcontext()
         # Before it was mended, PyTorch's cache of cast weights lost their gradients when a loss

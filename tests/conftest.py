@@ -1,6 +1,7 @@
 """Fixtures of several folders; being here, it also puts helper modules on the path of tests."""
 
 import pytest
+import torch
 
 from applications.pictures import style
 
@@ -17,3 +18,10 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(style, "save", saving)
     return figures
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """Programs flush them (`flows.process`); the tests that come after need them."""
+    yield
+    torch.set_flush_denormal(False)

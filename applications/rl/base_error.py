@@ -65,8 +65,9 @@ class BaseError(nn.Module):
         total = torch.zeros_like(self.total).index_add_(0, rows, weight * errors.to(weight))
         count = torch.zeros_like(self.total).index_add_(0, rows, weight)
         rate = RATE * (count > 0).to(count)
-        self.total.lerp_(total / torch.where(count > 0, count, 1.0), rate)
-        self.weight.lerp_(torch.ones_like(count), rate)
+        mean = total / torch.where(count > 0, count, 1.0)
+        self.total.copy_(self.total.lerp(mean, rate))  # `lerp_` is slow where seeds are stacked
+        self.weight.copy_(self.weight.lerp(torch.ones_like(count), rate))
 
     def mean(self) -> Tensor:
         """Average of the velocity's squared error per dimension at each time (K,); 1 if unseen."""

@@ -217,7 +217,9 @@ class WandbLogger(Callback):
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("logging to Weights & Biases needs: pip install wandb") from error
+            raise ImportError(
+                "logging to Weights & Biases needs: pip install wandb (0.19.10 or newer)"
+            ) from error
         continued = bool(trainer.iteration) and self.path.exists()
         if not continued:
             with replacing(self.path, "wandb") as file:
@@ -228,6 +230,7 @@ class WandbLogger(Callback):
             id=self.path.read_text(encoding="utf-8"),
             config=dict(self.config),
             resume="allow" if continued else "never",
+            reinit="create_new",  # beside those of seeds that are trained together
         )
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:

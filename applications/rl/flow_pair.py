@@ -110,12 +110,8 @@ class FlowPair(ActorCritic):
         v = self.policy(x, t, cond)
         if not self.config.residual:
             return v
-        if x.requires_grad:  # backpropagation through a chain passes through its base too
-            held = {name: p.detach() for name, p in base.named_parameters()}
-            return v + functional_call(base, held, (x, t, cond))
-        with torch.no_grad():
-            start = base(x, t, cond)
-        return v + start
+        held = {name: p.detach() for name, p in base.named_parameters()}
+        return v + functional_call(base, held, (x, t, cond))
 
     def kernel(self) -> Kernel:
         """The table of the chain, on the device of the agent."""

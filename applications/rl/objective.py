@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from applications.rl.agent import Agent
+from applications.rl.agent import Agent, Noise
 from applications.rl.environment import Episodes
-from applications.rl.replay import Replay
+from applications.rl.replay import Batch, Replay
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,10 @@ class Objective:
         batch_size: windows in a batch.
         acting: what the online phase needs.
         before_sampling: called with the number of each update before its batch is drawn.
+        compiled: compile `evaluate`, see `flows.together.TwoPartLoss`.
+
+    Attributes:
+        evaluate: agent and (batch, noise) -> the loss and metrics.
 
     Raises:
         ValueError: an online phase without acting, or no room for its transitions.
@@ -171,17 +175,33 @@ class Objective:
         batch_size: int = 256,
         acting: Acting | None = None,
         before_sampling: Callable[[int], None] | None = None,
+        compiled: bool = False,
     ) -> None:
         if schedule.online_steps and (acting is None or not replay.capacity):
             raise ValueError("online_steps needs acting and a replay of capacity above 0")
         self.replay, self.schedule, self.batch_size = replay, schedule, batch_size
         self.acting, self.before_sampling = acting, before_sampling
+        self.compiled = compiled
+        self.evaluate = torch.compile(_evaluate, dynamic=False) if compiled else _evaluate
         self.updates = 0
 
     def __call__(
         self, module: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one update, after the environment steps due before it, and metrics."""
+        inputs, numbers = self.draw(module, generator)
+        loss, metrics = self.evaluate(module, inputs)
+        return loss, metrics | numbers
+
+    def draw(
+        self, module: nn.Module, generator: torch.Generator
+    ) -> tuple[tuple[Batch, Noise], dict[str, Tensor]]:
+        """The environment steps due before an update; its batch and noise, and where it stands."""
+        numbers = self.proceed(module, generator)
+        return self.sample(module, generator), numbers
+
+    def proceed(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Count an update, and take the environment steps and the shard due before it."""
         agent = cast(Agent, module)
         self.updates += 1
         due = self.schedule.online(self.updates)
@@ -191,17 +211,29 @@ class Objective:
                 self.acting.step(agent, generator)
         if self.before_sampling is not None:
             self.before_sampling(self.updates)
+        numbers = {"step": float(self.schedule.step(self.updates))}
+        if due and self.acting is not None:
+            numbers |= {"online/episodes": float(self.acting.ended), **self.acting.last}
+        return {name: torch.tensor(value) for name, value in numbers.items()}
+
+    def sample(self, module: nn.Module, generator: torch.Generator) -> tuple[Batch, Noise]:
+        """A batch and the noise of an update."""
+        agent = cast(Agent, module)
         batch = self.replay.sample(
             self.batch_size,
             horizon=agent.config.horizon,
             discount=agent.config.discount,
             generator=generator,
         )
-        loss, metrics = agent.loss(batch, agent.draw_noise(self.batch_size, generator))
-        numbers = {"step": float(self.schedule.step(self.updates))}
-        if due and self.acting is not None:
-            numbers |= {"online/episodes": float(self.acting.ended), **self.acting.last}
-        return loss, metrics | {name: torch.tensor(value) for name, value in numbers.items()}
+        return batch, agent.draw_noise(self.batch_size, generator)
+
+    def ahead(self) -> int:
+        """Updates, from the next on, that need nothing of the host; see `flows.graphs`."""
+        return (
+            0
+            if self.before_sampling is not None
+            else max(0, self.schedule.offline_steps - self.updates)
+        )
 
     def before_step(self, module: nn.Module) -> None:
         """Move the slow copies, by the weights of before the update."""
@@ -242,3 +274,7 @@ class Objective:
         if self.acting is not None and state["acting"] is not None:
             self.acting.load_state_dict(state["acting"])
         self.updates = done
+
+
+def _evaluate(module: nn.Module, inputs: tuple[Batch, Noise]) -> tuple[Tensor, dict[str, Tensor]]:
+    return cast(Agent, module).loss(*inputs)

@@ -86,6 +86,7 @@ class Problem:
             "seed": seed,
             **content,
             "device": str(self.device),
+            "threads": torch.get_num_threads(),
             **spaces._asdict(),
             "versions": checkpoints.versions() | versions(),
             "dataset": {
@@ -125,6 +126,12 @@ def prepare(
             f"got a {type(options).__name__}"
         )
     device = choose_device(config.device)
+    if config.graph and device.type != "cuda":
+        raise ValueError(f"graph must be 0 on device {device}, got {config.graph}: it needs cuda")
+    if config.precision != "float32" and device.type != "cuda":
+        raise ValueError(
+            f"precision must be float32 on device {device}, got {config.precision!r}: it needs cuda"
+        )
     shards: Shards = ()
     if dataset is not None:
         shards = [dataset]
@@ -134,6 +141,11 @@ def prepare(
         _check_folder(config.data)
         shards = load_shards(find_task(config.task), folder=config.data)
     first = shards[0] if len(shards) else None
+    if config.graph and len(shards) > 1:
+        raise ValueError(
+            f"graph must be 0 where the data are shards, which the host exchanges, got "
+            f"{config.graph}"
+        )
     if first is not None and len(first) < options.horizon:
         raise ValueError(
             f"a window of {options.horizon} rows needs as many, the data have {len(first)}"

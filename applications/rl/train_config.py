@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,7 +24,10 @@ class TrainConfig:
     """Where the agent's options come from: published (by domain), or small (for a small machine).
     """
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"])] = (0,)
-    """Seeds; one run after the other, each in its own folder."""
+    """Seeds, each a run of its own in a folder of its own."""
+    together: int = 0
+    """Seeds trained at a time, by one evaluation of their losses; 0 is all of them on a GPU and one
+    on a CPU, which has no time to gain.  Changes results by rounding only."""
     offline_steps: int = 1_000_000
     """Updates on the data alone."""
     online_steps: int = 0
@@ -66,6 +69,15 @@ class TrainConfig:
     """Where the agent is trained: cpu, cuda, or auto, which is cuda where there is one."""
     threads: int = 0
     """Threads of PyTorch; 0 leaves it the choice."""
+    compile: bool = False
+    """Compile the loss: a fifth less time on a CPU, a minute or more before the first update.
+    Changes results by rounding only."""
+    graph: int = 0
+    """Offline updates made by one launch of a CUDA graph (10 say), see `flows.graphs`; a GPU spends
+    most of an update waiting without it.  Changes no result; 0 is none."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of matrix products, on a GPU: tf32 rounds their inputs to 10 bits, bfloat16 (autocast) inputs
+    and results to 7.  `benchmarks.speed --check` says what that does to the numbers."""
     options: Annotated[AgentConfig | None, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")] = (
         None
     )
@@ -80,11 +92,16 @@ class TrainConfig:
         minima = {"batch_size": 1, "shard_every": 1, "eval_every": 0, "eval_episodes": 1}
         minima |= {"environments": 1, "workers": 0, "checkpoint_every": 1, "log_every": 1}
         minima |= {"start_training": 1}
-        for name, least in (minima | {"threads": 0}).items():
+        for name, least in (minima | {"threads": 0, "together": 0, "graph": 0}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers of at least 0, got {self.seeds}")
+        for name in ("eval_every", "checkpoint_every") if self.graph else ():
+            if getattr(self, name) % self.graph:
+                raise ValueError(
+                    f"{name} must be a multiple of graph={self.graph}, got {getattr(self, name)}"
+                )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
         if not self.schedule.updates:

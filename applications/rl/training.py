@@ -14,13 +14,16 @@ environment, the running episode is played again up to where it stood.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from applications.rl import runs
 from applications.rl.agent import Agent
@@ -34,6 +37,7 @@ from applications.rl.callbacks import (
 )
 from applications.rl.dataset import Dataset
 from applications.rl.environment import Episodes
+from applications.rl.errors import RunError
 from applications.rl.evaluation import Evaluation, Evaluator
 from applications.rl.objective import Acting, Objective
 from applications.rl.problem import Factory, Problem, prepare
@@ -42,6 +46,8 @@ from applications.rl.spaces import Spaces, check_spaces, spaces_of
 from applications.rl.train_config import TrainConfig
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, CSVLogger, TensorBoardLogger
+from flows.graphs import Launcher
+from flows.together import train_together
 from flows.trainer import Trainer, TrainerConfig
 
 __all__ = ["TrainConfig", "Trained", "show_train", "train"]
@@ -59,7 +65,7 @@ class Trained:
         folder: where it was written; see `applications.rl.runs`.
         agent: in evaluation mode.
         evaluation: the last one, None if there was none in this process.
-        seconds: of this process's part.
+        seconds: of this process's part, in which other seeds may have been trained too.
     """
 
     seed: int
@@ -67,6 +73,10 @@ class Trained:
     agent: Agent
     evaluation: Evaluation | None
     seconds: float
+
+
+SeedRun = Generator[Trainer, None, Trained]
+"""The training of a seed as `flows.together.train_together` brings it to its end."""
 
 
 def train(
@@ -78,12 +88,15 @@ def train(
 ) -> list[Trained]:
     """Train one agent per seed, and write each into a folder of its own.
 
+    A seed that fails is named on the standard error stream; the others are trained all the same,
+    and then its error is raised, or the first one of several.
+
     Arguments:
         config: the options.
         environment: makes the environment, instead of the task's own; ``config.options`` must then
             be given, and ``config.task`` is but a name unless the task's data are to be found.
         dataset: the data, instead of the task's own.
-        callbacks: more of them, see ``flows.callbacks``.
+        callbacks: more of them, see ``flows.callbacks``; they are told of every seed.
 
     Raises:
         ValueError: an unknown task or agent, an option out of range, an environment and data that
@@ -92,9 +105,12 @@ def train(
         OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
         CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
+        RunError: the seeds that are trained together do not fit the device.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
     problem = prepare(config, environment, dataset)
     evaluator = None
     try:
@@ -106,10 +122,19 @@ def train(
                 check_spaces(evaluator.spaces, problem.first, "the data")
         for seed in config.seeds:
             _claim(config, seed)
-        return [_train_seed(problem, seed, evaluator, callbacks) for seed in config.seeds]
+        ended: list[Trained | Exception] = []
+        size = config.together or (1 if problem.device.type == "cpu" else len(config.seeds))
+        for start in range(0, len(config.seeds), size):
+            seeds = config.seeds[start : start + size]
+            runs = [_train_seed(problem, seed, evaluator, callbacks) for seed in seeds]
+            ended += _all_of(runs, Launcher(config.graph) if config.graph else None)
     finally:
         if evaluator is not None:
             evaluator.close()
+    for result in ended:
+        if isinstance(result, Exception):
+            raise result
+    return [result for result in ended if isinstance(result, Trained)]
 
 
 def show_train(config: TrainConfig) -> None:
@@ -138,21 +163,34 @@ def _claim(config: TrainConfig, seed: int) -> None:
         )
 
 
+def _all_of(runs: Sequence[SeedRun], launcher: Launcher | None) -> list[Trained | Exception]:
+    """`train_together`, with advice where the runs do not fit."""
+    try:
+        return train_together(runs, ahead=launcher)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{len(runs)} seeds together do not fit the device; --together with a smaller number "
+            f"trains fewer at a time, --resume continues: {error}"
+        ) from error
+
+
 def _train_seed(
     problem: Problem, seed: int, evaluator: Evaluator | None, callbacks: Sequence[Callback]
-) -> Trained:
-    if not problem.config.online_steps:
-        assert problem.first is not None  # there are no updates without data or steps
-        spaces = Spaces(problem.first.observation_dim, problem.first.action_dim)
-        return _run(problem, seed, spaces, None, evaluator, callbacks)
-    episodes = Episodes(problem.factory, episode_seed(seed, ONLINE_STREAM))
+) -> SeedRun:
     try:
-        spaces = spaces_of(episodes.env)
-        if problem.first is not None:
-            check_spaces(spaces, problem.first, "the data")
-        return _run(problem, seed, spaces, episodes, evaluator, callbacks)
-    finally:
-        episodes.close()
+        if not problem.config.online_steps:
+            assert problem.first is not None  # there are no updates without data or steps
+            spaces = Spaces(problem.first.observation_dim, problem.first.action_dim)
+            return (yield from _run(problem, seed, spaces, None, evaluator, callbacks))
+        with closing(Episodes(problem.factory, episode_seed(seed, ONLINE_STREAM))) as episodes:
+            spaces = spaces_of(episodes.env)
+            if problem.first is not None:
+                check_spaces(spaces, problem.first, "the data")
+            return (yield from _run(problem, seed, spaces, episodes, evaluator, callbacks))
+    except Exception as error:
+        if len(problem.config.seeds) > 1:
+            tqdm.write(f"seed {seed} failed: {error}", file=sys.stderr)
+        raise
 
 
 def _run(
@@ -162,7 +200,7 @@ def _run(
     episodes: Episodes | None,
     evaluator: Evaluator | None,
     callbacks: Sequence[Callback],
-) -> Trained:
+) -> SeedRun:
     started = time.perf_counter()
     config, options = problem.config, problem.options
     agent = make_agent(config.agent, options, *spaces, seed=seed).to(problem.device)
@@ -175,6 +213,7 @@ def _run(
         batch_size=config.batch_size,
         acting=None if episodes is None else Acting(episodes, replay),
         before_sampling=problem.rotation(replay),
+        compiled=config.compile,
     )
     folder = config.path / f"seed{seed}"
     if not config.resume:  # what a resume finds stays until its checkpoint is accepted
@@ -192,6 +231,7 @@ def _run(
             lr_schedule="constant",
             ema_decay=0,
             grad_clip=options.grad_clip,
+            autocast=config.precision == "bfloat16",
             seed=seed,
             checkpoint_every=config.checkpoint_every,
         ),
@@ -212,9 +252,9 @@ def _run(
         ),
     )
     with runs.full_disk_explained(folder):
-        trainer.fit(resume=config.resume)
+        yield from trainer.training(resume=config.resume)
     latest = None if evaluations is None else evaluations.latest
-    return Trained(seed, folder, agent, latest, time.perf_counter() - started)
+    return Trained(seed, folder, agent.eval(), latest, time.perf_counter() - started)
 
 
 def _evaluations(folder: Path, config: TrainConfig, seed: int, evaluator: Evaluator) -> Evaluations:

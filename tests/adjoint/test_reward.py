@@ -27,6 +27,16 @@ def test_given_gradient_serves_a_reward_that_is_not_differentiable():
     assert gradient.tolist() == [[1.0], [1.0]]
 
 
+def test_gradient_inside_transforms():
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    reward = Reward(quartic, scale=0.5)
+    expected = [torch.stack(rows) for rows in zip(*map(reward.value_and_gradient, x), strict=True)]
+    mapped = torch.vmap(reward.value_and_gradient)(x)
+    compiled = torch.compile(reward.value_and_gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(mapped, tuple(expected))
+    torch.testing.assert_close(compiled(x[0]), reward.value_and_gradient(x[0]))
+
+
 def test_norm_cap_shrinks_only_steep_samples_and_keeps_directions():
     x = torch.tensor([[0.1, 0.0], [3.0, 4.0]], dtype=torch.float64)
     _, free = Reward(quartic).value_and_gradient(x)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from flows.field import (
     Guided,
@@ -93,6 +95,49 @@ class TestVelocityAndVjp:
         v, product = velocity_and_vjp(field, X, HALF, C)
         assert (v.dtype, product.dtype) == (torch.float32, F64)
         torch.testing.assert_close(product, C @ A, rtol=1e-5, atol=1e-5)
+
+
+class TestInsideTransforms:
+    def test_fields_with_stacked_weights(self):
+        def one(weight):
+            def field(x, t, cond):
+                return functional_call(Linear(), {"matrix": weight}, (x, t))
+
+            return velocity_and_vjp(field, X, HALF, C)
+
+        v, product = torch.vmap(one)(torch.stack([A, 2 * A]).requires_grad_())
+        close(v, torch.stack([X @ A.mT + 0.5, 2 * X @ A.mT + 0.5]))
+        close(product, torch.stack([C @ A, 2 * C @ A]))
+        assert not v.requires_grad
+        assert not product.requires_grad
+
+    def test_a_constant_field(self):
+        v, product = torch.vmap(
+            lambda x: velocity_and_vjp(lambda x, t, c: torch.ones_like(x), x, HALF, C)
+        )(torch.stack([X, X]))
+        assert bool((v == 1).all())
+        assert torch.equal(product, torch.zeros(2, *X.shape, dtype=F64))
+
+    def test_compiled_whole(self):
+        field = Linear()
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def run(x, c):
+            return velocity_and_vjp(field, x, HALF, c)
+
+        v, product = run(X, C)
+        close(v, X @ A.mT + 0.5)
+        close(product, C @ A)
+        assert not v.requires_grad
+        assert not product.requires_grad
+
+    def test_what_torch_func_refuses_is_served_outside(self):
+        def field(x, t, cond):
+            return checkpoint(lambda x: (x @ A.mT).sin(), x, use_reentrant=False)
+
+        v, product = velocity_and_vjp(field, X, HALF, C)
+        close(v, (X @ A.mT).sin())
+        close(product, ((X @ A.mT).cos() * C) @ A)
 
 
 class TestFrozen:

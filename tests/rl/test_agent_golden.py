@@ -1,9 +1,10 @@
 """The agents compute what the published implementation computes, number for number.
 
 Everything goes through what training uses: `Agent.loss`, `Agent.update_slow` and `Agent.act`,
-driven by `flows.trainer.Trainer`; only the noise is the recorded one.  Tolerances are rtol 1e-5 and
-atol 1e-6, the latter in units of the tensor's largest entry where that exceeds 1: the smallest
-entries of a gradient are sums of terms a million times larger, so float32 rounds them by more.
+driven by `flows.trainer.Trainer`, alone or together with others by `flows.together.Together`; only
+the noise is the recorded one.  Tolerances are rtol 1e-5 and atol 1e-6, the latter in units of the
+tensor's largest entry where that exceeds 1: the smallest entries of a gradient are sums of terms a
+million times larger, so float32 rounds them by more.
 """
 
 import functools
@@ -15,9 +16,12 @@ from golden_values import ALT, BAM, CASES, FQL, IFQL, QAM, QAM_E, QAM_F, RESIDUA
 
 from applications.rl.actor_critic import pessimistic
 from applications.rl.agents import make_agent
+from flows.together import Together, draw
 from flows.trainer import Trainer, TrainerConfig
 
 RTOL, ATOL = 1e-5, 1e-6
+MEMBERS = {"alone": (0,), "together": (1, 0, 2)}
+"""Who is trained at once, see `make_trainer`; the golden one is in the middle."""
 
 LOSSES = {  # published metric -> ours
     "critic_loss": "critic/loss",
@@ -50,59 +54,83 @@ def check(actual, expected, what):
 
 
 class Replayed:
-    """The recorded batches and noises as the loss of a trainer, which checks what it sees."""
+    """The recorded batches and noises as the loss of a trainer, update by update from ``first``."""
 
-    def __init__(self, case):
-        self.case, self.update, self.losses = case, 0, 0
+    def __init__(self, case, first=0):
+        self.case, self.update = case, first
+
+    def draw(self, agent, generator):
+        update, self.update = self.update % 3, self.update + 1
+        return (self.case.batch(update), self.case.noise(update)), {}
+
+    def evaluate(self, agent, inputs):
+        return agent.loss(*inputs)
 
     def __call__(self, agent, generator):
-        case, prefix = self.case, f"u{self.update}.out"
-        loss, metrics = agent.loss(case.batch(self.update), case.noise(self.update))
-        check(loss, case.get(f"{prefix}.total_loss"), "total loss")
-        for published, name in LOSSES.items():
-            if case.has(f"{prefix}.{published}"):
-                check(metrics[name], case.get(f"{prefix}.{published}"), published)
-                self.losses += 1
-        if case.has(f"{prefix}.grad.modules_critic/value_net/Dense_0/bias"):
-            named = [(n, p) for n, p in case.leaves(agent) if p.requires_grad]
-            found = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True)
-            for (name, _), gradient in zip(named, found, strict=True):
-                expected = ours(name, case.get(f"{prefix}.grad.modules_{name}"))
-                check(gradient, expected, f"gradient of {name}")
-        return loss, metrics
+        return self.evaluate(agent, self.draw(agent, generator)[0])
 
     def before_step(self, agent):
         agent.update_slow()
 
 
-@functools.cache
-def trained(name):
-    """Our agent after the three recorded updates, each of them checked."""
-    case = next(case for case in CASES if str(case) == name)
+def make_trainer(case, member=0):
+    """A trainer of the case's agent; that of another member has other weights and other batches."""
     agent = case.make()
-    replayed = Replayed(case)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.mul_(1 + 0.3 * member)
     config = TrainerConfig(
         lr=agent.config.lr,
         lr_schedule="constant",
         ema_decay=0.0,
         grad_clip=agent.config.grad_clip,
     )
-    trainer = Trainer(agent, replayed, config)
+    return Trainer(agent, Replayed(case, member), config)
+
+
+@functools.cache
+def trained(name, path="alone"):
+    """Our agent after the three recorded updates, each of them checked."""
+    case = next(case for case in CASES if str(case) == name)
+    trainers = [make_trainer(case, member) for member in MEMBERS[path]]
+    trainer = trainers[len(trainers) // 2]
+    together = Together(trainers) if path == "together" else None
     for update in range(3):
-        replayed.update = update
-        norm = trainer.step()["grad_norm"]
-        check(norm, case.get(f"u{update}.out.grad_global_norm"), "norm of the gradient")
+        for each in trainers:
+            each.prepare()
+        if together is None:
+            trainer.backward()
+        else:
+            together.backward([draw(each) for each in trainers])
+        check_losses(case, update, trainer)
+        norms = [each.apply()["grad_norm"] for each in trainers]
+        check(norms[len(norms) // 2], case.get(f"u{update}.out.grad_global_norm"), "norm")
         if case.has(f"u{update}.out.params.modules_critic/value_net/Dense_0/bias"):
-            for name, parameter in case.leaves(agent):
+            for name, parameter in case.leaves(trainer.module):
                 expected = ours(name, case.get(f"u{update}.out.params.modules_{name}"))
                 check(parameter, expected, f"{name} after update {update}")
-    assert replayed.losses >= 3
-    return agent
+    return trainer.module
 
 
+def check_losses(case, update, trainer):
+    """Losses and gradients of a trainer that has them, but has not applied them."""
+    prefix, (metrics,) = f"u{update}.out", trainer.parts
+    check(metrics["loss"], case.get(f"{prefix}.total_loss"), "total loss")
+    compared = [(p, name) for p, name in LOSSES.items() if case.has(f"{prefix}.{p}")]
+    assert compared
+    for published, name in compared:
+        check(metrics[name], case.get(f"{prefix}.{published}"), published)
+    if case.has(f"{prefix}.grad.modules_critic/value_net/Dense_0/bias"):
+        for name, parameter in case.leaves(trainer.module):
+            if parameter.requires_grad:
+                expected = ours(name, case.get(f"{prefix}.grad.modules_{name}"))
+                check(parameter.grad, expected, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("path", ["alone", "together"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_three_updates(case):
-    trained(str(case))
+def test_three_updates(case, path):
+    trained(str(case), path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

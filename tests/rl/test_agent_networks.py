@@ -15,8 +15,10 @@ from applications.rl.networks import (
     TanhGaussianActor,
     ValueNetwork,
     gelu,
+    gelu_and_slope,
     tanh_gaussian_log_prob,
 )
+from flows.field import velocity_and_vjp
 from flows.sampling import sample
 
 OBS, ACT, B = 5, 3, 7
@@ -227,3 +229,25 @@ def test_tanh_gaussian_sample_and_limits():
 def test_sizes_that_are_not_positive_are_refused(make):
     with pytest.raises(ValueError, match="must be at least"):
         make()
+
+
+def test_gelu_and_slope():
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(gelu(x).sum(), x)
+    torch.testing.assert_close(gelu_and_slope(x), (gelu(x), slope), rtol=1e-12, atol=1e-14)
+    far = torch.tensor([-1e4, 1e4])
+    assert torch.stack(gelu_and_slope(far)).tolist() == [[0.0, 1e4], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_linearised_flow_actors(layer_norm):
+    actor = shaken(FlowActor(OBS, ACT, hidden=(8, 9), layer_norm=layer_norm))
+    x, c, cond = randn(4, B, ACT), randn(4, B, ACT, seed=1), {"observation": randn(B, OBS, seed=2)}
+    t = torch.linspace(0, 1, 4, dtype=torch.float64)
+    v, pull = actor.linearised(x, t, cond)
+    assert not v.requires_grad
+    for k in range(4):
+        product = pull(k, c[k])
+        assert not product.requires_grad
+        expected = velocity_and_vjp(actor, x[k], t[k], c[k], cond)
+        torch.testing.assert_close((v[k], product), expected, rtol=1e-12, atol=1e-12)

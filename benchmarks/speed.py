@@ -1,0 +1,293 @@
+r"""How long an update of QAM takes, where the time goes, and how that compares with its peer.
+
+    python -m benchmarks.speed [--executions eager compiled] [--seeds 1 4 12] [--quick]
+                               [--peer CHECKOUT --peer-python PYTHON]
+    python -m benchmarks.speed --device cuda --check --executions eager compiled graph
+
+The update is the published one at full size: 4x512 networks, 10 critics, batch 256, K = 10, at the
+dimensions of the scene tasks.  ``update`` is one step of the trainer, sampling from a replay
+included, executed as it is written; ``update, compiled`` and ``update, graph`` are what the options
+``--compile`` and ``--graph`` of a training make of it.  With several seeds a row is an update of
+all of them.  The last rows are the parts of an eager update, each run by itself through the
+functions that the update calls, so that their sum may differ from the whole by what lies between
+them.
+
+The peer is the published JAX implementation in the user's own checkout, run by an interpreter that
+has its requirements (jax, flax, optax, distrax, ml_collections).  It makes one update of the same
+sizes on a fixed batch, so that the ratio is best taken with ``update without sampling``.  Both take
+turns in blocks of a few updates, and the order changes from round to round, because a machine
+shared with others is never the same for two minutes.  Times are medians over blocks, the ratio that
+of paired blocks.  Warm-up and compilation are apart.  On a CPU both are kept to the first
+``threads`` processors.
+
+The ceiling is the rate of float32 matrix products of the update's own sizes, measured on the same
+threads: ``fraction_of_ceiling`` is what part of an update they would take at that rate.  With
+``--precision`` tf32 or bfloat16 it may exceed 1; what these do to the numbers, ``--check`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from benchmarks import speed_check, speed_figure
+from benchmarks.speed_peer import Peer
+from benchmarks.speed_update import QUICK, Execution, Sizes, Update, largest_rate, operations, parts
+from flows.checkpoint import write_json
+from flows.process import prepare_process
+
+Row = dict[str, Any]
+
+WHOLE = "update"
+FIXED = "update without sampling"
+FASTEST = ", fastest block"
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Time updates of QAM, their parts, and the published implementation."""
+
+    device: str = "cpu"
+    """Where the update runs: cpu or cuda."""
+    threads: int = 1
+    """Threads of a CPU."""
+    executions: tuple[Execution, ...] = ("eager",)
+    """How: eager, compiled (a minute before the first update; needs a C++ compiler on a CPU), graph
+    (on cuda)."""
+    seeds: tuple[int, ...] = (1,)
+    """Numbers of agents trained at once."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of matrix products on a GPU; bfloat16 is autocast."""
+    rounds: int = 8
+    """Blocks of updates of each implementation."""
+    updates: int = 2
+    """Updates in a block (launches, of a graph)."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Time of the wall, or of the processor: the better one on a CPU that others use too, with one
+    thread (with several it is their sum)."""
+    peer: Path | None = None
+    """Checkout of the published implementation."""
+    peer_python: Path = Path(sys.executable)
+    """Interpreter that has what the peer requires."""
+    check: bool = False
+    """First compare every execution with the golden values; see `benchmarks.speed_check`."""
+    quick: bool = False
+    """Tiny sizes, to try the benchmark itself."""
+    output: Path = Path("benchmarks/results/speed.json")
+    """Rows {name, device, threads, seeds, ms_per_update, updates_per_s, ratio_to_peer,
+    fraction_of_ceiling, peak_memory_gb, compile_s}, and beside them a figure."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "rounds", "updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.seeds or min(self.seeds) < 1:
+            raise ValueError(f"seeds must be numbers of at least 1, got {self.seeds}")
+        cuda = self.device.startswith("cuda")
+        if cuda and self.clock == "cpu":
+            raise ValueError(f"clock must be 'wall' on device {self.device!r}, got 'cpu'")
+        if not cuda and "graph" in self.executions:
+            raise ValueError(f"executions must not name graph on device {self.device!r}")
+        if not cuda and self.precision != "float32":
+            raise ValueError(f"precision must be float32 on device {self.device!r}")
+        if self.peer is not None and not (self.peer / "agents" / "qam.py").is_file():
+            raise ValueError(f"peer must be a checkout that has agents/qam.py, got {self.peer}")
+
+
+@contextlib.contextmanager
+def confined(config: SpeedConfig) -> Iterator[None]:
+    """This process, and those it starts, on the first ``threads`` processors it may use."""
+    before = torch.get_num_threads()
+    pinned = config.device == "cpu" and hasattr(os, "sched_setaffinity")
+    processors = os.sched_getaffinity(0) if pinned else set()
+    torch.set_num_threads(config.threads)
+    try:
+        if pinned:
+            os.sched_setaffinity(0, sorted(processors)[: config.threads])
+        yield
+    finally:
+        if pinned:
+            os.sched_setaffinity(0, processors)
+        torch.set_num_threads(before)
+
+
+def seconds(run: Callable[[], object], calls: int, config: SpeedConfig) -> float:
+    """Seconds per call of a block of them."""
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    wait = torch.cuda.synchronize if config.device.startswith("cuda") else (lambda: None)
+    wait()
+    start = clock()
+    for _ in range(calls):
+        run()
+    wait()
+    return (clock() - start) / calls
+
+
+def measure(config: SpeedConfig) -> Iterator[list[Row]]:
+    """Rows of the updates, each execution and number of seeds as it is done, then of the parts."""
+    sizes = QUICK if config.quick else Sizes()
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    with confined(config), contextlib.ExitStack() as closing:
+        rate = largest_rate(config.device, lambda run: seconds(run, 20, config))
+        work = operations(Update(sizes, config.device))
+        print(f"ceiling {rate / 1e9:.0f} billion operations a second, an update {work / 1e9:.1f}")
+        peer = None
+        if config.peer is not None:
+            interpreter = (config.peer_python, config.device, config.threads)
+            peer = Peer(asdict(sizes), config.peer, *interpreter)
+            closing.callback(peer.close)
+            print(f"warm-up of the peer {peer.compile_s:.1f} s")
+            peer.block(2, config.clock)
+        for execution in config.executions:
+            for seeds in config.seeds:
+                yield _updates(config, sizes, execution, seeds, work / rate, peer)
+        yield [_part(config, name, run, rate) for name, run in parts(sizes, config.device).items()]
+
+
+def _part(config: SpeedConfig, name: str, run: Callable[[], object], rate: float) -> Row:
+    """The row of a part; ``rate`` is the ceiling."""
+    work = operations(run)
+    print(f"{name}: {work / 1e9:.1f} billion operations")
+    seconds(run, 2, config)
+    blocks = [seconds(run, config.updates, config) for _ in range(config.rounds)]
+    value = statistics.median(blocks)
+    return _row(config, name, value, fraction_of_ceiling=work / rate / value)
+
+
+def _updates(
+    config: SpeedConfig,
+    sizes: Sizes,
+    execution: Execution,
+    seeds: int,
+    share: float,
+    peer: Peer | None,
+) -> list[Row]:
+    """Rows of one execution and number of seeds, in turns with the peer.
+
+    Arguments:
+        share: seconds of the matrix products of an update of one agent at the ceiling.
+    """
+    if config.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    runs, warm_up = {}, {}
+    for name in (WHOLE, FIXED) if seeds == 1 else (WHOLE,):
+        started = time.perf_counter()
+        runs[name] = Update(
+            sizes,
+            config.device,
+            seeds=seeds,
+            execution=execution,
+            fixed=name == FIXED,
+            autocast=config.precision == "bfloat16",
+        )
+        seconds(runs[name], 2, config)
+        warm_up[name] = time.perf_counter() - started
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    theirs: list[float] = []
+    for i in range(config.rounds):
+        if peer is not None and i % 2:
+            theirs.append(peer.block(config.updates, config.clock))
+        for name in reversed(runs) if i % 2 else runs:
+            block = seconds(runs[name], config.updates, config) / runs[name].calls
+            times[name].append(block)
+        if peer is not None and not i % 2:
+            theirs.append(peer.block(config.updates, config.clock))
+    memory = _memory_gb(config.device)
+    suffix = "" if execution == "eager" else f", {execution}"
+    suffix += "" if config.precision == "float32" else f", {config.precision}"
+
+    def row(name: str, value: float, ratio: float | None) -> Row:
+        return _row(
+            config,
+            name,
+            value,
+            seeds=seeds,
+            ratio_to_peer=ratio,
+            fraction_of_ceiling=seeds * share / value,
+            peak_memory_gb=memory,
+            compile_s=warm_up.get(name.removesuffix(FASTEST).removesuffix(suffix)),
+        )
+
+    rows = []
+    for name, values in times.items():
+        pairs = [a / (seeds * b) for a, b in zip(values, theirs, strict=False)]
+        rows.append(
+            row(
+                f"{name}{suffix}",
+                statistics.median(values),
+                statistics.median(pairs) if pairs else None,
+            )
+        )
+    if FIXED in times:
+        best = min(times[FIXED])
+        ratio = best / min(theirs) if theirs else None
+        rows.append(row(f"{FIXED}{suffix}{FASTEST}", best, ratio))
+    if theirs and seeds == 1:
+        beside = f" beside{suffix[1:]}" if suffix else ""
+        for end, value in (("", statistics.median(theirs)), (FASTEST, min(theirs))):
+            compile_s = None if peer is None else peer.compile_s
+            name = f"peer{beside}{end}"
+            rows.append(_row(config, name, value, ratio_to_peer=1.0, compile_s=compile_s))
+    return rows
+
+
+def _row(config: SpeedConfig, name: str, value: float, *, seeds: int = 1, **columns: Any) -> Row:
+    """A row of ``value`` seconds an update of all seeds; columns not given are None."""
+    optional = ("ratio_to_peer", "fraction_of_ceiling", "peak_memory_gb", "compile_s")
+    return {
+        "name": name,
+        "device": config.device,
+        "threads": config.threads,
+        "seeds": seeds,
+        "ms_per_update": 1e3 * value,
+        "updates_per_s": seeds / value,
+        **{column: columns.get(column) for column in optional},
+    }
+
+
+def _memory_gb(device: str) -> float:
+    """Largest memory held: on a GPU by these updates, on a CPU by the process so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def main(config: SpeedConfig) -> None:
+    """Check, measure, print, and write rows and figure, as far as they are, after each execution.
+
+    Raises:
+        AssertionError: an execution does not give the golden values.
+    """
+    if config.check:
+        speed_check.main(config.device, config.executions, quick=config.quick)
+    rows: list[Row] = []
+    for some in measure(config):
+        for row in some:
+            ratio = (
+                "" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:8.2f} of the peer"
+            )
+            print(
+                f"{row['name']:<44}{row['seeds']:3d} {row['ms_per_update']:9.2f} ms{ratio}",
+                flush=True,
+            )
+        rows += some
+        write_json(config.output, rows)
+    speed_figure.draw(config.output.with_suffix(".png"), rows)
+
+
+if __name__ == "__main__":
+    prepare_process()
+    main(tyro.cli(SpeedConfig, prog="python -m benchmarks.speed"))

@@ -1,0 +1,327 @@
+r"""How long an update of `tilt()` takes against a plain loop of adjoint matching.
+
+    python -m benchmarks.tilt_speed [--device cuda --clock wall] [--no-compile]
+
+The plain loop is the published algorithm as one writes it down with PyTorch alone: the
+Euler-Maruyama chain step by step, the lean adjoint step by step with ``torch.autograd.grad``, the
+loss summed over the steps, one step of Adam.  Both sides have the same networks, the same kernel
+(the published pair), K, batch, precision and optimiser.  Before the clock starts they make three
+updates on the same noise, and their losses must agree.  `tilt()` does more than the loop in an
+update: it averages the weights and reports log-weights and their effective sample size.
+
+``compiled`` evaluates base and model through ``torch.compile`` on both sides; ``compile_s`` is what
+the first two updates take beyond two others, on the clock of the wall.  Contestants take turns in
+blocks; times are medians over the blocks, and ``ratio_to_plain`` is the median over the rounds of
+the ratio to the eager plain loop.  On a CPU the clock is that of the process, with one thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from adjoint.kernel import make_kernel
+from adjoint.objective import TiltConfig, TiltLoss, compiled
+from adjoint.reward import ValueFunction, as_reward
+from adjoint.rollout import draw_noise
+from adjoint.tilt import trainable
+from applications.pictures import style
+from applications.toy2d import handwriting
+from applications.toy2d.rewards import make_reward
+from applications.toy2d.targets import find_target
+from benchmarks.memory import ConvField, square
+from flows.checkpoint import write_json
+from flows.field import VelocityField, frozen
+from flows.grid import uniform
+from flows.networks import MLPVelocity
+from flows.process import prepare_process
+from flows.trainer import Trainer
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+LR, CLIP = 1e-3, 100.0
+
+
+@dataclass(frozen=True)
+class Args:
+    """Time an update of tilt() against a plain loop of adjoint matching."""
+
+    device: str = "cpu"
+    """Where the updates run: cpu or cuda."""
+    threads: int = 1
+    """Threads of a CPU."""
+    clock: Literal["wall", "cpu"] = "cpu"
+    """Time of the wall, or of the processor."""
+    models: tuple[str, ...] = ("toy, closed form", "toy, network", "digits", "convolutions")
+    """Which of the models."""
+    steps: int = 20
+    """Steps K of the chain."""
+    batch_size: int = 256
+    """Trajectories an update; an eighth of it with the convolutions."""
+    rounds: int = 7
+    """Blocks of updates of each contestant."""
+    iterations: int = 3
+    """Updates in a block."""
+    compile: bool = True
+    """Time compiled fields too."""
+    output: Path = RESULTS / "tilt_speed.json"
+    """Rows; the figure is written beside them."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "rounds", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.clock == "cpu" and self.device != "cpu":
+            raise ValueError(f"clock must be 'wall' on device {self.device!r}, got 'cpu'")
+        unknown = set(self.models) - PROBLEMS.keys()
+        if unknown:
+            raise ValueError(f"models must be of {sorted(PROBLEMS)}, got {sorted(unknown)}")
+
+
+def _toy(base: nn.Module) -> tuple[nn.Module, ValueFunction, tuple[int, ...]]:
+    return base, make_reward("linear", find_target("ring")), (2,)
+
+
+def _closed_form() -> tuple[nn.Module, ValueFunction, tuple[int, ...]]:
+    mixture = find_target("ring").mixture
+    assert mixture is not None
+    return _toy(copy.deepcopy(mixture).float())
+
+
+def _digits() -> tuple[nn.Module, ValueFunction, tuple[int, ...]]:
+    judge = handwriting.Classifier().requires_grad_(False)
+    flow = handwriting.make_flow(handwriting.load().train)
+    return flow, handwriting.DigitReward(judge, 3), (handwriting.DIM,)
+
+
+PROBLEMS: dict[str, Callable[[], tuple[nn.Module, ValueFunction, tuple[int, ...]]]] = {
+    "toy, closed form": _closed_form,
+    "toy, network": lambda: _toy(MLPVelocity(2)),
+    "digits": _digits,
+    "convolutions": lambda: (ConvField(16), square, (1, 16, 16)),
+}
+"""Base, reward and shape of a sample; untrained, for no time depends on the weights."""
+
+
+class Plain:
+    """Adjoint matching in PyTorch alone, Algorithm 1 of Domingo-Enrich et al. (2409.08861) with
+    the coefficients of Li and Levine (2601.14234).
+
+    Arguments:
+        base, model: the frozen field and the one that is trained.
+        reward: (x, cond) → (B,).
+        noise: () → start (B, *) and step noises (K, B, *).
+    """
+
+    def __init__(
+        self,
+        base: VelocityField,
+        model: nn.Module,
+        reward: ValueFunction,
+        noise: Callable[[], tuple[Tensor, Tensor]],
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.weights, lr=LR, fused=True)
+        self.base, self.model = (compiled(f) if compile else f for f in (base, model))
+        self.reward, self.noise = reward, noise
+
+    def update(self) -> Tensor:
+        """One update; returns its loss."""
+        x, noise = self.noise()
+        steps = len(noise)
+        h, t = 1 / steps, torch.linspace(0, 1, steps + 1, device=x.device)
+        sigma = [math.sqrt(2 * (1 - k * h + h) / (k * h + h)) for k in range(steps)]
+        xs = [x]
+        with torch.no_grad():
+            for k in range(steps - 1):
+                v = self.model(x, t[k])
+                x = (1 - 1 / (k + 1)) * x + 2 * h * v + math.sqrt(h) * sigma[k] * noise[k]
+                xs.append(x)
+            xs.append(x + h * self.base(x, t[steps - 1]))
+
+        x = xs[-1].requires_grad_(True)
+        (a,) = torch.autograd.grad(-self.reward(x, None).sum(), x)
+        adjoints = {}
+        for k in reversed(range(steps)):
+            x = xs[k].detach().requires_grad_(True)
+            (pull,) = torch.autograd.grad(self.base(x, t[k + 1]), x, a)
+            adjoints[k] = a = (1 - 1 / (k + 1)) * a + 2 * h * pull
+
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=x.device)
+        for k in range(steps):
+            with torch.no_grad():
+                v_base = self.base(xs[k], t[k])
+            control = self.model(xs[k].detach(), t[k]) - v_base
+            residual = 2 / sigma[k] * control + sigma[k] * adjoints[k]
+            loss = loss + residual.square().flatten(1).sum(1).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights, CLIP)
+        self.optimizer.step()
+        return loss.detach()
+
+
+def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
+    """An update of each side in each mode, which returns its loss; all start from one model."""
+    torch.manual_seed(0)
+    base, reward, shape = PROBLEMS[name]()
+    batch = max(1, args.batch_size // 8) if name == "convolutions" else args.batch_size
+    base = frozen(base).to(args.device)
+    if isinstance(getattr(reward, "classifier", None), nn.Module):
+        reward.classifier.to(args.device)  # type: ignore[attr-defined]
+    model = trainable(base, shape, 0).to(args.device)
+    with torch.no_grad():  # away from the base, where the control would be zero
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    kernel = make_kernel("euler_published", uniform(args.steps)).to(args.device)
+
+    def plain(*, compile: bool) -> Callable[[], Tensor]:
+        generator = torch.Generator(args.device).manual_seed(0)
+
+        def noise() -> tuple[Tensor, Tensor]:
+            x0 = torch.randn((batch, *shape), generator=generator, device=args.device)
+            return x0, draw_noise(kernel, x0, generator=generator)
+
+        return Plain(base, copy.deepcopy(model), reward, noise, compile=compile).update
+
+    def ours(*, compile: bool) -> Callable[[], Tensor]:
+        config = TiltConfig(
+            kernel=kernel.name,
+            steps=args.steps,
+            batch_size=batch,
+            lr=LR,
+            lr_schedule="constant",
+            grad_clip=CLIP,
+            compile=compile,
+        )
+        loss = TiltLoss(base, as_reward(reward), kernel, shape=shape, config=config)
+        trainer = Trainer(copy.deepcopy(model), loss, config)
+        trainer.generator.manual_seed(0)
+        return lambda: trainer.step()["loss"]
+
+    sides = {"plain loop": plain, "tilt()": ours}
+    modes = {"eager": False, "compiled": True} if args.compile else {"eager": False}
+    return {
+        (side, mode): make(compile=compile)
+        for mode, compile in modes.items()
+        for side, make in sides.items()
+    }
+
+
+def seconds(args: Args, update: Callable[[], object], times: int) -> float:
+    """Seconds an update, of a block of them."""
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+    start = clock()
+    for _ in range(times):
+        update()
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+    return (clock() - start) / times
+
+
+def measure(args: Args, name: str) -> list[Row]:
+    """The rows of one model.
+
+    Raises:
+        RuntimeError: the losses of two contestants differ, on the same noise.
+    """
+    updates = contestants(args, name)
+    losses: dict[tuple[str, str], list[float]] = {}
+    first: dict[tuple[str, str], float] = {}
+    for who, update in updates.items():
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as empty:  # nothing compiled by an earlier run
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+            losses[who] = [float(update()), float(update())]
+        middle = time.perf_counter()
+        losses[who].append(float(update()))
+        first[who] = middle - start - 2 * (time.perf_counter() - middle)
+    reference = losses["plain loop", "eager"]
+    for who, found in losses.items():
+        if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, reference, strict=True)):
+            raise RuntimeError(
+                f"{name}: losses of {who} are {found}, of the plain loop {reference}"
+            )
+    blocks: dict[tuple[str, str], list[float]] = {who: [] for who in updates}
+    for i in range(args.rounds):
+        for who in list(updates) if i % 2 else reversed(list(updates)):
+            blocks[who].append(seconds(args, updates[who], args.iterations))
+    plain = blocks["plain loop", "eager"]
+    return [
+        {
+            "name": side,
+            "model": name,
+            "device": args.device,
+            "threads": args.threads,
+            "mode": mode,
+            "ms_per_iteration": 1e3 * statistics.median(found),
+            "ratio_to_plain": statistics.median(a / b for a, b in zip(found, plain, strict=True)),
+            "compile_s": first[side, mode] if mode == "compiled" else None,
+        }
+        for (side, mode), found in blocks.items()
+    ]
+
+
+def figure(rows: list[Row], path: Path) -> Path:
+    """The ratios as bars, a group a model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    kinds = list(dict.fromkeys((row["name"], row["mode"]) for row in rows))
+    hues = dict(zip(kinds, ("#6f7a8c", style.TILTED, "#a9b4c4", "#f4e3c1"), strict=False))
+    sheet, axes = style.sheet(
+        1,
+        1,
+        (max(6.4, 1.9 * len(models)), 3.2),
+        title="Time of an update, the plain loop's being 1",
+        margin=(0.6, 0.4, 1.0, 0.6),
+    )
+    ax = axes[0, 0]
+    style.chart(ax)
+    for row in rows:
+        kind = (row["name"], row["mode"])
+        at = models.index(row["model"]) + (kinds.index(kind) - (len(kinds) - 1) / 2) * 0.2
+        ax.bar(at, row["ratio_to_plain"], 0.18, color=hues[kind])
+        label = f"{row['ratio_to_plain']:.2f}"
+        ax.text(at, row["ratio_to_plain"] + 0.02, label, color=style.INK, fontsize=8, ha="center")
+    ax.set_xticks(range(len(models)), models)
+    ax.tick_params(axis="x", labelsize=9.5, colors=style.INK)
+    style.legend(sheet, [(f"{side}, {mode}", hues[side, mode]) for side, mode in kinds])
+    return style.save(sheet, path)
+
+
+def main(args: Args) -> list[Row]:
+    """Measure, print the table, write rows and figure."""
+    torch.set_num_threads(args.threads)
+    rows: list[Row] = []
+    for name in args.models:
+        rows += measure(args, name)
+        for row in rows[-4 if args.compile else -2 :]:
+            spent = "" if row["compile_s"] is None else f"  compiled in {row['compile_s']:.0f} s"
+            print(
+                f"{row['model']:<18}{row['name']:<12}{row['mode']:<10}"
+                f"{row['ms_per_iteration']:>9.2f} ms{row['ratio_to_plain']:>7.2f}{spent}",
+                flush=True,
+            )
+    write_json(args.output, rows)
+    figure(rows, args.output.with_suffix(".png"))
+    return rows
+
+
+if __name__ == "__main__":
+    prepare_process()
+    main(tyro.cli(Args, prog="python -m benchmarks.tilt_speed"))

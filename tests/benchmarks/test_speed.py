@@ -1,0 +1,165 @@
+"""The benchmark of an update: its rows, its parts, and a peer that is a process of its own."""
+
+import json
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import speed_check, speed_update
+from benchmarks.speed import FIXED, WHOLE, SpeedConfig, main
+from benchmarks.speed_peer import Peer
+from benchmarks.speed_update import QUICK, Operations, Sizes, operations, parts
+
+PARTS = [
+    "sampling",
+    "target",
+    "critic loss",
+    "behaviour loss",
+    "rollout",
+    "terminal gradient",
+    "adjoint",
+    "matching loss",
+    "clip, step, slow copies",
+]
+
+# What the benchmark uses of jax and of the checkout.
+JAX = """
+import numpy as numpy
+def block_until_ready(values):
+    return values
+"""
+CHECKOUT = """
+import types
+def get_config():
+    return types.SimpleNamespace()
+class QAMAgent:
+    def __init__(self, config):
+        self.config = config
+    @classmethod
+    def create(cls, seed, observation, action, config):
+        assert observation.shape == (6,) and action.shape == (2,)
+        assert (config.num_qs, config.flow_steps, config.horizon_length) == (2, 4, 3)
+        assert config.actor_hidden_dims == config.value_hidden_dims == (32, 32)
+        return cls(config)
+    def update(self, batch):
+        assert batch["actions"].shape == (16, 3, 2)
+        assert batch["next_observations"].shape == (16, 3, 6)
+        sum(i for i in range(10_000))
+        print("what a library says")
+        return QAMAgent(self.config), {}
+"""
+
+
+COLUMNS = [
+    *("name", "device", "threads", "seeds", "ms_per_update", "updates_per_s", "ratio_to_peer"),
+    *("fraction_of_ceiling", "peak_memory_gb", "compile_s"),
+]
+
+
+def quick(tmp_path, **options):
+    out = tmp_path / "speed.json"
+    main(SpeedConfig(quick=True, rounds=3, updates=3, clock="cpu", output=out, **options))
+    rows = json.loads(out.read_text())
+    for row in rows:
+        assert list(row) == COLUMNS
+        assert (row["device"], row["threads"]) == ("cpu", 1)
+        expected = 1e3 * row["seeds"] / row["updates_per_s"]
+        assert row["ms_per_update"] == pytest.approx(expected)
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+    return {(row["name"], row["seeds"]): row for row in rows}
+
+
+def test_parts_make_up_the_whole(tmp_path, capsys):
+    rows = quick(tmp_path, seeds=(1, 3))
+    whole = [(WHOLE, 1), (FIXED, 1), (f"{FIXED}, fastest block", 1), (WHOLE, 3)]
+    assert list(rows) == [*whole, *[(name, 1) for name in PARTS]]
+    assert all(row["ratio_to_peer"] is None for row in rows.values())
+    total = sum(rows[name, 1]["ms_per_update"] for name in PARTS)
+    assert 0.4 < total / rows[WHOLE, 1]["ms_per_update"] < 1.6
+    assert 0 < rows[WHOLE, 1]["fraction_of_ceiling"] < 1
+    assert "matching loss" in capsys.readouterr().out
+
+
+def test_operations_are_those_of_the_products():
+    a, b = torch.ones(3, 5), torch.ones(5, 7, requires_grad=True)
+    with Operations() as counter:
+        (a @ b).sum().backward()
+    assert counter.total == 2 * (2 * 3 * 5 * 7)
+
+
+def test_a_fixed_batch_stays_and_its_noise_does_not():
+    update = speed_update.Update(QUICK, "cpu", fixed=True)
+    (trainer,) = update.trainers
+    (batch, noise), (again, other) = [
+        trainer.loss.sample(trainer.module, trainer.generator) for _ in range(2)
+    ]
+    assert again is batch
+    assert not torch.equal(noise["bc_x0"], other["bc_x0"])
+
+
+def test_golden_values_are_asked_for(capsys, monkeypatch):
+    speed_check.main("cpu", ("eager",), quick=True)
+    assert "golden ifql-default eager, 3 at once" in capsys.readouterr().out
+    monkeypatch.setattr(speed_check, "_loss", lambda module, inputs: _worse(module.loss(*inputs)))
+    with pytest.raises(AssertionError, match="ifql-default, eager, 1 at once on cpu"):
+        speed_check.main("cpu", ("eager",), quick=True)
+
+
+def _worse(result):
+    loss, metrics = result
+    return 1.001 * loss, metrics
+
+
+def test_a_peer_is_timed_in_turns(tmp_path, monkeypatch):
+    checkout = tmp_path / "checkout"
+    (checkout / "agents").mkdir(parents=True)
+    (checkout / "agents" / "qam.py").write_text(CHECKOUT)
+    (checkout / "jax.py").write_text(JAX)
+    rows = quick(tmp_path, peer=checkout)
+    best, peer = rows[f"{FIXED}, fastest block", 1], rows["peer, fastest block", 1]
+    assert best["ratio_to_peer"] == pytest.approx(best["ms_per_update"] / peer["ms_per_update"])
+    assert rows[FIXED, 1]["ratio_to_peer"] > 1
+    assert rows["peer", 1]["ratio_to_peer"] == 1
+
+
+def test_a_peer_that_fails_is_an_error(tmp_path):
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "qam.py").write_text("raise RuntimeError('broken')")
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        Peer(asdict(QUICK), tmp_path, Path(sys.executable), "cpu", 1)
+
+
+def test_what_cannot_be_timed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"agents/qam\.py"):
+        SpeedConfig(peer=tmp_path)
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        SpeedConfig(rounds=0)
+    with pytest.raises(ValueError, match="clock must be 'wall' on device 'cuda'"):
+        SpeedConfig(device="cuda", clock="cpu")
+    with pytest.raises(ValueError, match="graph on device 'cpu'"):
+        SpeedConfig(executions=("eager", "graph"))
+    with pytest.raises(ValueError, match="precision must be float32"):
+        SpeedConfig(precision="tf32")
+    with pytest.raises(ValueError, match="seeds must be numbers of at least 1"):
+        SpeedConfig(seeds=(0,))
+    assert sys.executable == str(SpeedConfig().peer_python)
+
+
+def test_the_page_says_what_parts_cost():
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \|", page, flags=re.MULTILINE))
+    few, times = replace(Sizes(), batch=8), Sizes().batch // 8
+    found = {n: times * operations(run) / 1e9 for n, run in parts(few, "cpu").items()}
+    found["step"] = found.pop("clip, step, slow copies")
+    assert {name: float(number) for name, number in said.items()} == {
+        name: round(number, 1) for name, number in found.items() if name != "sampling"
+    }
+    assert f"is {round(sum(found.values()))} billion" in page
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/speed.json").read_text())
+    ratio = {row["name"]: row["ratio_to_peer"] for row in rows}
+    written, compiled = (ratio[f"{FIXED}{way}, fastest block"] for way in ("", ", compiled"))
+    assert f"are {written:.2f} of its time as written and {compiled:.2f} compiled" in page

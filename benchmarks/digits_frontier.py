@@ -18,7 +18,9 @@ gradient guidance, the updates of reward backpropagation).  Rows of tilts hold b
     class frequencies against importance-resampled samples of the base, for the tilted ODE, the
     tilted chain, and that chain with its weights, each against the base's own law, as in
     `benchmarks.digits`: of the ten classes those within two standard errors, the largest deviation
-    in standard errors, and the total variation.
+    in standard errors, and the total variation.  Under guidance the samples of a label
+    are nearly all of one class, and rare exceptions have no usable standard error: look at the
+    variation there.
 ``METRIC_over_METHOD``
     the margin in diversity over a method at equal reward, with its standard error; absent where the
     method does not reach the reward.  ``at_least_METHOD`` says 1 where the margins of coverage and

@@ -65,6 +65,9 @@ def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
                     elinewidth=0.8,
                     zorder=4 if method.startswith("tilt") else 3,
                 )
+            shown = [mean(p.metrics["reward"]) for p in own if not p.method.startswith("backprop")]
+            room = 0.3 * (max(shown) - min(shown))  # backpropagation's go on to absurd ones
+            ax.set_xlim(min(shown) - 0.1 * room, max(shown) + room)
             style.heading(ax, LABELS[metric], caption=f"{problem}: reward along x")
     x = 0.0
     for name, hue in METHODS.values():

@@ -59,6 +59,7 @@ def _run(folder, rank, processes, patience, function, arguments):
         world_size=processes,
         timeout=timedelta(seconds=patience),
     )
+    dist.barrier()  # one that fails at once must not leave before the others have connected to it
     try:
         result = function(rank, *arguments)
     except Exception as error:

@@ -16,10 +16,11 @@ from adjoint.loss import (
     log_variance_loss,
     select_steps,
 )
-from adjoint.objective import TiltConfig, TiltLoss
+from adjoint.objective import TiltLoss
 from adjoint.reward import Reward
 from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
 from adjoint.tilt import Tilted, tilt
+from adjoint.tilt_config import TiltConfig
 
 __all__ = [
     "KERNELS",

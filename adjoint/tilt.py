@@ -23,9 +23,10 @@ from adjoint.certificate import Certificate, certify
 from adjoint.covariance import MAX_DIM
 from adjoint.kernel import MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.lora import adapter_scales
-from adjoint.objective import CondSampler, TiltConfig, TiltLoss
+from adjoint.objective import CondSampler, TiltLoss
 from adjoint.reward import Reward, ValueFunction, as_reward, check_reward
 from adjoint.rollout import chunks, rows_of, velocity_along
+from adjoint.tilt_config import TiltConfig
 from flows import distributed
 from flows import grid as grids
 from flows.callbacks import Callback

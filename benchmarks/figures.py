@@ -80,7 +80,8 @@ def kernel_comparison(
             ax.axhline(aims[metric], color=style.INK, lw=1, ls=(0, (4, 3)), alpha=0.8)
             at = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
             ax.text(0.995, aims[metric], f"aim {aims[metric]:g}", color=style.INK, fontsize=8, **at)
-    _legend(axes[0, 0], order)
+    names = [kernel.replace("_", " ") for kernel in order]
+    style.legend_above(axes[0, 0], list(zip(names, HUES, strict=False)))
     return style.save(figure, path)
 
 
@@ -123,20 +124,3 @@ def _panel(
     ax.yaxis.set_major_locator(LogLocator(subs=marks))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(ax: Axes, order: Sequence[str]) -> None:
-    """Names of the kernels in their colours, in one line above the panels."""
-    x = 0.0
-    for kernel, hue in zip(order, HUES, strict=False):
-        text = ax.annotate(
-            f"●  {kernel.replace('_', ' ')}",
-            (0, 1),
-            (x, 30),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            color=hue,
-            fontsize=9.5,
-            annotation_clip=False,
-        )
-        x += text.get_window_extent().width * 72 / style.DPI + 18

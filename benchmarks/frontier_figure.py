@@ -1,4 +1,4 @@
-"""Pictures of the frontier: curves of reward and diversity, and samples at about equal reward."""
+"""Pictures of the frontier: curves of reward and diversity, and samples at the nearest reward."""
 
 from __future__ import annotations
 
@@ -69,19 +69,7 @@ def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
             room = 0.3 * (max(shown) - min(shown))  # backpropagation's go on to absurd ones
             ax.set_xlim(min(shown) - 0.1 * room, max(shown) + room)
             style.heading(ax, LABELS[metric], caption=f"{problem}: reward along x")
-    x = 0.0
-    for name, hue in METHODS.values():
-        text = axes[0, 0].annotate(
-            f"●  {name}",
-            (0, 1),
-            (x, 30),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            color=hue,
-            fontsize=9.5,
-            annotation_clip=False,
-        )
-        x += text.get_window_extent().width * 72 / style.DPI + 18
+    style.legend_above(axes[0, 0], list(METHODS.values()))
     return style.save(sheet, path)
 
 
@@ -99,7 +87,7 @@ def examples(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
         len(points),
         1 + len(METHODS),
         (2.7, 2.7 * DOWN / ACROSS),
-        title="Samples at about equal reward",
+        title="Samples at the nearest reward",
         subtitle="of every method the strength whose mean reward is nearest to that of the tilt",
         gap=(0.25, 0.5),
     )

@@ -37,9 +37,10 @@ from torch.utils.checkpoint import checkpoint
 from adjoint.kernel import make_kernel
 from adjoint.lean import lean_adjoint
 from adjoint.lora import lora
-from adjoint.objective import TiltConfig, TiltLoss
+from adjoint.objective import TiltLoss
 from adjoint.reward import Reward
 from adjoint.rollout import draw_noise, rollout
+from adjoint.tilt_config import TiltConfig
 from benchmarks.ledger import HOST, Ledger, simulated_device
 from flows.checkpoint import write_json
 from flows.field import Cond, frozen

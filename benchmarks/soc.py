@@ -41,7 +41,8 @@ from flows.callbacks import ProgressBar
 from flows.field import Cond, Residual, VelocityField
 from flows.grid import uniform
 from flows.networks import MLPVelocity
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 
 def euler_maruyama(grid: Tensor) -> Kernel:

@@ -42,6 +42,7 @@ import torch
 import tyro
 
 from benchmarks import speed_check, speed_figure
+from benchmarks.clock import Clock, check_clock, seconds
 from benchmarks.speed_peer import Peer
 from benchmarks.speed_update import QUICK, Execution, Sizes, Update, largest_rate, operations, parts
 from flows.checkpoint import write_json
@@ -73,9 +74,8 @@ class SpeedConfig:
     """Blocks of updates of each implementation."""
     updates: int = 2
     """Updates in a block (launches, of a graph)."""
-    clock: Literal["wall", "cpu"] = "wall"
-    """Time of the wall, or of the processor: the better one on a CPU that others use too, with one
-    thread (with several it is their sum)."""
+    clock: Clock = "wall"
+    """Time of the wall, or of the processor: see `benchmarks.clock`."""
     peer: Path | None = None
     """Checkout of the published implementation."""
     peer_python: Path = Path(sys.executable)
@@ -95,14 +95,17 @@ class SpeedConfig:
         if not self.seeds or min(self.seeds) < 1:
             raise ValueError(f"seeds must be numbers of at least 1, got {self.seeds}")
         cuda = self.device.startswith("cuda")
-        if cuda and self.clock == "cpu":
-            raise ValueError(f"clock must be 'wall' on device {self.device!r}, got 'cpu'")
+        check_clock(self.clock, self.device)
         if not cuda and "graph" in self.executions:
             raise ValueError(f"executions must not name graph on device {self.device!r}")
         if not cuda and self.precision != "float32":
             raise ValueError(f"precision must be float32 on device {self.device!r}")
         if self.peer is not None and not (self.peer / "agents" / "qam.py").is_file():
             raise ValueError(f"peer must be a checkout that has agents/qam.py, got {self.peer}")
+
+    def timed(self, run: Callable[[], object], calls: int) -> float:
+        """Seconds a call of a block of them."""
+        return seconds(run, calls, device=self.device, clock=self.clock)
 
 
 @contextlib.contextmanager
@@ -122,25 +125,13 @@ def confined(config: SpeedConfig) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seconds(run: Callable[[], object], calls: int, config: SpeedConfig) -> float:
-    """Seconds per call of a block of them."""
-    clock = time.perf_counter if config.clock == "wall" else time.process_time
-    wait = torch.cuda.synchronize if config.device.startswith("cuda") else (lambda: None)
-    wait()
-    start = clock()
-    for _ in range(calls):
-        run()
-    wait()
-    return (clock() - start) / calls
-
-
 def measure(config: SpeedConfig) -> Iterator[list[Row]]:
     """Rows of the updates, each execution and number of seeds as it is done, then of the parts."""
     sizes = QUICK if config.quick else Sizes()
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     with confined(config), contextlib.ExitStack() as closing:
-        rate = largest_rate(config.device, lambda run: seconds(run, 20, config))
+        rate = largest_rate(config.device, lambda run: config.timed(run, 20))
         work = operations(Update(sizes, config.device))
         print(f"ceiling {rate / 1e9:.0f} billion operations a second, an update {work / 1e9:.1f}")
         peer = None
@@ -160,8 +151,8 @@ def _part(config: SpeedConfig, name: str, run: Callable[[], object], rate: float
     """The row of a part; ``rate`` is the ceiling."""
     work = operations(run)
     print(f"{name}: {work / 1e9:.1f} billion operations")
-    seconds(run, 2, config)
-    blocks = [seconds(run, config.updates, config) for _ in range(config.rounds)]
+    config.timed(run, 2)
+    blocks = [config.timed(run, config.updates) for _ in range(config.rounds)]
     value = statistics.median(blocks)
     return _row(config, name, value, fraction_of_ceiling=work / rate / value)
 
@@ -192,7 +183,7 @@ def _updates(
             fixed=name == FIXED,
             autocast=config.precision == "bfloat16",
         )
-        seconds(runs[name], 2, config)
+        config.timed(runs[name], 2)
         warm_up[name] = time.perf_counter() - started
     times: dict[str, list[float]] = {name: [] for name in runs}
     theirs: list[float] = []
@@ -200,7 +191,7 @@ def _updates(
         if peer is not None and i % 2:
             theirs.append(peer.block(config.updates, config.clock))
         for name in reversed(runs) if i % 2 else runs:
-            block = seconds(runs[name], config.updates, config) / runs[name].calls
+            block = config.timed(runs[name], config.updates) / runs[name].calls
             times[name].append(block)
         if peer is not None and not i % 2:
             theirs.append(peer.block(config.updates, config.clock))

@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks.speed_update import Execution
 from flows.graphs import Launcher
 from flows.together import Together
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 UPDATES = 3
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}

@@ -24,7 +24,8 @@ from applications.rl.objective import Objective, Schedule
 from applications.rl.replay import Batch, Replay
 from flows.graphs import Launcher
 from flows.together import Together
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 Execution = Literal["eager", "compiled", "graph"]
 """How an update is executed: as it is written, with its loss compiled, or launched ten at a time

@@ -26,21 +26,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
 from torch import Tensor, nn
 
 from adjoint.kernel import make_kernel
-from adjoint.objective import TiltConfig, TiltLoss, compiled
+from adjoint.objective import TiltLoss, compiled
 from adjoint.reward import ValueFunction, as_reward
 from adjoint.rollout import draw_noise
 from adjoint.tilt import trainable
+from adjoint.tilt_config import TiltConfig
 from applications.pictures import style
 from applications.toy2d import handwriting
 from applications.toy2d.rewards import make_reward
 from applications.toy2d.targets import find_target
+from benchmarks.clock import Clock, check_clock, seconds
 from benchmarks.memory import ConvField, square
 from flows.checkpoint import write_json
 from flows.field import VelocityField, frozen
@@ -62,8 +64,8 @@ class Args:
     """Where the updates run: cpu or cuda."""
     threads: int = 1
     """Threads of a CPU."""
-    clock: Literal["wall", "cpu"] = "cpu"
-    """Time of the wall, or of the processor."""
+    clock: Clock = "cpu"
+    """Time of the wall, or of the processor: see `benchmarks.clock`."""
     models: tuple[str, ...] = ("toy, closed form", "toy, network", "digits", "convolutions")
     """Which of the models."""
     steps: int = 20
@@ -83,8 +85,7 @@ class Args:
         for name in ("threads", "rounds", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.clock == "cpu" and self.device != "cpu":
-            raise ValueError(f"clock must be 'wall' on device {self.device!r}, got 'cpu'")
+        check_clock(self.clock, self.device)
         unknown = set(self.models) - PROBLEMS.keys()
         if unknown:
             raise ValueError(f"models must be of {sorted(PROBLEMS)}, got {sorted(unknown)}")
@@ -222,19 +223,6 @@ def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Ten
     }
 
 
-def seconds(args: Args, update: Callable[[], object], times: int) -> float:
-    """Seconds an update, of a block of them."""
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    if args.device != "cpu":
-        torch.cuda.synchronize()
-    start = clock()
-    for _ in range(times):
-        update()
-    if args.device != "cpu":
-        torch.cuda.synchronize()
-    return (clock() - start) / times
-
-
 def measure(args: Args, name: str) -> list[Row]:
     """The rows of one model.
 
@@ -261,7 +249,9 @@ def measure(args: Args, name: str) -> list[Row]:
     blocks: dict[tuple[str, str], list[float]] = {who: [] for who in updates}
     for i in range(args.rounds):
         for who in list(updates) if i % 2 else reversed(list(updates)):
-            blocks[who].append(seconds(args, updates[who], args.iterations))
+            blocks[who].append(
+                seconds(updates[who], args.iterations, device=args.device, clock=args.clock)
+            )
     plain = blocks["plain loop", "eager"]
     return [
         {

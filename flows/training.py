@@ -18,7 +18,8 @@ from flows import distributed
 from flows.callbacks import Callback
 from flows.field import Cond
 from flows.matching import flow_matching_loss, independent, optimal_transport
-from flows.trainer import Loss, Problem, Trainer, TrainerConfig, TrainingDiverged, learning_rate
+from flows.trainer import Loss, Problem, Trainer, TrainingDiverged
+from flows.trainer_config import TrainerConfig, learning_rate
 
 __all__ = [
     "COUPLINGS",

@@ -21,7 +21,15 @@ def drawn(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def denormal_numbers():
-    """Programs flush them (`flows.process`); the tests that come after need them."""
+def process():
+    """What programs set for their whole process (`flows.process`) is undone after each test."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def one_thread(process):
+    """One thread for the test: exact repetitions, and no contest for the processors."""
+    torch.set_num_threads(1)

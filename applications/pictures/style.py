@@ -174,6 +174,23 @@ def legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:
         x -= 0.35
 
 
+def legend_above(ax: Axes, entries: Sequence[tuple[str, str]]) -> None:
+    """Coloured dots with names, in a line above the panel ``ax`` from its left edge on."""
+    x = 0.0
+    for name, color in entries:
+        text = ax.annotate(
+            f"●  {name}",
+            (0, 1),
+            (x, 30),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=color,
+            fontsize=9.5,
+            annotation_clip=False,
+        )
+        x += text.get_window_extent().width * 72 / DPI + 18
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write ``figure`` as PNG, atomically, creating its folder; returns the path.
 

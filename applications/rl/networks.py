@@ -39,7 +39,7 @@ LOG_STD_RANGE = (-20.0, 2.0)
 
 def gelu(x: Tensor) -> Tensor:
     """The tanh approximation x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
-    if torch.compiler.is_compiling():  # fused, the logistic costs a quarter of the tanh on a CPU
+    if torch.compiler.is_compiling():  # where the logistic is fused with its neighbours
         return gelu_and_slope(x)[0]
     return functional.gelu(x, approximate="tanh")
 

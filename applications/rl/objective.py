@@ -229,11 +229,9 @@ class Objective:
 
     def ahead(self) -> int:
         """Updates, from the next on, that need nothing of the host; see `flows.graphs`."""
-        return (
-            0
-            if self.before_sampling is not None
-            else max(0, self.schedule.offline_steps - self.updates)
-        )
+        if self.before_sampling is not None:
+            return 0
+        return max(0, self.schedule.offline_steps - self.updates)
 
     def before_step(self, module: nn.Module) -> None:
         """Move the slow copies, by the weights of before the update."""

@@ -73,8 +73,8 @@ class TrainConfig:
     """Compile the loss: a fifth less time on a CPU, a minute or more before the first update.
     Changes results by rounding only."""
     graph: int = 0
-    """Offline updates made by one launch of a CUDA graph (10 say), see `flows.graphs`; a GPU spends
-    most of an update waiting without it.  Changes no result; 0 is none."""
+    """Offline updates made by one launch of a CUDA graph (10 say), see `flows.graphs`; without
+    it a GPU waits for the host between small products.  Changes no result; 0 is none."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of matrix products, on a GPU: tf32 rounds their inputs to 10 bits, bfloat16 (autocast) inputs
     and results to 7.  `benchmarks.speed --check` says what that does to the numbers."""

@@ -48,7 +48,8 @@ from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, CSVLogger, TensorBoardLogger
 from flows.graphs import Launcher
 from flows.together import train_together
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 __all__ = ["TrainConfig", "Trained", "show_train", "train"]
 

@@ -16,9 +16,10 @@ from torchrun_tilt import CONFIG, train
 
 from adjoint.kernel import make_kernel
 from adjoint.lora import lora
-from adjoint.objective import TiltConfig, TiltLoss
+from adjoint.objective import TiltLoss
 from adjoint.reward import as_reward
 from adjoint.tilt import tilt
+from adjoint.tilt_config import TiltConfig
 from flows import checkpoint as checkpoints
 from flows import distributed
 from flows.callbacks import Callback

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adjoint.objective import TiltConfig
+from adjoint.tilt_config import TiltConfig
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "large_models.md").read_text(encoding="utf-8")

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from adjoint.kernel import make_kernel
 from adjoint.lean import lean_adjoint
-from adjoint.objective import TiltConfig, TiltLoss
+from adjoint.objective import TiltLoss
 from adjoint.reward import Reward
 from adjoint.rollout import draw_noise, rollout, velocity_along
 from adjoint.tilt import tilt
+from adjoint.tilt_config import TiltConfig
 from benchmarks.ledger import HOST, HostTensor, Ledger, simulated_device
 from flows import grid as grids
 from flows.callbacks import Callback

@@ -12,10 +12,11 @@ from torch.distributions import MultivariateNormal
 from adjoint.certificate import path_log_ratio
 from adjoint.kernel import MATCHED, make_kernel, measure_mmse
 from adjoint.loss import log_variance_loss
-from adjoint.objective import TiltConfig, TiltLoss
+from adjoint.objective import TiltLoss
 from adjoint.reward import Reward
 from adjoint.rollout import draw_noise, rollout, velocity_along
 from adjoint.tilt import tilt
+from adjoint.tilt_config import TiltConfig
 from flows import grid as grids
 from flows.callbacks import Callback
 from flows.field import Residual

@@ -9,10 +9,11 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 from adjoint.kernel import make_kernel
-from adjoint.objective import TiltConfig, TiltLoss, compiled
+from adjoint.objective import TiltLoss, compiled
 from adjoint.reward import Reward
 from adjoint.rollout import velocity_along
 from adjoint.tilt import tilt
+from adjoint.tilt_config import TiltConfig
 from flows.field import frozen
 from flows.grid import uniform
 from flows.networks import MLPVelocity
@@ -20,12 +21,7 @@ from flows.networks import MLPVelocity
 SMALL = {"steps": 4, "batch_size": 8, "kernel": "ancestral", "certificate_samples": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed=0, **options):

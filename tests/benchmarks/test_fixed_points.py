@@ -27,12 +27,7 @@ from flows.grid import uniform
 GAUSSIAN = Problem(mixture([0.5], [0.49]), 1.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Found independently, with the same definition, when the schemes were designed.

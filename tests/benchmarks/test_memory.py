@@ -8,13 +8,7 @@ import torch
 from benchmarks.ledger import HOST, HostTensor, Ledger, simulated_device
 from benchmarks.memory import OPTIONS, Args, main, training_rows
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_ledger_counts_what_is_alive():

@@ -20,13 +20,7 @@ from benchmarks.control import (
 from benchmarks.soc import Args, ControlLoss, control_error, euler_maruyama, main, solve
 from flows.grid import uniform
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scalar_riccati(a: float, p: float, q: float, t: float) -> float:

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import tilt_speed
 from benchmarks.tilt_speed import PROBLEMS, Args, contestants, main, measure
@@ -11,12 +10,7 @@ from benchmarks.tilt_speed import PROBLEMS, Args, contestants, main, measure
 QUICK = {"steps": 4, "batch_size": 16, "rounds": 2, "iterations": 1, "compile": False}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("model", PROBLEMS)

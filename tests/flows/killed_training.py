@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from flows.callbacks import CSVLogger, JSONLLogger
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 ITERATIONS = 400
 

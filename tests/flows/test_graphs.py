@@ -13,7 +13,8 @@ from torch import nn
 from flows.callbacks import Callback
 from flows.graphs import Launcher
 from flows.together import train_together
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 CONFIG = TrainerConfig(
     iterations=14, lr=0.02, lr_schedule="constant", ema_decay=0, checkpoint_every=4
@@ -145,6 +146,19 @@ def test_a_checkpoint_within_launches_is_that_of_its_iteration(tmp_path):
         saved.append(torch.load(tmp_path / name / "3.pt", weights_only=True))
     assert saved[0]["iteration"] == saved[1]["iteration"] == 8
     torch.testing.assert_close(saved[0]["module"], saved[1]["module"], **CLOSE)
+
+
+def test_nothing_is_launched_between_multiples(tmp_path):
+    """Else a block would go past a checkpoint, or past what callbacks are to see."""
+    (trainer,), _ = runs((3,), tmp_path)
+    launcher = Launcher(4, capture=Replays())
+    made = []
+    for _ in range(8):
+        launcher((trainer,), None)
+        made.append(len(trainer.made))
+        trainer.made.clear()
+        trainer.iteration += 1
+    assert made == [4, 0, 0, 0, 4, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
+from flows.field import Residual
 from flows.mixture import GaussianMixture
+from flows.networks import MLPVelocity
 
 F64 = torch.float64
 TIMES = (0.05, 0.3, 0.5, 0.8, 0.97)
@@ -151,6 +153,16 @@ def test_times_per_point_and_responsibilities():
     components = reference(mixture).component_distribution
     joint = components.log_prob(x[:, None]) + mixture.weights.log()
     torch.testing.assert_close(mixture.responsibilities(x), joint.softmax(1))
+
+
+def test_states_of_several_times_at_once():
+    mixture = random_mixture(2)
+    x = torch.randn(3, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    expected = torch.stack([mixture(x[k], t[k]) for k in range(3)])
+    torch.testing.assert_close(mixture(x, t[:, None]), expected)
+    assert Residual(mixture, MLPVelocity(2)).broadcasts
+    assert not Residual(lambda x, t, cond: x, MLPVelocity(2)).broadcasts
 
 
 def test_samples_have_the_moments_and_follow_the_generator():

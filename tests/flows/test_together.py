@@ -9,7 +9,8 @@ from torch import nn
 
 from flows.callbacks import Callback
 from flows.together import Together, train_together
-from flows.trainer import Trainer, TrainerConfig, TrainingDiverged
+from flows.trainer import Trainer, TrainingDiverged
+from flows.trainer_config import TrainerConfig
 
 CONFIG = TrainerConfig(
     iterations=12,

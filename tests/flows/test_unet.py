@@ -52,6 +52,18 @@ def test_every_input_matters_at_every_pixel():
     assert network(classes=0)(x, t).isfinite().all()
 
 
+def test_fine_detail_passes_by_the_coarse_resolutions():
+    net, (x, t, cond) = network(), inputs()
+    for up in net.up:
+        torch.nn.init.zeros_(up.weight)
+    v = net(x, t, cond)
+    moved = x.clone()
+    moved[:, :, 7, 11] += 1
+    change = (net(moved, t, cond) - v).abs().amax(1)
+    assert change[:, 7, 11].min() > 1e-3
+    assert change[:, 0, 0].max() == 0  # out of the reach of the finest convolutions
+
+
 def test_it_knows_where_a_pixel_lies():
     """Of a constant image a convolution alone would give the same in the whole interior."""
     net = UNetVelocity(1, widths=(4,))

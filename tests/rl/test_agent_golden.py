@@ -17,7 +17,8 @@ from golden_values import ALT, BAM, CASES, FQL, IFQL, QAM, QAM_E, QAM_F, RESIDUA
 from applications.rl.actor_critic import pessimistic
 from applications.rl.agents import make_agent
 from flows.together import Together, draw
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 RTOL, ATOL = 1e-5, 1e-6
 MEMBERS = {"alone": (0,), "together": (1, 0, 2)}

@@ -14,7 +14,8 @@ from applications.rl.objective import Objective, Schedule
 from applications.rl.replay import Batch, Replay
 from flows.graphs import Launcher
 from flows.together import Together, train_together
-from flows.trainer import Trainer, TrainerConfig
+from flows.trainer import Trainer
+from flows.trainer_config import TrainerConfig
 
 torch.set_num_threads(1)
 

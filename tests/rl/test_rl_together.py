@@ -14,7 +14,8 @@ from applications.rl.training import train
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback
 from flows.together import Together
-from flows.trainer import Trainer, TrainerConfig, TrainingDiverged
+from flows.trainer import Trainer, TrainingDiverged
+from flows.trainer_config import TrainerConfig
 
 torch.set_num_threads(1)
 

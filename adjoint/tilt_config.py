@@ -68,8 +68,8 @@ class TiltConfig(TrainerConfig):
     offload: bool = False
     """Keep trajectories, adjoints and velocities on the CPU; for another device than that."""
     compile: bool = False
-    """Compile base and model for the updates (`torch.compile`, on a CPU with a C++ compiler): a
-    minute or so before the first, which only long trainings earn back."""
+    """Compile base and model for the updates (`torch.compile`, on a CPU with a C++ compiler):
+    several seconds to a minute before the first, which only long trainings earn back."""
 
     @property
     def restart(self) -> int | None:

@@ -160,6 +160,6 @@ def test_the_page_says_what_parts_cost():
     }
     assert f"is {round(sum(found.values()))} billion" in page
     rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/speed.json").read_text())
-    ratio = {row["name"]: row["ratio_to_peer"] for row in rows}
+    ratio = {row["name"]: row["ratio_to_peer"] for row in rows if row["seeds"] == 1}
     written, compiled = (ratio[f"{WHOLE}{way}"] for way in ("", ", compiled"))
     assert f"are {written:.2f} of its time as written and {compiled:.2f} compiled" in page

@@ -46,13 +46,20 @@ class RewardGuidance:
         self.field, self.reward, self.strength = field, reward, strength
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the shape of ``x`` at a scalar ``t``; no gradient."""
+        """Velocity of the shape of ``x`` at a scalar ``t``.
+
+        It has a graph only where ``x`` asks for a gradient, as the likelihood of its ODE does.
+        """
+        differentiable = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
+            if not differentiable:
+                x = x.detach().requires_grad_(True)
             v = self.field(x, t, cond)
             clean = x + (1 - t) * v
-            (slope,) = torch.autograd.grad(self.reward(clean, cond).sum(), x)
-        return v.detach() + self.strength * (1 - t) / t.clamp_min(EARLIEST) * slope
+            total = self.reward(clean, cond).sum()
+            (slope,) = torch.autograd.grad(total, x, create_graph=differentiable)
+        guided = v + self.strength * (1 - t) / t.clamp_min(EARLIEST) * slope
+        return guided if differentiable else guided.detach()
 
 
 def backpropagate(

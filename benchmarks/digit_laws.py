@@ -41,6 +41,15 @@ class Drawn:
     labels: Tensor | None
     log_weights: Tensor | None = None
 
+    def first(self, n: int) -> Drawn:
+        """The first ``n`` samples."""
+        labels, w = self.labels, self.log_weights
+        return Drawn(
+            self.samples[:n],
+            None if labels is None else labels[:n],
+            None if w is None else w[:n],
+        )
+
     def by_label(self) -> list[Drawn]:
         """The samples of each label; all of them without labels."""
         if self.labels is None:

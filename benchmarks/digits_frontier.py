@@ -1,4 +1,4 @@
-"""Reward against diversity on handwritten digits: the tilt beside the plain alternatives.
+"""Reward against diversity and closeness on digits: the tilt beside the plain alternatives.
 
 A small UNet flow of scikit-learn's digits is tilted toward three rewards at several temperatures
 (`benchmarks.digit_rewards`: the log-probability of a digit, ink, and the symmetry of a decoded,
@@ -6,7 +6,8 @@ upscaled image); a second, class-conditional one under guidance toward ink. What
 perceptron added to the flow, or low-rank adapters in it (``tilt_lora``). On the same bases, and by
 the same ODE sampler, stand the alternatives of `benchmarks.alternatives`, each at several
 strengths, and the exact tilt by importance-resampling of the base. `benchmarks.frontier` says how
-diversity is measured and what "at equal reward" means.
+diversity is measured and what "at equal reward" means, `benchmarks.frontier_kl` how far a method
+has moved from the base, in relative entropy: what a tilt makes least.
 
 A row is one method at one strength (the temperature of a tilt, n of best-of-n, the weight of
 gradient guidance, the updates of reward backpropagation).  Rows of tilts hold besides:
@@ -26,6 +27,12 @@ gradient guidance, the updates of reward backpropagation).  Rows of tilts hold b
     method does not reach the reward.  ``at_least_METHOD`` says 1 where the margins of coverage and
     distance are not below minus two standard errors, 0 where one is, and -1 where the reward is not
     reached.  Rows of the exact tilt have them too: what it misses, no tilt can have.
+``kl``
+    KL to the base in nats; absent where it overflows, as after many updates of backpropagation.
+    ``kl_step_error`` is how much more it is in the first batch than by twice the steps.
+``closeness_over_METHOD``
+    by how many nats the method is further from the base at equal reward, with its standard error;
+    ``as_close_METHOD`` is of this margin what ``at_least_METHOD`` is of those of diversity.
 
 Run: ``python -m benchmarks.digits_frontier``.  Everything that has been computed is kept in the
 folder; a second call computes only what is missing.  Writes ``results/digits_frontier.json``, and

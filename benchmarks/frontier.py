@@ -1,4 +1,4 @@
-r"""Reward against diversity: what is measured of samples, and who is ahead at equal reward.
+r"""Reward against diversity and closeness: what is measured, and who is ahead at equal reward.
 
 Samples are judged in batches of one size, so that metrics that depend on the number of samples
 compare, and every metric has a standard error from its spread over the batches:
@@ -11,7 +11,9 @@ compare, and every metric has a standard error from its spread over the batches:
               generative models", arXiv 2002.09797);
 ``nearest``   distance to the nearest training image: not of diversity but of fidelity, to be held
               against that of held-out images;
-``certain``   fraction recognised with a probability above 0.8, of fidelity too.
+``certain``   fraction recognised with a probability above 0.8, of fidelity too;
+``kl``        relative entropy to the base, from the law and not from the samples alone
+              (`benchmarks.frontier_kl`).
 
 The frontier of a method is the curve of its settings in the plane of reward R and diversity D,
 straight between two of them.  At the reward of a tilt it lies at D_a + s (R - R_a), s = (D_b - D_a)
@@ -21,6 +23,19 @@ straight between two of them.  At the reward of a tilt it lies at D_a + s (R - R
 
 and, to first order, its variance is the sum of those of the three terms at fixed s and λ.  A curve
 that passes the reward several times counts where it is the most diverse.
+
+In closeness to the base the frontier is straight between two settings in the plane of R and √KL.
+Near the base √KL is linear in the reward: a change of the law by ε moves R by a multiple of ε and
+KL by one of ε².  So the chord neither flatters nor harms what it is held against, whereas a chord
+in KL, which is convex, would lie above what the method can do, and so flatter the tilt.  The
+margin is in nats, c² - KL with c the height of the chord, larger where the tilt is closer, and with
+d = √KL at the ends its variance is, to first order, that of
+
+    -KL + 2 c s R,   2 c (1 - λ) (d_a - s R_a),   2 c λ (d_b - s R_b).
+
+Estimates of KL may be negative near the base.  For the tilt, whose own KL enters as it is, that
+does not matter.  At an end of a chord, where the root is needed, a setting whose KL is not two
+standard errors above 0 is left out, so that the chord reaches from the one before to the next.
 """
 
 from __future__ import annotations
@@ -40,6 +55,7 @@ DIVERSITY = ("classes", "distance", "coverage")
 JUDGED = ("distance", "coverage")
 """What decides who is ahead.  ``classes`` also counts what is recognised in samples of which the
 classifier is unsure: there best-of-n surpasses even the exact tilt."""
+CLOSENESS = "kl"
 
 NEIGHBOURS = 5
 
@@ -113,7 +129,7 @@ class Margin:
     """How far a point lies above a frontier at its reward.
 
     Attributes:
-        difference: in diversity.
+        difference: in diversity or in closeness, larger where the point is ahead.
         stderr: its standard error.
     """
 
@@ -126,28 +142,46 @@ class Margin:
         return self.difference >= -2 * self.stderr
 
 
+def root(kl: Tensor) -> Tensor | None:
+    """√KL by batch: values whose mean is the root of the mean of ``kl`` (m,), linear in ``kl``.
+
+    None where the mean is not finite, or not at least two standard errors above 0, unless all is 0.
+    """
+    level = mean(kl)
+    if not level >= 2 * stderr(kl):  # so for numbers that are not finite, too
+        return None
+    return math.sqrt(level) + (kl - level) / (2 * math.sqrt(level)) if level else kl
+
+
 def margin(point: Metrics, curve: Sequence[Metrics], metric: str) -> Margin | None:
     """The smallest `Margin` of ``point`` over the segments of ``curve`` that pass its reward.
 
     Arguments:
         point: metrics by batch, with ``reward``.
         curve: those of the settings of a method, in their order.
-        metric: which one.
+        metric: which one; of ``kl`` less is ahead, see the module docstring.
 
     Returns:
         None where the curve does not reach the reward.
     """
+    closeness = metric == CLOSENESS
+    heights = [(p["reward"], root(p[metric]) if closeness else p[metric]) for p in curve]
+    ends = [(reward, height) for reward, height in heights if height is not None]
     found = []
     R, D = point["reward"], point[metric]
-    for a, b in itertools.pairwise(curve):
-        low, high = mean(a["reward"]), mean(b["reward"])
+    for (R_a, D_a), (R_b, D_b) in itertools.pairwise(ends):
+        low, high = mean(R_a), mean(R_b)
         if not min(low, high) <= mean(R) <= max(low, high) or low == high:
             continue
         share = (mean(R) - low) / (high - low)
-        slope = (mean(b[metric]) - mean(a[metric])) / (high - low)
-        terms = [D - slope * R]
-        for weight, end in ((1 - share, a), (share, b)):
-            terms.append(-weight * (end[metric] - slope * end["reward"]))
-        error = math.hypot(*(stderr(term) for term in terms))
-        found.append(Margin(sum(mean(term) for term in terms), error))
+        slope = (mean(D_b) - mean(D_a)) / (high - low)
+        chord = (1 - share) * mean(D_a) + share * mean(D_b)
+        if closeness:
+            difference, sign, pull = chord**2 - mean(D), -1.0, 2 * chord
+        else:
+            difference, sign, pull = mean(D) - chord, 1.0, -1.0
+        terms = [sign * D + pull * slope * R]
+        for weight, reward, height in ((1 - share, R_a, D_a), (share, R_b, D_b)):
+            terms.append(pull * weight * (height - slope * reward))
+        found.append(Margin(difference, math.hypot(*(stderr(term) for term in terms))))
     return min(found, key=lambda m: m.difference) if found else None

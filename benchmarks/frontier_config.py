@@ -90,6 +90,10 @@ class FrontierConfig:
     """Samples that are judged together."""
     ode_steps: int = 25
     """Adams-Bashforth steps of every ODE sample."""
+    kl_probes: int = 1
+    """Random sign vectors for each sample's divergences in the KL to the base."""
+    compile: bool = False
+    """Compile base and model for the updates of the tilts."""
     seed: int = 0
     """Seed of everything random."""
     threads: int = 1
@@ -107,6 +111,8 @@ class FrontierConfig:
             raise ValueError(
                 f"samples must be at least two batches of {self.batch}, got {self.samples}"
             )
+        if self.kl_probes < 1:
+            raise ValueError(f"kl_probes must be at least 1, got {self.kl_probes}")
         if self.base_samples < 2 * self.batch * max(self.candidates):
             raise ValueError(
                 f"base_samples must give two batches of {self.batch} for the best of "

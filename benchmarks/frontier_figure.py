@@ -1,14 +1,16 @@
-"""Pictures of the frontier: curves of reward and diversity, and samples at the nearest reward."""
+"""Pictures of the frontier: curves of diversity and closeness, samples at the nearest reward."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from applications.pictures import style
 from applications.toy2d.handwriting import SIZE
 from applications.toy2d.images import mosaic
-from benchmarks.frontier import DIVERSITY, mean, stderr
+from benchmarks.frontier import CLOSENESS, Metrics, mean, root, stderr
 from benchmarks.frontier_rows import Point, curve_of
 
 METHODS = {
@@ -25,39 +27,55 @@ LABELS = {
     "classes": "effective number of classes",
     "distance": "mean distance of two samples",
     "coverage": "per-class coverage",
+    CLOSENESS: "√KL to the base, in √nats",
 }
 ACROSS, DOWN = 6, 4
 
 
+def height(point: Metrics, metric: str) -> Tensor | None:
+    """What the panel of ``metric`` shows of a point, by batch; None where it has none."""
+    return root(point[metric]) if metric == CLOSENESS else point[metric]
+
+
 def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
-    """A column a problem, a row a metric of diversity, a curve a method; bars: two standard errors.
+    """A column a problem, a row a metric, a curve a method; bars: two standard errors.
+
+    In the last row, √KL to the base, nothing can lie below the exact tilt.
 
     Arguments:
         path: the PNG to write.
         points: those of each problem.
     """
     sheet, axes = style.sheet(
-        len(DIVERSITY),
+        len(LABELS),
         len(points),
         (4.6, 2.9),
-        title="Reward against diversity, handwritten digits",
-        subtitle="from the base, where all curves meet; bars: two standard errors",
+        title="Reward against diversity and closeness, handwritten digits",
+        subtitle="from the base, where all curves meet; bars: two standard errors; "
+        "last row: the exact tilt is the least that is possible",
         gap=(0.6, 0.6),
         margin=(0.7, 0.4, 1.5, 0.7),
     )
     for j, (problem, own) in enumerate(points.items()):
-        for i, metric in enumerate(DIVERSITY):
+        shown = [mean(p.metrics["reward"]) for p in own if not p.method.startswith("backprop")]
+        room = 0.3 * (max(shown) - min(shown))  # backpropagation's go on to absurd ones
+        left, right = min(shown) - 0.1 * room, max(shown) + room
+        for i, metric in enumerate(LABELS):
             ax = axes[i, j]
             style.chart(ax)
+            tops = []
             for method, (_, hue) in METHODS.items():
-                curve = curve_of(own, method)
+                found = [
+                    (p.metrics["reward"], height(p.metrics, metric)) for p in curve_of(own, method)
+                ]
+                curve = [(x, y) for x, y in found if y is not None]
                 if len(curve) < 2:
                     continue
                 ax.errorbar(
-                    [mean(p.metrics["reward"]) for p in curve],
-                    [mean(p.metrics[metric]) for p in curve],
-                    [2 * stderr(p.metrics[metric]) for p in curve],
-                    [2 * stderr(p.metrics["reward"]) for p in curve],
+                    [mean(x) for x, _ in curve],
+                    [mean(y) for _, y in curve],
+                    [2 * stderr(y) for _, y in curve],
+                    [2 * stderr(x) for x, _ in curve],
                     color=hue,
                     marker="o",
                     ms=3.5,
@@ -65,9 +83,10 @@ def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
                     elinewidth=0.8,
                     zorder=4 if method.startswith("tilt") else 3,
                 )
-            shown = [mean(p.metrics["reward"]) for p in own if not p.method.startswith("backprop")]
-            room = 0.3 * (max(shown) - min(shown))  # backpropagation's go on to absurd ones
-            ax.set_xlim(min(shown) - 0.1 * room, max(shown) + room)
+                tops += [mean(y) for x, y in curve if mean(x) <= right]
+            ax.set_xlim(left, right)
+            if metric == CLOSENESS and tops:
+                ax.set_ylim(0, 1.1 * max(tops) or 1)
             style.heading(ax, LABELS[metric], caption=f"{problem}: reward along x")
     style.legend_above(axes[0, 0], list(METHODS.values()))
     return style.save(sheet, path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from benchmarks.frontier import DIVERSITY, JUDGED, Metrics, margin, mean, stderr
+from benchmarks.frontier import CLOSENESS, DIVERSITY, JUDGED, Metrics, margin, mean, stderr
 
 Row = dict[str, str | int | float]
 
@@ -43,7 +44,7 @@ def curve_of(points: Sequence[Point], method: str) -> list[Point]:
 
 
 def margins(point: Point, points: Sequence[Point]) -> Row:
-    """The columns ``METRIC_over_METHOD``, their standard errors, and ``at_least_METHOD``."""
+    """The columns over each method: margins with their standard errors, and who is ahead."""
     row: Row = {}
     for method in ALTERNATIVES:
         curve = [p.metrics for p in curve_of(points, method)]
@@ -58,6 +59,11 @@ def margins(point: Point, points: Sequence[Point]) -> Row:
             if metric in JUDGED:
                 at_least = min(at_least, int(found.at_least))
         row[f"at_least_{method}"] = at_least
+        found = margin(point.metrics, curve, CLOSENESS)
+        row[f"as_close_{method}"] = -1 if found is None else int(found.at_least)
+        if found is not None:
+            row[f"closeness_over_{method}"] = found.difference
+            row[f"closeness_over_{method}_stderr"] = found.stderr
     return row
 
 
@@ -72,6 +78,8 @@ def make_rows(points: Sequence[Point]) -> list[Row]:
             "batches": len(point.metrics["reward"]),
         }
         for name, values in point.metrics.items():
+            if name == CLOSENESS and not math.isfinite(mean(values)):
+                continue
             row |= {name: mean(values), f"{name}_stderr": stderr(values)}
         row |= point.more
         if point.method in (*TILTS, "exact"):
@@ -88,6 +96,8 @@ def line(row: Row) -> str:
         "{distance_stderr:.2f}  coverage {coverage:.3f}  nearest {nearest:.2f}  "
         "certain {certain:.2f}"
     ).format_map(row)
+    if CLOSENESS in row:
+        text += "  KL {kl:.3f} ± {kl_stderr:.3f}".format_map(row)
     if "at_least_best_of_n" not in row:
         return text
     if row["method"] in TILTS:
@@ -95,7 +105,7 @@ def line(row: Row) -> str:
     said = {1: "at least as diverse", 0: "less diverse", -1: "reward not reached"}
     for method in ALTERNATIVES:
         text += f"\n    {method:<14} {said[int(row[f'at_least_{method}'])]:<20}"
-        for metric in DIVERSITY:
+        for metric in (*DIVERSITY, "closeness"):
             name = f"{metric}_over_{method}"
             if name in row:
                 text += f" {metric} {row[name]:+.3f} ± {row[f'{name}_stderr']:.3f} "

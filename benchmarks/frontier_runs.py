@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -21,6 +22,8 @@ from benchmarks import frontier_config
 from benchmarks.alternatives import RewardGuidance, backpropagate, best_of
 from benchmarks.digit_laws import Drawn, by_chain, by_ode, certificate_summary, compare_laws, start
 from benchmarks.digit_rewards import make_rewards
+from benchmarks.frontier import CLOSENESS
+from benchmarks.frontier_kl import best_of_kl, ode_kl, tilt_kl
 from benchmarks.frontier_rows import Point, Row
 from benchmarks.frontier_study import Study, watchers
 
@@ -82,36 +85,67 @@ class Runs:
         steps = self.config.ode_steps
         return by_ode(velocity, n, labelled=self.labelled, steps=steps, seed=seed)
 
+    def judged_ode(self, velocity: Any, seed: int) -> tuple[Drawn, Tensor, Row]:
+        """Samples by the ODE of a velocity field, its KL to that of the base by batch, its error.
+
+        The error is of the first batch, against twice the steps.
+        """
+        config = self.config
+        drawn = self.ode(velocity, config.samples, seed)
+        kl, finer = (
+            ode_kl(
+                velocity,
+                self.base,
+                some,
+                batch=config.batch,
+                steps=steps,
+                probes=config.kl_probes,
+                seed=seed,
+            )
+            for some, steps in (
+                (drawn, config.ode_steps),
+                (drawn.first(config.batch), 2 * config.ode_steps),
+            )
+        )
+        error = float(kl[0] - finer[0])
+        return drawn, kl, {"kl_step_error": error} if math.isfinite(error) else {}
+
     def point(
         self,
         method: str,
         strength: float,
-        draw: Callable[[], tuple[Tensor, Row]],
+        draw: Callable[[], tuple[Tensor, Tensor, Row]],
         *options: str,
     ) -> Point:
         """The point of ``method`` at ``strength``, from the folder or computed.
 
         Arguments:
-            draw: gives the samples and what the row holds besides.
+            draw: gives the samples, the KL to the base by batch or one for all, and what the row
+                holds besides.
             options: those of the configuration that the point depends on besides the shared ones.
         """
 
         def compute() -> dict[str, Any]:
             started = time.process_time()
-            x, more = draw()
+            x, kl, more = draw()
             with torch.no_grad():
                 metrics = self.study.judge(x, self.reward(x))
+            metrics[CLOSENESS] = kl.double().expand(len(metrics["reward"])).clone()
             seconds = {"cpu_seconds": time.process_time() - started}
             return {"row": more | seconds, "metrics": metrics, "images": x[:IMAGES].clone()}
 
         name = f"points/{self.name.replace(' ', '-')}-{method}-{strength:g}"
-        kept = self.study.kept(name, self.config.identity(*options), compute)
+        kept = self.study.kept(name, self.config.identity("kl_probes", *options), compute)
         return Point(self.name, method, strength, kept["metrics"], kept["images"], kept["row"])
 
     def unchanged(self) -> Point:
         """The base."""
         n = self.config.samples
-        return self.point("base", 0, lambda: (self.pool.samples[:n], {}), "base_samples")
+
+        def draw() -> tuple[Tensor, Tensor, Row]:
+            return self.pool.samples[:n], torch.zeros(1), {}
+
+        return self.point("base", 0, draw, "base_samples")
 
     def enough_for(self, n: int) -> bool:
         """Whether the best of ``n``, under each label, fill two batches."""
@@ -121,7 +155,7 @@ class Runs:
     def best(self, n: int) -> Point:
         """The best of ``n`` samples of the base, under one label where there are labels."""
 
-        def draw() -> tuple[Tensor, Row]:
+        def draw() -> tuple[Tensor, Tensor, Row]:
             chosen = []
             for part in self.pool.by_label():
                 with torch.no_grad():
@@ -129,22 +163,26 @@ class Runs:
                 chosen.append(part.samples[index])
             x = torch.cat(chosen)
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(n))
-            return x[order][: self.config.samples], {}
+            kl = torch.tensor(best_of_kl(n), dtype=torch.float64)
+            return x[order][: self.config.samples], kl, {}
 
         return self.point("best_of_n", n, draw, "base_samples")
 
     def exact(self, temperature: float) -> Point:
         """The exact tilt: samples of the base's ODE, drawn with their weights."""
 
-        def draw() -> tuple[Tensor, Row]:
-            parts = self.pool.by_label()
-            generator = torch.Generator().manual_seed(self.config.seed_of("exact"))
-            drawn = []
+        def draw() -> tuple[Tensor, Tensor, Row]:
+            parts, config = self.pool.by_label(), self.config
+            generator = torch.Generator().manual_seed(config.seed_of("exact"))
+            drawn, rewards = [], []
             for part in parts:
                 exact = resample_tilt(part.samples, self.reward.scaled(1 / temperature))
-                drawn.append(exact.sample(-(-self.config.samples // len(parts)), generator))
+                drawn.append(exact.sample(-(-config.samples // len(parts)), generator))
+                rewards.append(exact.rewards)
             x = torch.cat(drawn)
-            return x[torch.randperm(len(x), generator=generator)][: self.config.samples], {}
+            order = torch.randperm(len(x), generator=generator)
+            kl = tilt_kl(rewards, config.samples // config.batch)
+            return x[order][: config.samples], kl, {}
 
         return self.point("exact", temperature, draw, "base_samples")
 
@@ -152,9 +190,10 @@ class Runs:
         """Gradient guidance at sampling time."""
         seed = self.config.seed_of(f"{self.name} guidance {strength}")
 
-        def draw() -> tuple[Tensor, Row]:
+        def draw() -> tuple[Tensor, Tensor, Row]:
             velocity = RewardGuidance(self.base, self.reward, strength)
-            return self.ode(velocity, self.config.samples, seed).samples, {}
+            drawn, kl, more = self.judged_ode(velocity, seed)
+            return drawn.samples, kl, more
 
         return self.point("guidance", strength, draw)
 
@@ -178,11 +217,12 @@ class Runs:
             ):
                 models[stop] = copy.deepcopy(model).requires_grad_(False)
 
-        def draw(stop: int) -> tuple[Tensor, Row]:
+        def draw(stop: int) -> tuple[Tensor, Tensor, Row]:
             if not models:
                 train()
             seed = config.seed_of(f"{self.name} {method} {stop}")
-            return self.ode(models[stop], config.samples, seed).samples, {}
+            drawn, kl, more = self.judged_ode(models[stop], seed)
+            return drawn.samples, kl, more
 
         options = ("steps", "backprop_batch", "backprop_lr", "stops")
         return [self.point(method, stop, partial(draw, stop), *options) for stop in config.stops]
@@ -193,12 +233,13 @@ class Runs:
         method = "tilt_lora" if low_rank else "tilt"
         name = f"{self.name.replace(' ', '-')}-{method}-{temperature:g}"
 
-        def draw() -> tuple[Tensor, Row]:
+        def draw() -> tuple[Tensor, Tensor, Row]:
             result = self._tilt(temperature, name, low_rank=low_rank)
-            drawn = self.ode(result.field, config.samples, config.seed_of(name))
-            return drawn.samples, self._judged(result, temperature, drawn)
+            drawn, kl, more = self.judged_ode(result.field, config.seed_of(name))
+            return drawn.samples, kl, more | self._judged(result, temperature, drawn)
 
-        shared = ("base_samples", "kernel", "steps", "iterations", "batch_size", "min_ess")
+        training = ("iterations", "batch_size", "min_ess", "compile")
+        shared = ("base_samples", "kernel", "steps", *training)
         own = ("lora_rank", "lora_lr") if low_rank else ("lr",)
         return self.point(method, temperature, draw, *shared, *own)
 
@@ -224,6 +265,7 @@ class Runs:
             probe_samples=min(2048, config.base_samples),
             certificate_samples=0,  # `_judged` makes them, with the labels
             checkpoint_every=100,
+            compile=config.compile,
         )
         return tilt(
             base,

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,12 +135,14 @@ def test_the_standard_error_of_a_margin_is_that_of_its_repetitions():
 
 def test_what_decides_is_coverage_and_distance():
     def point(method, strength, reward, **diversity):
-        values = {"classes": 5.0, "distance": 5.0, "coverage": 5.0, "reward": reward} | diversity
+        values = {"classes": 5.0, "distance": 5.0, "coverage": 5.0, "reward": reward, "kl": 1.0}
+        values |= diversity
         metrics = {name: torch.full((4,), v, dtype=torch.float64) for name, v in values.items()}
         return Point("ink", method, strength, metrics, torch.zeros(1, 64), {})
 
     others = [point("base", 0, 0.0), point("best_of_n", 4, 2.0), point("guidance", 1, 0.5)]
-    for change, expected in (({}, 1), ({"classes": 4.0}, 1), ({"coverage": 4.9}, 0)):
+    changes = ({}, 1), ({"classes": 4.0}, 1), ({"kl": 9.0}, 1), ({"coverage": 4.9}, 0)
+    for change, expected in changes:
         row = margins(point("tilt", 1, 1.0, **change), others)
         assert row["at_least_best_of_n"] == expected
         assert row["at_least_guidance"] == -1
@@ -270,6 +273,16 @@ def test_a_run_is_kept_and_its_rows_are_flat(tmp_path, monkeypatch, capsys):
         assert ("distance_over_guidance" in row) == (row["at_least_guidance"] >= 0)
         assert 0 <= row["within_weighted"] <= 10
         assert row["method"] in line(row)
+    for row in rows:
+        assert isinstance(row["kl"], float)
+        assert (row["kl_stderr"] > 0) == (row["method"] not in ("base", "best_of_n"))
+        if row["method"] == "base":
+            assert row["kl"] == 0
+        if (row["method"], row["strength"]) == ("best_of_n", 3):
+            assert row["kl"] == pytest.approx(math.log(3) - 2 / 3)
+        by_ode = row["method"] not in ("base", "best_of_n", "exact")
+        assert ("kl_step_error" in row) == by_ode
+        assert ("as_close_guidance" in row) == (row["method"] in ("tilt", "tilt_lora", "exact"))
     assert results.with_suffix(".png").exists()
     assert results.with_name("frontier_images.png").exists()
 
@@ -278,11 +291,9 @@ def test_a_run_is_kept_and_its_rows_are_flat(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(frontier_runs, name, None)
     digits_frontier.main(config)
     assert json.loads(results.read_text()) == rows
-    other = FrontierConfig(
-        **{**TINY, "iterations": 3}, folder=config.folder, results=config.results
-    )
-    with pytest.raises(CheckpointError, match="iterations"):
-        digits_frontier.main(other)
+    for option in ("iterations", "kl_probes"):
+        with pytest.raises(CheckpointError, match=option):
+            digits_frontier.main(replace(config, **{option: 3}))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +301,7 @@ def test_a_run_is_kept_and_its_rows_are_flat(tmp_path, monkeypatch, capsys):
     [
         ({"problems": ("inc",)}, r"problems must be of .*, got \['inc'\]"),
         ({"samples": 1000}, "at least two batches of 512, got 1000"),
+        ({"kl_probes": 0}, "kl_probes must be at least 1, got 0"),
         ({"base_samples": 32_767}, "best of 32, got 32767"),
     ],
 )
@@ -313,10 +325,14 @@ def test_the_readme_counts_what_the_record_has():
         return f"{sum(ahead)} of {len(ahead)}"
 
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
-    for metric in ("coverage", "distance"):
+    begins = {
+        "coverage": "Tilts cover",
+        "distance": "Mean distances of two",
+        "closeness": "In relative entropy tilts are",
+    }
+    for metric, begin in begins.items():
+        if not any(f"{metric}_over_{other}" in row for row in rows for other in ALTERNATIVES):
+            continue
         tilt, low_rank, exact = (count(m, metric) for m in ("tilt", "tilt_lora", "exact"))
-        part = said[
-            said.index("Tilts cover" if metric == "coverage" else "Mean distances of two") :
-        ]
-        found = re.findall(r"\d+ of \d+", part)[:3]
+        found = re.findall(r"\d+ of \d+", said[said.index(begin) :])[:3]
         assert found == [tilt, low_rank, exact], metric

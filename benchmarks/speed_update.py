@@ -159,9 +159,10 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
     batch, noise = objective.sample(agent, generator)
     s, cond = batch.observations, condition(batch.observations)
     chunks, kernel = agent.flatten(batch.actions), agent.kernel()
-    xs = agent.trajectory(kernel, s, noise).xs
+    samples = agent.samples(batch, noise)
+    assert samples.chain is not None
+    xs, target = samples.chain.xs, agent.target(batch, samples)
     adjoint = agent.adjoint(kernel, s, xs)
-    target = agent.target(batch, noise)
     reward = Reward(agent.value, scale=agent.config.inverse_temperature)
     terminal = adjoint.values[-1]
 
@@ -195,10 +196,10 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
 
     return {
         "sampling": lambda: objective.sample(agent, generator),
-        "target": lambda: agent.target(batch, noise),
+        "chain and actions": lambda: agent.samples(batch, noise),
+        "target": lambda: agent.target(batch, samples),
         "critic loss": afresh(critic),
         "behaviour loss": afresh(behaviour),
-        "rollout": lambda: agent.trajectory(kernel, s, noise),
         "terminal gradient": lambda: reward.value_and_gradient(xs[-1], cond),
         "adjoint": lambda: lean_adjoint(agent.reference, kernel, xs, terminal, cond),
         "matching loss": afresh(matching),

@@ -8,6 +8,8 @@ the discounted rewards of a window, m the mask after it and s' its last valid ne
 
 Slow copies follow the weights from before the optimiser's step, θ̄ <- rate θ + (1 - rate) θ̄.
 Candidates for an action are ranked by the online critics, also within y.
+
+An update first samples what its losses take from the agent as it is (`applications.rl.samples`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from applications.rl.agent import Agent, AgentConfig, Metrics, Noise, Shapes, require
 from applications.rl.networks import Critics
+from applications.rl.samples import Samples
 from flows.field import frozen
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ class ActorCritic(Agent):
         """A chunk (B, chunk_dim) in [-1, 1] an observation; noises (B, chunk_dim)."""
 
     @abstractmethod
-    def actor_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """Sum of the losses of everything but the critics, and metrics."""
 
     def policy_noises(self) -> dict[str, str]:
@@ -97,10 +100,15 @@ class ActorCritic(Agent):
         return values.mean(0)
 
     @torch.no_grad()
-    def next_value(self, batch: Batch, noise: Noise) -> Tensor:
+    def samples(self, batch: Batch, noise: Noise) -> Samples:
+        """What the losses use."""
+        return Samples(next_chunks=self.next_chunks(batch, noise))
+
+    @torch.no_grad()
+    def next_value(self, batch: Batch, samples: Samples) -> Tensor:
         """Value (B,) of the next observations: that of the policy's action there."""
-        actions = self.next_chunks(batch, noise)
-        values = self.slow_critic(batch.next_observations, actions)
+        assert samples.next_chunks is not None
+        values = self.slow_critic(batch.next_observations, samples.next_chunks)
         return pessimistic(values, self.config.rho)
 
     def act_shapes(self, batch_size: int) -> Shapes:
@@ -116,26 +124,37 @@ class ActorCritic(Agent):
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """The best of the candidates, flattened (B, chunk_dim)."""
+        rows, own = self.rows(observations, noise)
+        return self.best(rows, self.propose(rows, own))
+
+    def rows(self, observations: Tensor, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+        """Observations and noises of `propose`, a row for each of the n·B candidates."""
         n = self.candidates
-        rows = observations if n == 1 else observations.repeat_interleave(n, dim=0)
-        own = {name: noise[name].flatten(0, 1) for name in self.policy_noises()}
-        proposals = self.propose(rows, own)
+        repeated = observations if n == 1 else observations.repeat_interleave(n, dim=0)
+        return repeated, {name: noise[name].flatten(0, 1) for name in self.policy_noises()}
+
+    def best(self, rows: Tensor, proposals: Tensor) -> Tensor:
+        """Of proposals (n·B, chunk_dim) at ``rows`` those ranked first, (B, chunk_dim)."""
+        n = self.candidates
         if n == 1:
             return proposals
         best = self.rank(self.critic(rows, proposals)).reshape(-1, n).argmax(1)
         index = best[:, None, None].expand(-1, 1, self.chunk_dim)
         return proposals.reshape(-1, n, self.chunk_dim).gather(1, index).squeeze(1)
 
+    def next_noise(self, noise: Noise) -> dict[str, Tensor]:
+        """The noises of the policy at the next observations, by its own names for them."""
+        return {name: noise[source] for name, source in self.policy_noises().items()}
+
     @torch.no_grad()
     def next_chunks(self, batch: Batch, noise: Noise) -> Tensor:
         """The policy's chunks (B, chunk_dim) at the next observations."""
-        own = {name: noise[source] for name, source in self.policy_noises().items()}
-        return self.chunks(batch.next_observations, own)
+        return self.chunks(batch.next_observations, self.next_noise(noise))
 
-    def target(self, batch: Batch, noise: Noise) -> Tensor:
+    def target(self, batch: Batch, samples: Samples) -> Tensor:
         """y, (B,), without gradient."""
         discount = self.config.discount**self.config.horizon
-        return batch.rewards + discount * batch.masks * self.next_value(batch, noise)
+        return batch.rewards + discount * batch.masks * self.next_value(batch, samples)
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Metrics]:
         """L_Q toward ``target`` (B,), and metrics."""
@@ -152,8 +171,9 @@ class ActorCritic(Agent):
 
     def total_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """L_Q and the losses of the actors, summed; see `Agent.total_loss`."""
-        critic, metrics = self.critic_loss(batch, self.target(batch, noise))
-        actor, others = self.actor_loss(batch, noise)
+        samples = self.samples(batch, noise)
+        critic, metrics = self.critic_loss(batch, self.target(batch, samples))
+        actor, others = self.actor_loss(batch, noise, samples)
         return critic + actor, metrics | others
 
     @torch.no_grad()

@@ -3,7 +3,8 @@ r"""Agents of two flows: the behaviour b, fitted to the data, and the policy f, 
 Both are initialised independently; f is not copied from b.  b̄, the slow copy of b, is what f is
 compared with: the base of the memoryless chain and of its adjoint.  The policy acts by its ODE.
 With ``residual`` f is a correction: the chain's velocity is b̄ + f, that of acting b + f (as
-published).
+published).  A chain and an ODE of K steps need f at the same times k / K, and can share its
+evaluations (`FlowPair.shared_velocity`).
 
 A chain, its adjoint and its reading are a table (`adjoint.kernel`).  All but one are constants;
 ``moment_matched`` depends on the base, which learns, and is rebuilt for each update from the
@@ -24,10 +25,10 @@ from adjoint.kernel import KERNELS, Kernel, make_kernel, own_time_kernel
 from applications.rl.actor_critic import ActorCritic, CriticConfig
 from applications.rl.agent import Noise, Shapes, require
 from applications.rl.base_error import BaseError
-from applications.rl.flow_policy import condition, flow_action
+from applications.rl.flow_policy import FlowODE, condition
 from applications.rl.networks import FlowActor
 from flows import grid as grids
-from flows.field import Cond, frozen
+from flows.field import Cond, VelocityField, frozen
 
 if TYPE_CHECKING:
     from applications.rl.replay import Batch
@@ -100,18 +101,34 @@ class FlowPair(ActorCritic):
 
         Gradients reach f and ``x``, never the weights of the base.
         """
-        return self._on(self.reference, x, t, cond)
+        return self._on(self.reference, self.policy(x, t, cond), x, t, cond)
 
     def acting_velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Velocity of the policy when it acts, of the shape of ``x``; gradients as above."""
-        return self._on(self.base, x, t, cond)
+        return self._on(self.base, self.policy(x, t, cond), x, t, cond)
 
-    def _on(self, base: FlowActor, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        v = self.policy(x, t, cond)
+    def shared_velocity(self, ode: FlowODE) -> VelocityField:
+        """`velocity` for a chain that starts with ``ode``, which each call also moves a step.
+
+        The ODE moves by `acting_velocity`.  One evaluation of f serves both.
+        """
+
+        def velocity(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+            assert cond is not None
+            rows = {name: torch.cat([c, ode.cond[name]]) for name, c in cond.items()}
+            f = self.policy(torch.cat([x, ode.x]), t, rows)
+            own, others = f.split([len(x), len(ode.x)])
+            ode.advance(self._on(self.base, others, ode.x, t, ode.cond))
+            return self._on(self.reference, own, x, t, cond)
+
+        return velocity
+
+    def _on(self, base: FlowActor, f: Tensor, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+        """The velocity that ``f`` means: itself, or as a correction of ``base``."""
         if not self.config.residual:
-            return v
+            return f
         held = {name: p.detach() for name, p in base.named_parameters()}
-        return v + functional_call(base, held, (x, t, cond))
+        return f + functional_call(base, held, (x, t, cond))
 
     def kernel(self) -> Kernel:
         """The table of the chain, on the device of the agent."""
@@ -130,9 +147,11 @@ class FlowPair(ActorCritic):
 
     def flow_action(self, observations: Tensor, x: Tensor) -> Tensor:
         """Chunk (B, chunk_dim) of the policy's ODE from noise ``x`` of its shape, clipped."""
-        return flow_action(
-            self.acting_velocity, observations, x, self.config.flow_steps, self.config.solver
-        )
+        return self.ode(observations, x).finish(self.acting_velocity)
+
+    def ode(self, observations: Tensor, x: Tensor) -> FlowODE:
+        """The policy's ODE at its start, noise ``x`` (B, chunk_dim)."""
+        return FlowODE(observations, x, self.config.flow_steps, self.config.solver)
 
     def noise_shapes(self, batch_size: int) -> Shapes:
         """Besides the noises of every agent with critics, start and steps of the chain."""

@@ -29,27 +29,52 @@ def condition(observations: Tensor) -> Cond:
     return {"observation": observations}
 
 
-def flow_action(
-    field: VelocityField, observations: Tensor, x: Tensor, steps: int, solver: Solver = "euler"
-) -> Tensor:
-    """Action (B, d) of the flow from noise ``x`` (B, d) at observations (B, observation_dim).
+class FlowODE:
+    """The ODE of a flow under way, after some of its steps.
 
-    Agrees with `flows.sampling.sample` on a uniform grid, but is differentiable and never waits
-    for the device.
+    Agrees with `flows.sampling.sample` on a uniform grid, but is differentiable, never waits for
+    the device, and takes each step when it is told to.
 
     Arguments:
-        field: velocity field conditioned on the observation.
+        observations: (B, observation_dim).
+        x: noise (B, d).
         steps: K.
         solver: Euler as published, or two-step Adams-Bashforth (first step Euler), which is of
             second order at the same cost.
+
+    Attributes:
+        x: state (B, d) at time k / K.
+        k: steps taken.
+        cond: condition of the field.
     """
-    cond = condition(observations)
-    previous: Tensor | None = None
-    for k in range(steps):
-        v = field(x, torch.full((), k / steps, dtype=x.dtype, device=x.device), cond)
-        move = v if solver == "euler" or previous is None else 1.5 * v - 0.5 * previous
-        x, previous = x + move / steps, v
-    return x.clamp(-1, 1)
+
+    def __init__(
+        self, observations: Tensor, x: Tensor, steps: int, solver: Solver = "euler"
+    ) -> None:
+        self.cond, self.x, self.k = condition(observations), x, 0
+        self.steps, self.solver = steps, solver
+        self._previous: Tensor | None = None
+
+    def advance(self, v: Tensor) -> None:
+        """Take a step, given the velocity (B, d) at ``x`` and time k / K."""
+        previous, self._previous = self._previous, v
+        move = v if self.solver == "euler" or previous is None else 1.5 * v - 0.5 * previous
+        self.x = self.x + move / self.steps
+        self.k += 1
+
+    def finish(self, field: VelocityField) -> Tensor:
+        """Take the steps that are left with ``field``; the action (B, d), clipped."""
+        while self.k < self.steps:
+            t = torch.full((), self.k / self.steps, dtype=self.x.dtype, device=self.x.device)
+            self.advance(field(self.x, t, self.cond))
+        return self.x.clamp(-1, 1)
+
+
+def flow_action(
+    field: VelocityField, observations: Tensor, x: Tensor, steps: int, solver: Solver = "euler"
+) -> Tensor:
+    """Action (B, d) of the flow from noise ``x``; arguments as for `FlowODE`."""
+    return FlowODE(observations, x, steps, solver).finish(field)
 
 
 def behaviour_loss(

@@ -16,10 +16,10 @@ from benchmarks.speed_update import QUICK, Operations, Sizes, operations, parts
 
 PARTS = [
     "sampling",
+    "chain and actions",
     "target",
     "critic loss",
     "behaviour loss",
-    "rollout",
     "terminal gradient",
     "adjoint",
     "matching loss",

@@ -152,7 +152,7 @@ def test_every_parameter_of_the_agent_is_compared(case):
 @pytest.mark.parametrize("case", [QAM, ALT, RESIDUAL, QAM_F, QAM_E], ids=str)
 def test_trajectory_and_adjoint(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
-    xs = agent.trajectory(agent.kernel(), batch.observations, noise).xs
+    xs = agent.samples(batch, noise).chain.xs
     check(xs[:-1], case.get("u0.out.xs"), "states")
     adjoint = agent.adjoint(agent.kernel(), batch.observations, xs).values
     check(adjoint[:-1], case.get("u0.out.adjs"), "adjoints")
@@ -166,16 +166,18 @@ def test_trajectory_and_adjoint(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c is not IFQL], ids=str)
 def test_next_actions_and_values(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
-    chunks = agent.next_chunks(batch, noise)
+    samples = agent.samples(batch, noise)
+    chunks = samples.next_chunks
     check(chunks, case.get("u0.out.next_actions"), "next actions")
     values = agent.slow_critic(batch.next_observations, chunks)
     check(values, case.get("u0.out.next_qs"), "values of the next actions")
     discount = 0.99**3
     next_value = pessimistic(case.get("u0.out.next_qs"), agent.config.rho)
     expected = batch.rewards + discount * batch.masks * next_value
-    check(agent.target(batch, noise), expected, "target")
+    target = agent.target(batch, samples)
+    check(target, expected, "target")
     if case.has("u0.out.target_q"):
-        check(agent.target(batch, noise), case.get("u0.out.target_q"), "target")
+        check(target, case.get("u0.out.target_q"), "target")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -208,7 +210,7 @@ def test_actions_after_three_updates(case, kind):
 def test_parts_of_qam_e():
     agent, batch, noise = QAM_E.make(), QAM_E.batch(0), QAM_E.noise(0)
     s = batch.observations
-    flow = agent.flow_action(s, noise["extra_base_noise"]).detach()
+    flow = agent.samples(batch, noise).flow_chunks
     check(flow, QAM_E.get("u0.out.flow_actions"), "flow actions")
     inputs = torch.cat([s, flow], dim=1)
     mean, log_std = agent.editor(inputs)
@@ -217,7 +219,7 @@ def test_parts_of_qam_e():
     edit, log_prob = agent.editor.sample(inputs, noise["edit_eps"])
     check(edit, QAM_E.get("u0.out.edit"), "edit")
     check(log_prob, QAM_E.get("u0.out.edit_log_probs"), "log-probability of the edit")
-    _, metrics = agent.edit_loss(s, noise)
+    _, metrics = agent.edit_loss(s, flow, noise["edit_eps"])
     alpha, entropy = metrics["actor/edit_alpha"], metrics["actor/edit_entropy"]
     check(-alpha * entropy, QAM_E.get("u0.out.info.actor/edit_entropy_loss"), "entropy loss")
     check(alpha * (entropy + 3), QAM_E.get("u0.out.info.actor/edit_alpha_loss"), "α's loss")
@@ -226,7 +228,8 @@ def test_parts_of_qam_e():
 def test_parts_of_fql():
     agent, batch, noise = FQL.make(), FQL.batch(0), FQL.noise(0)
     z = noise["distill_noise"]
-    check(agent.imitated(batch.observations, z), FQL.get("u0.out.flow_actions"), "flow actions")
+    flow = agent.samples(batch, noise).flow_chunks
+    check(flow, FQL.get("u0.out.flow_actions"), "flow actions")
     g = agent.one_step(batch.observations, z)
     check(g, FQL.get("u0.out.onestep_actions"), "one-step actions")
 
@@ -234,8 +237,9 @@ def test_parts_of_fql():
 def test_parts_of_ifql():
     agent, batch, noise = IFQL.make(), IFQL.batch(0), IFQL.noise(0)
     check(agent.value(batch.observations), IFQL.get("u0.out.v"), "value")
-    check(agent.next_value(batch, noise), IFQL.get("u0.out.next_v"), "next value")
-    check(agent.target(batch, noise), IFQL.get("u0.out.target_q"), "target")
+    samples = agent.samples(batch, noise)
+    check(agent.next_value(batch, samples), IFQL.get("u0.out.next_v"), "next value")
+    check(agent.target(batch, samples), IFQL.get("u0.out.target_q"), "target")
     _, metrics = agent.loss(batch, noise)
     check(metrics["actor/flow_loss"], IFQL.get("u0.out.info.actor/actor_loss"), "actor loss")
 

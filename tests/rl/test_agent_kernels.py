@@ -151,9 +151,9 @@ def test_moment_matched_rollout_of_the_tilt_has_its_mean_and_variance(steps):
     eps = {
         "sde_x0": torch.randn(size, 6, generator=gen(), dtype=torch.float64),
         "sde_eps": torch.randn(steps, size, 6, generator=gen(1), dtype=torch.float64),
+        "next_action_noise": torch.zeros(size, 1, 6, dtype=torch.float64),
     }
-    s = torch.zeros(size, 5, dtype=torch.float64)
-    end = agent.trajectory(agent.kernel(), s, eps).xs[-1]
+    end = agent.samples(gaussian_batch(size), eps).chain.xs[-1]
     # 240 000 numbers: deviations .0014 of the mean and .0014 of the variance.
     assert end.mean().item() == pytest.approx(M + TAU * SLOPE * S2, abs=0.006)
     assert end.var().item() == pytest.approx(S2, abs=0.006)
@@ -164,8 +164,8 @@ def test_moment_matched_has_the_exact_tilt_as_its_fixed_point(steps):
     agent = gaussian_agent("moment_matched", steps)
     exact_error(agent)
     eps = noise(agent)
-    s, kernel = batch().observations, agent.kernel()
-    xs = agent.trajectory(kernel, s, eps).xs
+    s, chain = batch().observations, agent.samples(batch(), eps).chain
+    kernel, xs = chain.kernel, chain.xs
     adjoint = agent.adjoint(kernel, s, xs)
     cond = condition(s)
     for k in range(steps):
@@ -177,14 +177,15 @@ def test_moment_matched_has_the_exact_tilt_as_its_fixed_point(steps):
     wrong = gaussian_agent("moment_matched", steps)
     exact_error(wrong)
     wrong.config = wrong.config.__class__(**{**vars(wrong.config), "inverse_temperature": 10 * TAU})
-    assert wrong.matching_loss(s, eps)[0] > 100 * agent.matching_loss(s, eps)[0]
+    assert wrong.matching_loss(s, chain)[0] > 100 * agent.matching_loss(s, chain)[0]
 
 
 def test_the_published_kernel_does_not_have_it_as_its_fixed_point():
     """Negative control: at few steps the published pair's target is off where ours is exact."""
     agent = gaussian_agent("euler_published", 5)
-    eps, s, kernel = noise(agent), batch().observations, agent.kernel()
-    xs = agent.trajectory(kernel, s, eps).xs
+    eps, s = noise(agent), batch().observations
+    chain = agent.samples(batch(), eps).chain
+    kernel, xs = chain.kernel, chain.xs
     adjoint = agent.adjoint(kernel, s, xs)
     ratio = (kernel.read_a / kernel.read_v)[:, None, None]
     target = adjoint.v_base - ratio * adjoint.values[:-1]

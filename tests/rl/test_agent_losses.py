@@ -263,8 +263,9 @@ def test_loss_and_gradient_are_those_of_the_formulas(name, options, seed):
 def test_losses_of_actors_leave_critics_alone_and_the_reverse(name):
     agent, data = make(name), batch()
     eps = noise(agent)
-    actor, _ = agent.actor_loss(data, eps)
-    critic, _ = agent.critic_loss(data, agent.target(data, eps))
+    samples = agent.samples(data, eps)
+    actor, _ = agent.actor_loss(data, eps, samples)
+    critic, _ = agent.critic_loss(data, agent.target(data, samples))
     of_actor, of_critic = gradients(actor, agent), gradients(critic, agent)
     for parameter in of_actor:
         trained_by_critic = parameter.startswith("critic.")
@@ -301,7 +302,7 @@ def test_pessimism_lowers_the_target(rho):
     a = euler(agent.policy, data.next_observations, eps["next_action_noise"][:, 0], 4)
     q = critics(agent.slow_critic, data.next_observations, a)
     expected = q.mean(0) - rho * q.std(0, correction=0)
-    torch.testing.assert_close(agent.next_value(data, eps), expected)
+    torch.testing.assert_close(agent.next_value(data, agent.samples(data, eps)), expected)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_options_of_adjoint_matching_change_what_they_say():
     def terminal(**options):
         other = make("qam", shake=0.5)
         other.config = replace(other.config, **options)
-        xs = other.trajectory(other.kernel(), s, eps).xs
+        xs = other.samples(data, eps).chain.xs
         return xs[-1], other.adjoint(other.kernel(), s, xs).values[-1], other
 
     end, published, _ = terminal()

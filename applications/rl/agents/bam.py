@@ -25,6 +25,7 @@ from applications.rl.actor_critic import pessimistic
 from applications.rl.agent import Metrics, Noise
 from applications.rl.flow_pair import FlowPair, FlowPairConfig
 from applications.rl.flow_policy import behaviour_loss, condition
+from applications.rl.samples import Samples
 
 if TYPE_CHECKING:
     from applications.rl.replay import Batch
@@ -82,7 +83,7 @@ class BAM(FlowPair):
             "actor/q": q.detach(),
         }
 
-    def actor_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC and the objective of f."""
         chunks = self.flatten(batch.actions)
         flow = behaviour_loss(self.base, batch.observations, chunks, batch.valid, noise)

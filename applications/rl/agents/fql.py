@@ -21,6 +21,7 @@ from applications.rl.actor_critic import ActorCritic, CriticConfig
 from applications.rl.agent import Metrics, Noise, Shapes, require
 from applications.rl.flow_policy import behaviour_loss, flow_action
 from applications.rl.one_step import one_step_loss
+from applications.rl.samples import Samples
 
 if TYPE_CHECKING:
     from applications.rl.replay import Batch
@@ -63,19 +64,24 @@ class FQL(ActorCritic):
         """clip g(s, z)."""
         return self.one_step(observations, noise["noise"]).clamp(-1, 1)
 
-    def imitated(self, observations: Tensor, z: Tensor) -> Tensor:
-        """The behaviour flow's action (B, chunk_dim) from noise z, without gradient."""
-        config = self.config
-        with torch.no_grad():
-            return flow_action(self.base, observations, z, config.flow_steps, config.solver)
+    @torch.no_grad()
+    def samples(self, batch: Batch, noise: Noise) -> Samples:
+        """The policy's chunks, and those of the behaviour flow from noise z."""
+        z, config = noise["distill_noise"], self.config
+        return Samples(
+            next_chunks=self.next_chunks(batch, noise),
+            flow_chunks=flow_action(
+                self.base, batch.observations, z, config.flow_steps, config.solver
+            ),
+        )
 
-    def actor_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC and the loss of the one-step policy."""
         observations, z = batch.observations, noise["distill_noise"]
         chunks = self.flatten(batch.actions)
         flow = behaviour_loss(self.base, observations, chunks, batch.valid, noise)
-        imitated = self.imitated(observations, z)
+        assert samples.flow_chunks is not None
         own, metrics = one_step_loss(
-            self.one_step, self.critic, observations, z, imitated, self.config.alpha
+            self.one_step, self.critic, observations, z, samples.flow_chunks, self.config.alpha
         )
         return flow + own, {"actor/flow_loss": flow.detach()} | metrics

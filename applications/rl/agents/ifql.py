@@ -24,6 +24,7 @@ from applications.rl.actor_critic import ActorCritic, CriticConfig, pessimistic
 from applications.rl.agent import Metrics, Noise, Shapes, require
 from applications.rl.flow_policy import behaviour_loss, flow_action
 from applications.rl.networks import ValueNetwork
+from applications.rl.samples import Samples
 
 if TYPE_CHECKING:
     from applications.rl.replay import Batch
@@ -74,12 +75,16 @@ class IFQL(ActorCritic):
         """The least of the critics: (E, M) -> (M,)."""
         return values.amin(0)
 
+    def samples(self, batch: Batch, noise: Noise) -> Samples:
+        """None: the policy is not asked."""
+        return Samples()
+
     @torch.no_grad()
-    def next_value(self, batch: Batch, noise: Noise) -> Tensor:
+    def next_value(self, batch: Batch, samples: Samples) -> Tensor:
         """V(s') (B,)."""
         return self.value(batch.next_observations)
 
-    def actor_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC + L_V."""
         observations, chunks = batch.observations, self.flatten(batch.actions)
         flow = behaviour_loss(self.base, observations, chunks, batch.valid, noise)

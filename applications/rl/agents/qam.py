@@ -9,7 +9,8 @@ core (`adjoint`).  With K steps, x_0 and ε independent normal noise, and the pu
     L_AM = mean_B Σ_k ‖(2/σ_k) (f - b̄)(s, x_k, t_k) + σ_k a_k‖²,
 
 in which only f is trained and windows are not weighted.  The total is L_Q + L_BC + L_AM; the policy
-is the ODE of f.
+is the ODE of f.  An update takes the K steps of the chain and of its ODEs together, by one
+evaluation of f each.
 
 Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234).
 """
@@ -19,16 +20,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from adjoint.kernel import Kernel
 from adjoint.lean import Adjoint, lean_adjoint
 from adjoint.loss import adjoint_matching_loss
 from adjoint.reward import Reward
-from adjoint.rollout import Trajectory, rollout, velocity_along
+from adjoint.rollout import rollout, velocity_along
 from applications.rl.agent import Metrics, Noise, require
 from applications.rl.flow_pair import AGENT_KERNELS, FlowPair, FlowPairConfig
 from applications.rl.flow_policy import behaviour_loss, condition
+from applications.rl.samples import Chain, Samples
 from flows.field import Cond
 
 if TYPE_CHECKING:
@@ -79,10 +82,23 @@ class AdjointMatching(FlowPair):
         x = x.clamp(-1, 1) if self.config.clip_terminal else x
         return critics(cond["observation"], x, fixed=True).mean(0)
 
-    def trajectory(self, kernel: Kernel, observations: Tensor, noise: Noise) -> Trajectory:
-        """The chain of the policy from ``sde_x0`` with ``sde_eps``."""
-        x0, eps, cond = noise["sde_x0"], noise["sde_eps"], condition(observations)
-        return rollout(self.velocity, self.reference, kernel, x0, eps, cond)
+    @torch.no_grad()
+    def run(
+        self, batch: Batch, noise: Noise, observations: Tensor, x: Tensor
+    ) -> tuple[Chain, Tensor]:
+        """The chain at the batch's observations, and `flow_action` at others from noise ``x``."""
+        kernel, cond = self.kernel(), condition(batch.observations)
+        ode, x0, eps = self.ode(observations, x), noise["sde_x0"], noise["sde_eps"]
+        xs = rollout(self.shared_velocity(ode), self.reference, kernel, x0, eps, cond).xs
+        # A noiseless last step follows the base, and leaves that of the ODE to be taken.
+        return Chain(kernel, xs), ode.finish(self.acting_velocity)
+
+    @torch.no_grad()
+    def samples(self, batch: Batch, noise: Noise) -> Samples:
+        """The ODE at the next observations and the chain."""
+        rows, own = self.rows(batch.next_observations, self.next_noise(noise))
+        chain, proposals = self.run(batch, noise, rows, own["noise"])
+        return Samples(next_chunks=self.best(rows, proposals), chain=chain)
 
     def adjoint(self, kernel: Kernel, observations: Tensor, xs: Tensor) -> Adjoint:
         """Lean adjoint along states ``xs`` (K+1, B, chunk_dim) of the chain."""
@@ -91,10 +107,9 @@ class AdjointMatching(FlowPair):
         _, gradient = reward.value_and_gradient(xs[-1], cond)
         return lean_adjoint(self.reference, kernel, xs, -gradient, cond)
 
-    def matching_loss(self, observations: Tensor, noise: Noise) -> tuple[Tensor, Metrics]:
-        """L_AM at observations (B, observation_dim), and metrics."""
-        kernel = self.kernel()
-        xs = self.trajectory(kernel, observations, noise).xs
+    def matching_loss(self, observations: Tensor, chain: Chain) -> tuple[Tensor, Metrics]:
+        """L_AM along the chain at observations (B, observation_dim), and metrics."""
+        kernel, xs = chain.kernel, chain.xs
         adjoint = self.adjoint(kernel, observations, xs)
         v = velocity_along(self.velocity, xs[:-1], kernel.t[:-1], condition(observations))
         loss, metrics = adjoint_matching_loss(v, adjoint, kernel)
@@ -105,13 +120,18 @@ class AdjointMatching(FlowPair):
             "actor/q_gradient": adjoint.values[-1].norm(dim=1).mean(),
         }
 
-    def tilt_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    def tilt_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC + L_AM, and metrics."""
-        self.measure_error(batch, noise)
+        assert samples.chain is not None
         chunks = self.flatten(batch.actions)
         flow = behaviour_loss(self.base, batch.observations, chunks, batch.valid, noise)
-        matching, metrics = self.matching_loss(batch.observations, noise)
+        matching, metrics = self.matching_loss(batch.observations, samples.chain)
         return flow + matching, {"actor/flow_loss": flow.detach()} | metrics
+
+    def total_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The losses, by the kernel of the error that the batch has been taken into."""
+        self.measure_error(batch, noise)
+        return super().total_loss(batch, noise)
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,6 @@ class QAM(AdjointMatching):
         """The ODE of the policy flow from ``noise``."""
         return self.flow_action(observations, noise["noise"])
 
-    def actor_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC + L_AM."""
-        return self.tilt_loss(batch, noise)
+        return self.tilt_loss(batch, noise, samples)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from applications.rl.agent import Metrics, Noise, Shapes, require
 from applications.rl.agents.qam import AdjointMatching, AdjointMatchingConfig
 from applications.rl.networks import TanhGaussianActor
+from applications.rl.samples import Samples
 
 if TYPE_CHECKING:
     from applications.rl.replay import Batch
@@ -94,19 +95,33 @@ class QAME(AdjointMatching):
             return chunks
         return self.edit(observations, chunks, noise["edit_eps"])[0]
 
-    def actor_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    @torch.no_grad()
+    def samples(self, batch: Batch, noise: Noise) -> Samples:
+        """Those of QAM, edited, and the flow's chunks u at the observations."""
+        if self.editor is None:
+            return super().samples(batch, noise)
+        rows, own = self.rows(batch.next_observations, self.next_noise(noise))
+        observations = torch.cat([rows, batch.observations])
+        x = torch.cat([own["noise"], noise["extra_base_noise"]])
+        chain, chunks = self.run(batch, noise, observations, x)
+        proposals, flow_chunks = chunks.split([len(rows), len(batch.observations)])
+        edited, _ = self.edit(rows, proposals, own["edit_eps"])
+        return Samples(self.best(rows, edited), flow_chunks, chain)
+
+    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC + L_AM + L_edit + L_α."""
-        loss, metrics = self.tilt_loss(batch, noise)
+        loss, metrics = self.tilt_loss(batch, noise, samples)
         if self.editor is None:
             return loss, metrics
-        own, others = self.edit_loss(batch.observations, noise)
+        assert samples.flow_chunks is not None
+        own, others = self.edit_loss(batch.observations, samples.flow_chunks, noise["edit_eps"])
         return loss + own, metrics | others
 
-    def edit_loss(self, observations: Tensor, noise: Noise) -> tuple[Tensor, Metrics]:
-        """L_edit + L_α at observations (B, observation_dim), and metrics."""
-        with torch.no_grad():
-            chunks = self.flow_action(observations, noise["extra_base_noise"])
-        edited, log_prob = self.edit(observations, chunks, noise["edit_eps"])
+    def edit_loss(
+        self, observations: Tensor, chunks: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """L_edit + L_α of the edit of u ``chunks`` by noise ``eps``, and metrics."""
+        edited, log_prob = self.edit(observations, chunks, eps)
         q = self.critic(observations, edited, fixed=True).mean()
         negentropy = log_prob.mean()
         alpha = self.log_alpha.exp()

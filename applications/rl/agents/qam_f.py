@@ -20,6 +20,7 @@ from applications.rl.agent import Metrics, Noise, Shapes, require
 from applications.rl.agents.qam import AdjointMatching, AdjointMatchingConfig
 from applications.rl.networks import OneStepActor
 from applications.rl.one_step import one_step_loss
+from applications.rl.samples import Samples
 
 if TYPE_CHECKING:
     from applications.rl.replay import Batch
@@ -66,15 +67,26 @@ class QAMF(AdjointMatching):
             return self.flow_action(observations, noise["noise"])
         return self.one_step(observations, noise["noise"]).clamp(-1, 1)
 
-    def actor_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+    @torch.no_grad()
+    def samples(self, batch: Batch, noise: Noise) -> Samples:
+        """Those of QAM without g; else the chain, the flow's chunks from z, and g's."""
+        if self.one_step is None:
+            return super().samples(batch, noise)
+        chain, chunks = self.run(batch, noise, batch.observations, noise["extra_base_noise"])
+        return Samples(self.next_chunks(batch, noise), chunks, chain)
+
+    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC + L_AM and the loss of the one-step policy."""
-        loss, metrics = self.tilt_loss(batch, noise)
+        loss, metrics = self.tilt_loss(batch, noise, samples)
         if self.one_step is None:
             return loss, metrics
-        z = noise["extra_base_noise"]
-        with torch.no_grad():
-            imitated = self.flow_action(batch.observations, z)
+        assert samples.flow_chunks is not None
         own, others = one_step_loss(
-            self.one_step, self.critic, batch.observations, z, imitated, self.config.alpha
+            self.one_step,
+            self.critic,
+            batch.observations,
+            noise["extra_base_noise"],
+            samples.flow_chunks,
+            self.config.alpha,
         )
         return loss + own, metrics | others

@@ -6,6 +6,7 @@ that is killed and resumed writes the same file as one left undisturbed.
 
 from __future__ import annotations
 
+import copy
 import csv
 import sys
 import uuid
@@ -15,15 +16,19 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from applications.rl import runs
 from applications.rl.agent import Agent
+from applications.rl.beside import Answer
 from applications.rl.evaluation import Evaluation
 from applications.rl.objective import Schedule
-from applications.rl.runs import write_config
+from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, Metrics
 from flows.checkpoint import replacing
 from flows.trainer import Trainer
 
 COLUMNS = ("step", "phase", "success", "episodes", "return", "length")
+EVALUATED = "evaluation/iteration"
+"""Name, at Weights & Biases, of the iteration whose weights were evaluated."""
 
 
 class ConfigFile(Callback):
@@ -39,20 +44,24 @@ class ConfigFile(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Write it."""
-        write_config(self.folder, self.content)
+        runs.write_config(self.folder, self.content)
 
 
 class Evaluations(Callback):
     """Evaluates the agent every so many steps and at the end of each phase; rows of a CSV file.
 
+    An evaluation may be an `Answer`, which comes while training goes on.  Then its weights are kept
+    in a file until its row is written, and a resumed run asks for it again.  There is one at a
+    time: the next one, and the end of the training, wait for it.
+
     Arguments:
-        path: the file; one of an earlier run is replaced unless the run is resumed.
+        folder: of the run; files of an earlier one are replaced unless it is resumed.
         schedule: phases of the training.
         every: steps between two evaluations.
         evaluate: callable (agent, step, phase) -> evaluation.
 
     Attributes:
-        latest: the last evaluation of this process, None before.
+        arrived: the evaluations of this process, each after the iteration whose weights it is of.
 
     Raises (when training starts):
         OSError: the file cannot be written.
@@ -61,19 +70,26 @@ class Evaluations(Callback):
 
     def __init__(
         self,
-        path: Path,
+        folder: Path,
         schedule: Schedule,
         every: int,
-        evaluate: Callable[[Agent, int, str], Evaluation],
+        evaluate: Callable[[Agent, int, str], Evaluation | Answer],
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.path, self.schedule, self.every, self.evaluate = path, schedule, every, evaluate
-        self.latest: Evaluation | None = None
+        self.path, self.snapshot = folder / runs.EVALUATION, folder / runs.SNAPSHOT
+        self.schedule, self.every, self.evaluate = schedule, every, evaluate
+        self.arrived: list[tuple[int, Evaluation]] = []
         self._rows: list[list[str]] = []
+        self._pending: tuple[int, Answer] | None = None
+
+    @property
+    def latest(self) -> Evaluation | None:
+        """The last evaluation of this process, None before."""
+        return self.arrived[-1][1] if self.arrived else None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Keep the rows up to where the run stands."""
+        """Keep the rows up to where the run stands, and ask again for one that is not there."""
         self._rows = []
         done = trainer.iteration
         if done and self.path.exists():
@@ -84,18 +100,55 @@ class Evaluations(Callback):
             here = (self.schedule.phase(done) == "online", self.schedule.step(done))
             self._rows = [row for row in rows if (row[1] == "online", int(row[0])) <= here]
         self._write()
+        if self.snapshot.exists():
+            state = checkpoints.load(self.snapshot)
+            place = [str(value) for value in self._place(state["iteration"])]
+            if state["iteration"] <= done and place not in (row[:2] for row in self._rows):
+                agent = copy.deepcopy(trainer.module)
+                agent.load_state_dict(state["module"])
+                self._ask(cast(Agent, agent), state["iteration"])
+            else:
+                self.snapshot.unlink()
+        if done == self.schedule.updates:
+            self._wait()
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
-        """Evaluate and write if it is due."""
-        step, phase = self.schedule.step(iteration), self.schedule.phase(iteration)
+        """Write the row that has come, and evaluate if it is due."""
+        if self._pending is not None and self._pending[1].arrived():
+            self._wait()
         ends = (self.schedule.offline_steps, self.schedule.updates)
-        if step % self.every and iteration not in ends:
-            return
-        result = self.evaluate(cast(Agent, trainer.module), step, phase)
+        if self.schedule.step(iteration) % self.every == 0 or iteration in ends:
+            self._wait()
+            self._ask(cast(Agent, trainer.module), iteration)
+        if iteration == self.schedule.updates:
+            self._wait()
+
+    def _place(self, iteration: int) -> tuple[int, str]:
+        return self.schedule.step(iteration), self.schedule.phase(iteration)
+
+    def _ask(self, agent: Agent, iteration: int) -> None:
+        result = self.evaluate(agent, *self._place(iteration))
+        if isinstance(result, Evaluation):
+            self._record(iteration, result)
+        else:  # a checkpoint that says it was asked for comes after this
+            state = {"iteration": iteration, "module": agent.state_dict()}
+            checkpoints.save(self.snapshot, state)
+            self._pending = (iteration, result)
+
+    def _wait(self) -> None:
+        """Record what is not there yet."""
+        if self._pending is not None:
+            iteration, answer = self._pending
+            self._record(iteration, answer.result())
+            self._pending = None
+
+    def _record(self, iteration: int, result: Evaluation) -> None:
+        step, phase = self._place(iteration)
         row = (step, phase, result.success, result.episodes, result.mean_return, result.mean_length)
         self._rows.append([f"{x:.9g}" if isinstance(x, float) else str(x) for x in row])
         self._write()
-        self.latest = result
+        self.snapshot.unlink(missing_ok=True)
+        self.arrived.append((iteration, result))
 
     def _write(self) -> None:
         with replacing(self.path, "evaluations") as file:
@@ -104,7 +157,7 @@ class Evaluations(Callback):
 
 
 class EvaluationPoints(Callback):
-    """Hands each new evaluation to a logger of metrics.
+    """Hands each evaluation that has come to a logger of metrics, at its own iteration.
 
     Arguments:
         evaluations: comes before this among the callbacks.
@@ -113,18 +166,17 @@ class EvaluationPoints(Callback):
 
     def __init__(self, evaluations: Evaluations, logger: Callback) -> None:
         self.evaluations, self.logger = evaluations, logger
-        self._seen: Evaluation | None = None
+        self._seen = 0
 
     def on_start(self, trainer: Trainer) -> None:
         """Start the logger."""
         self.logger.on_start(trainer)
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
-        """Log an evaluation made in this iteration."""
-        latest = self.evaluations.latest
-        if latest is not None and latest is not self._seen:
-            self._seen = latest
-            self.logger.on_step(trainer, iteration, evaluation_metrics(latest))
+        """Log what is new."""
+        for place, evaluation in self.evaluations.arrived[self._seen :]:
+            self.logger.on_step(trainer, place, evaluation_metrics(evaluation))
+        self._seen = len(self.evaluations.arrived)
 
     def on_end(self, trainer: Trainer) -> None:
         """End the logger."""
@@ -209,7 +261,7 @@ class WandbLogger(Callback):
         self.project, self.name, self.path = project, name, path
         self.config, self.every = config, every
         self.evaluations = evaluations
-        self._seen: Evaluation | None = None
+        self._seen = 0
         self._run: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -232,18 +284,20 @@ class WandbLogger(Callback):
             resume="allow" if continued else "never",
             reinit="create_new",  # beside those of seeds that are trained together
         )
+        # Steps there never decrease, so evaluations that come later have an axis of their own.
+        self._run.define_metric(EVALUATED)
+        self._run.define_metric("evaluation/*", step_metric=EVALUATED)
 
     def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
         """Send the metrics once in ``every`` iterations and at the end, evaluations at once."""
-        sent: dict[str, float] = {}
         if iteration % self.every == 0 or iteration == trainer.config.iterations:
-            sent |= {name: float(value) for name, value in metrics.items()}
-        latest = None if self.evaluations is None else self.evaluations.latest
-        if latest is not None and latest is not self._seen:
-            self._seen = latest
-            sent |= evaluation_metrics(latest)
-        if sent:
+            sent = {name: float(value) for name, value in metrics.items()}
             self._run.log(sent, step=iteration)
+        new = () if self.evaluations is None else self.evaluations.arrived[self._seen :]
+        for late, (place, evaluation) in enumerate(new):  # two at one step would be one there
+            sent = evaluation_metrics(evaluation) | {EVALUATED: float(place)}
+            self._run.log(sent, step=iteration + late)
+        self._seen += len(new)
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the run."""

@@ -12,7 +12,7 @@ from applications.rl.results import PHASES, Result
 UNTOLD = (
     *("seed", "folder", "resume", "overwrite", "versions", "dataset", "device", "hours", "threads"),
     *("environments", "workers", "checkpoint_every", "log_every", "tensorboard", "wandb"),
-    *("together", "compile", "graph"),
+    *("together", "compile", "graph", "eval_beside"),
 )
 """Settings that never tell two curves apart."""
 

@@ -8,6 +8,7 @@ or a thread pool of this process would not survive a fork.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,42 +105,70 @@ class Lane:
             self.watch(self.environment)
 
 
-class Worker:
-    """A lane in a process of its own; methods as those of `Lane`.
+class Remote:
+    """A process that answers messages in order, after it has told the spaces of its environments.
 
     Arguments:
-        factory: makes the environment; picklable, so a function at the top level of a module.
+        serve: what it does, with ``arguments`` and its end of the connection; it sends pairs
+            (traceback or None, value).
+        arguments: picklable, so of the functions only those at the top level of a module.
 
-    Raises (by any method):
-        RunError: the environment failed, with its own traceback, or the process died.
+    Attributes:
+        option: what asks for it, as errors name it.
+        daemon: whether it ends with this process; if so, it has no processes of its own.
+
+    Raises:
+        ValueError: the arguments cannot be pickled.
+        RunError: (by any method) it failed, with its own traceback, or died.
     """
 
-    def __init__(self, factory: Callable[[], gymnasium.Env]) -> None:
+    option: str
+    daemon = True
+
+    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(factory, other), daemon=True)
-        self._process.start()
-        other.close()
+        self._process = context.Process(target=serve, args=(*arguments, other), daemon=self.daemon)
+        try:
+            self._process.start()
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            self._connection.close()
+            raise ValueError(
+                f"{self.option}: what makes the environment cannot be sent to a worker process "
+                f"({error}); a function at the top level of a module can"
+            ) from error
+        finally:
+            other.close()
         self._spaces: Spaces | None = None
 
     @property
     def spaces(self) -> Spaces:
-        """Those of the environment; the first time waits for the process."""
+        """Those of the environments; the first time waits for the process."""
         if self._spaces is None:
-            self._spaces = self._receive()
+            self._spaces = self.receive()
         return self._spaces
 
-    def send_begin(self, seed: int) -> None:
-        """Begin the episode of that seed."""
-        self._send("send_begin", seed)
+    def send(self, message: Any) -> None:
+        """Send a message."""
+        _ = self.spaces  # its first message
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise self._died() from None
 
-    def send_chunk(self, chunk: np.ndarray) -> None:
-        """Execute the actions (h, d_a) until the episode ends."""
-        self._send("send_chunk", chunk)
+    def ready(self) -> bool:
+        """Whether `receive` need not wait."""
+        return self._connection.poll()
 
-    def receive(self) -> Leg:
-        """What came of what was sent last."""
-        return self._receive()
+    def receive(self) -> Any:
+        """The answer to the first message that has none yet."""
+        try:
+            error, value = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if error is not None:
+            raise RunError(f"{self.option}: an environment failed in a worker process:\n{error}")
+        return value
 
     def close(self) -> None:
         """End the process."""
@@ -149,28 +178,36 @@ class Worker:
             self._process.kill()
             self._process.join()
 
-    def _send(self, method: str, argument: Any) -> None:
-        _ = self.spaces  # its first message
-        try:
-            self._connection.send((method, argument))
-        except OSError:
-            raise self._died() from None
-
-    def _receive(self) -> Any:
-        try:
-            error, value = self._connection.recv()
-        except (EOFError, OSError):
-            raise self._died() from None
-        if error is not None:
-            raise RunError(f"an environment failed in a worker process:\n{error}")
-        return value
-
     def _died(self) -> RunError:
         self._process.join(timeout=5)
         return RunError(
-            f"a worker process ended with exit code {self._process.exitcode}; was memory short? "
-            "each holds an environment of its own"
+            f"{self.option}: a worker process ended with exit code {self._process.exitcode}; was "
+            "memory short? it holds environments of its own"
         )
+
+
+class Worker(Remote):
+    """A lane in a process of its own; methods as those of `Lane`.
+
+    Arguments:
+        factory: makes the environment.
+
+    Raises:
+        ValueError, RunError: see `Remote`.
+    """
+
+    option = "workers"
+
+    def __init__(self, factory: Callable[[], gymnasium.Env]) -> None:
+        super().__init__(_serve, factory)
+
+    def send_begin(self, seed: int) -> None:
+        """Begin the episode of that seed."""
+        self.send(("send_begin", seed))
+
+    def send_chunk(self, chunk: np.ndarray) -> None:
+        """Execute the actions (h, d_a) until the episode ends."""
+        self.send(("send_chunk", chunk))
 
 
 def _serve(factory: Callable[[], gymnasium.Env], connection: Connection) -> None:

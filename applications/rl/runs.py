@@ -4,6 +4,7 @@
     metrics.csv      metrics of the updates (`flows.callbacks.CSVLogger`)
     evaluation.csv   step, phase, success, episodes, return, length
     checkpoint.pt    weights and everything that a resume needs
+    snapshot.pt      weights whose evaluation beside training has not come yet
     tensorboard/     training and evaluation, if asked for
     wandb.txt        identity of the run at Weights & Biases, if asked for
     worker.json, finished.json, error.txt    of a sweep (`applications.rl.sweep.folders`)
@@ -33,6 +34,7 @@ CONFIG = "config.json"
 METRICS = "metrics.csv"
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.pt"
+SNAPSHOT = "snapshot.pt"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb.txt"
 
@@ -58,6 +60,26 @@ class TrainedAgent:
     task: str
     updates: int
     problem: dict[str, Any]
+
+
+def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write over a run.
+
+    Arguments:
+        folder: of the run.
+        resume: whether it may continue one.
+        overwrite: whether it may take the place of one.
+
+    Raises:
+        ValueError: the folder holds one, and neither is the case.
+        OSError: the folder cannot be written.
+    """
+    path = checkpoints.ensure_writable(folder / CHECKPOINT, "folder")
+    if path.exists() and not resume and not overwrite:
+        raise ValueError(
+            f"folder: {folder} holds a run already; --resume continues it, --overwrite begins it "
+            "anew"
+        )
 
 
 def describe_problem(

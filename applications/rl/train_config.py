@@ -51,6 +51,10 @@ class TrainConfig:
     """Environments that play at once in an evaluation; changes no result."""
     workers: int = 0
     """Processes of an evaluation with one environment each, instead; changes no result."""
+    eval_beside: bool = False
+    """Evaluate in a process beside training, which goes on meanwhile; takes a core more and some
+    seconds to start.  Changes no result on a CPU; what is trained on a GPU is evaluated on the CPU
+    then."""
     checkpoint_every: int = 5000
     """Updates between two checkpoints."""
     log_every: int = 500

@@ -4,7 +4,8 @@
 
 Offline, each step is one update on the data.  Online, each is an environment step and an update on
 the data and all that came online; see `applications.rl.objective`.  Every ``eval_every`` steps, and
-at the end of each phase, the agent plays episodes of its own; see `applications.rl.evaluation`.
+at the end of each phase, the agent plays episodes of its own; see `applications.rl.evaluation`, and
+`applications.rl.beside` for how training goes on meanwhile.
 
 Everything random comes from the seed: the weights, the batches and noise, the episodes of the
 environment, and those of each evaluation, which are new ones at each step.  A run that is killed at
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from applications.rl import runs
 from applications.rl.agent import Agent
 from applications.rl.agents import make_agent
+from applications.rl.beside import Answer, Beside
 from applications.rl.callbacks import (
     ConfigFile,
     EvaluationPoints,
@@ -44,7 +46,6 @@ from applications.rl.problem import Factory, Problem, prepare
 from applications.rl.randomness import episode_seed
 from applications.rl.spaces import Spaces, check_spaces, spaces_of
 from applications.rl.train_config import TrainConfig
-from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, CSVLogger, TensorBoardLogger
 from flows.graphs import Launcher
 from flows.together import train_together
@@ -106,7 +107,8 @@ def train(
         OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
         CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
-        RunError: the seeds that are trained together do not fit the device.
+        RunError: the seeds that are trained together do not fit the device, or an evaluation in
+            another process failed.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -118,17 +120,18 @@ def train(
         if config.eval_every:
             workers = min(config.workers, config.eval_episodes)
             environments = min(config.environments, config.eval_episodes)
-            evaluator = Evaluator(problem.factory, environments=environments, workers=workers)
+            kind: type[Evaluator | Beside] = Beside if config.eval_beside else Evaluator
+            evaluator = kind(problem.factory, environments=environments, workers=workers)
             if problem.first is not None:
                 check_spaces(evaluator.spaces, problem.first, "the data")
         for seed in config.seeds:
-            _claim(config, seed)
+            runs.claim(_folder(config, seed), resume=config.resume, overwrite=config.overwrite)
         ended: list[Trained | Exception] = []
         size = config.together or (1 if problem.device.type == "cpu" else len(config.seeds))
         for start in range(0, len(config.seeds), size):
             seeds = config.seeds[start : start + size]
-            runs = [_train_seed(problem, seed, evaluator, callbacks) for seed in seeds]
-            ended += _all_of(runs, Launcher(config.graph) if config.graph else None)
+            begun = [_train_seed(problem, seed, evaluator, callbacks) for seed in seeds]
+            ended += _all_of(begun, Launcher(config.graph) if config.graph else None)
     finally:
         if evaluator is not None:
             evaluator.close()
@@ -148,35 +151,23 @@ def show_train(config: TrainConfig) -> None:
         print(f"      python -m applications.rl report {config.path}")
 
 
-def _claim(config: TrainConfig, seed: int) -> None:
-    """Refuse to write over a run.
-
-    Raises:
-        ValueError: the folder holds one, and it is neither to be continued nor overwritten.
-        OSError: the folder cannot be written.
-    """
-    path = config.path / f"seed{seed}" / runs.CHECKPOINT
-    checkpoints.ensure_writable(path, "folder")
-    if path.exists() and not config.resume and not config.overwrite:
-        raise ValueError(
-            f"folder: {path.parent} holds a run already; --resume continues it, --overwrite begins "
-            "it anew"
-        )
+def _folder(config: TrainConfig, seed: int) -> Path:
+    return config.path / f"seed{seed}"
 
 
-def _all_of(runs: Sequence[SeedRun], launcher: Launcher | None) -> list[Trained | Exception]:
+def _all_of(begun: Sequence[SeedRun], launcher: Launcher | None) -> list[Trained | Exception]:
     """`train_together`, with advice where the runs do not fit."""
     try:
-        return train_together(runs, ahead=launcher)
+        return train_together(begun, ahead=launcher)
     except torch.OutOfMemoryError as error:
         raise RunError(
-            f"{len(runs)} seeds together do not fit the device; --together with a smaller number "
+            f"{len(begun)} seeds together do not fit the device; --together with a smaller number "
             f"trains fewer at a time, --resume continues: {error}"
         ) from error
 
 
 def _train_seed(
-    problem: Problem, seed: int, evaluator: Evaluator | None, callbacks: Sequence[Callback]
+    problem: Problem, seed: int, evaluator: Evaluator | Beside | None, callbacks: Sequence[Callback]
 ) -> SeedRun:
     try:
         if not problem.config.online_steps:
@@ -199,7 +190,7 @@ def _run(
     seed: int,
     spaces: Spaces,
     episodes: Episodes | None,
-    evaluator: Evaluator | None,
+    evaluator: Evaluator | Beside | None,
     callbacks: Sequence[Callback],
 ) -> SeedRun:
     started = time.perf_counter()
@@ -216,9 +207,10 @@ def _run(
         before_sampling=problem.rotation(replay),
         compiled=config.compile,
     )
-    folder = config.path / f"seed{seed}"
+    folder = _folder(config, seed)
     if not config.resume:  # what a resume finds stays until its checkpoint is accepted
-        (folder / runs.CHECKPOINT).unlink(missing_ok=True)
+        for name in (runs.CHECKPOINT, runs.SNAPSHOT):
+            (folder / name).unlink(missing_ok=True)
     content = problem.describe(seed, spaces)
     evaluations = None
     if evaluator is not None:
@@ -258,12 +250,14 @@ def _run(
     return Trained(seed, folder, agent.eval(), latest, time.perf_counter() - started)
 
 
-def _evaluations(folder: Path, config: TrainConfig, seed: int, evaluator: Evaluator) -> Evaluations:
-    def evaluate(agent: Agent, step: int, phase: str) -> Evaluation:
+def _evaluations(
+    folder: Path, config: TrainConfig, seed: int, evaluator: Evaluator | Beside
+) -> Evaluations:
+    def evaluate(agent: Agent, step: int, phase: str) -> Evaluation | Answer:
         path = (EVALUATION_STREAM, step, int(phase == "online"))
         return evaluator(agent, episodes=config.eval_episodes, seed=episode_seed(seed, *path))
 
-    return Evaluations(folder / runs.EVALUATION, config.schedule, config.eval_every, evaluate)
+    return Evaluations(folder, config.schedule, config.eval_every, evaluate)
 
 
 def _callbacks(

@@ -263,13 +263,16 @@ def test_wandb_gets_metrics_and_evaluations(tmp_path, monkeypatch):
             self.options = options
             return self
 
+        def define_metric(self, name, step_metric=None):
+            self.axes = getattr(self, "axes", {}) | {name: step_metric}
+
         def log(self, values, step):
             self.sent.append((step, values))
 
         def finish(self):
             self.finished = True
 
-    module = Module()
+    module, axis = Module(), "evaluation/iteration"
     monkeypatch.setitem(__import__("sys").modules, "wandb", module)
     fit(tmp_path, wandb="project")
     assert module.options["project"] == "project"
@@ -277,6 +280,8 @@ def test_wandb_gets_metrics_and_evaluations(tmp_path, monkeypatch):
     assert [step for step, values in module.sent if "critic/loss" in values] == [*range(3, 151, 3)]
     evaluated = [step for step, values in module.sent if "evaluation/success" in values]
     assert evaluated == [20, 40, 60, 80, 100, 120, 140, 150]
+    assert module.axes == {axis: None, "evaluation/*": axis}
+    assert [values[axis] for _, values in module.sent if axis in values] == evaluated
     assert module.finished
     assert module.options["resume"] == "never"
     identity = module.options["id"]

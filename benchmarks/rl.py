@@ -7,6 +7,8 @@
 ``temperature``  QAM with a τ ten times too low and ten times too high;
 ``kernels``      QAM with the most exact kernel against the published one, at K = 5 and 10;
 ``online``       QAM offline on five episodes of data, then online;
+``paths``        QAM at many evaluations while it learns, by the plain path of execution and by the
+                 fast one: compiled, all seeds together, evaluated beside training;
 ``cube``         BC, FQL, QAM and QAM-F on cube-single, and QAM with the most exact kernel.
 
 A run that was stopped continues where it stood, and one whose rows are in the record is not run
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -38,7 +40,7 @@ from applications.rl.generate import DataConfig, generate
 from applications.rl.presets import preset
 from applications.rl.tasks import find_task
 from applications.rl.train_config import TrainConfig
-from applications.rl.training import train
+from applications.rl.training import Trained, train
 from flows.checkpoint import write_json
 from flows.process import prepare_process
 
@@ -59,6 +61,7 @@ class Experiment:
         offline, online: steps.
         transitions: of the data.
         eval_every, episodes: of the evaluations.
+        fast: by the fast path of execution; its seeds are one run.
     """
 
     suite: str
@@ -70,6 +73,7 @@ class Experiment:
     transitions: int = 300_000
     eval_every: int = 1000
     episodes: int = 25
+    fast: bool = False
 
     @property
     def preset(self) -> str:
@@ -77,6 +81,8 @@ class Experiment:
         changes = [f"{name}={value}" for name, value in self.options.items()]
         if self.suite == "online":
             changes.append(f"transitions={self.transitions}")
+        if self.suite == "paths":
+            changes.append("fast" if self.fast else "plain")
         return " ".join(["small", *changes])
 
     @property
@@ -98,6 +104,10 @@ def experiments() -> list[Experiment]:
         if (kernel, steps) != ("euler_published", 5)  # the preset itself
     ]
     online = [Experiment("online", MAZE, "qam", offline=3000, online=9000, transitions=5000)]
+    paths = [
+        Experiment("paths", MAZE, "qam", offline=1500, eval_every=250, fast=fast)
+        for fast in (False, True)
+    ]
     cube = [
         Experiment(
             "cube", CUBE, agent, offline=30_000, transitions=200_000, eval_every=5000, episodes=20
@@ -105,14 +115,14 @@ def experiments() -> list[Experiment]:
         for agent in AGENTS
     ]
     cube.append(replace(cube[2], options={"kernel": "moment_matched"}))
-    return maze + online + temperatures + kernels + cube
+    return maze + online + temperatures + kernels + paths + cube
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Train the agents, evaluate them, and keep every evaluation."""
 
-    suites: tuple[str, ...] = ("pointmaze", "temperature", "kernels", "online", "cube")
+    suites: tuple[str, ...] = ("pointmaze", "temperature", "kernels", "online", "paths", "cube")
     """What to run; the module's help explains them."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each agent."""
@@ -141,15 +151,17 @@ def make_data(config: BenchmarkConfig, experiment: Experiment) -> None:
     )
 
 
-def train_config(config: BenchmarkConfig, experiment: Experiment, seed: int) -> TrainConfig:
-    """How one seed of an experiment is trained."""
+def train_config(
+    config: BenchmarkConfig, experiment: Experiment, seeds: Sequence[int]
+) -> TrainConfig:
+    """How seeds of an experiment are trained."""
     options = preset(experiment.agent, find_task(experiment.task), "small")
     return TrainConfig(
         task=experiment.task,
         agent=experiment.agent,
         preset="small",
         options=replace(options, **experiment.options),
-        seeds=(seed,),
+        seeds=tuple(seeds),
         offline_steps=experiment.offline,
         online_steps=experiment.online,
         start_training=1000,
@@ -162,19 +174,27 @@ def train_config(config: BenchmarkConfig, experiment: Experiment, seed: int) -> 
         resume=True,
         device="cpu",
         threads=1,
+        compile=experiment.fast,
+        together=len(seeds),
+        eval_beside=experiment.fast,
     )
 
 
-def run(config: BenchmarkConfig, experiment: Experiment, seed: int) -> list[Row]:
-    """Train one seed, or continue it; a row for each of its evaluations."""
-    (trained,) = train(train_config(config, experiment, seed))
+def run(config: BenchmarkConfig, experiment: Experiment, seeds: Sequence[int]) -> list[Row]:
+    """Train seeds, or continue them; a row for each of their evaluations."""
+    ended = train(train_config(config, experiment, seeds))
+    return [row for trained in ended for row in read_rows(experiment, trained)]
+
+
+def read_rows(experiment: Experiment, trained: Trained) -> list[Row]:
+    """The evaluations of a finished run."""
     with (trained.folder / runs.EVALUATION).open(newline="") as file:
         found = list(csv.DictReader(file))
     return [
         {
             "task": experiment.task,
             "agent": experiment.agent,
-            "seed": seed,
+            "seed": trained.seed,
             "step": int(row["step"]),
             "phase": row["phase"],
             "success": float(row["success"]),
@@ -198,6 +218,22 @@ def key(row: Row) -> tuple[object, ...]:
     return tuple(row[name] for name in ("task", "agent", "preset", "seed"))
 
 
+def pending(config: BenchmarkConfig, rows: list[Row]) -> list[tuple[Experiment, list[int]]]:
+    """Experiments, and seeds that are trained in one process, that are not among the rows."""
+    done = {key(row) for row in rows}
+    jobs: list[tuple[Experiment, list[int]]] = []
+    for experiment in experiments():
+        if experiment.suite not in config.suites:
+            continue
+        about = (experiment.task, experiment.agent, experiment.preset)
+        seeds = [seed for seed in config.seeds if (*about, seed) not in done]
+        if experiment.fast:
+            jobs += [(experiment, seeds)] if seeds else []
+        else:
+            jobs += [(experiment, [seed]) for seed in seeds]
+    return jobs
+
+
 def summary(rows: list[Row]) -> str:
     """Success at each run's last step: mean and range over the seeds."""
     last: dict[tuple[object, ...], Row] = {}
@@ -217,14 +253,7 @@ def summary(rows: list[Row]) -> str:
 def main(config: BenchmarkConfig) -> None:
     """Run what is missing, print the table."""
     rows: list[Row] = json.loads(config.results.read_text()) if config.results.exists() else []
-    done = {key(row) for row in rows}
-    jobs = [
-        (experiment, seed)
-        for experiment in experiments()
-        if experiment.suite in config.suites
-        for seed in config.seeds
-        if (experiment.task, experiment.agent, experiment.preset, seed) not in done
-    ]
+    jobs = pending(config, rows)
     for experiment in {(job.task, job.transitions): job for job, _ in jobs}.values():
         make_data(config, experiment)
     context = get_context("spawn")

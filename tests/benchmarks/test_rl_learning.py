@@ -25,7 +25,7 @@ def test_no_two_experiments_share_a_row_or_a_folder():
 def test_options_of_an_experiment_reach_the_agent(tmp_path):
     config = rl.BenchmarkConfig(folder=tmp_path)
     for experiment in rl.experiments():
-        options = rl.train_config(config, experiment, 1).options
+        options = rl.train_config(config, experiment, [1]).options
         for name, value in experiment.options.items():
             assert getattr(options, name) == value
 
@@ -43,7 +43,7 @@ def test_rows_are_flat_and_kept(tmp_path, monkeypatch):
         results=tmp_path / "rl.json",
     )
     rl.make_data(config, tiny)
-    rows = rl.run(config, tiny, 3)
+    rows = rl.run(config, tiny, [3])
     assert [row["step"] for row in rows] == [2, 4]
     assert all(" ".join(row) == COLUMNS for row in rows)
     folder = tmp_path / tiny.folder / "seed3"
@@ -55,3 +55,30 @@ def test_rows_are_flat_and_kept(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "rl.json").read_text()) == rows
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
     assert "1 seeds" in rl.summary(rows)
+
+
+def test_the_seeds_of_the_fast_path_are_one_run(tmp_path):
+    config = rl.BenchmarkConfig(suites=("paths",), seeds=(0, 1, 2), folder=tmp_path)
+    plain, fast = (e for e in rl.experiments() if e.suite == "paths")
+    assert rl.pending(config, []) == [(plain, [0]), (plain, [1]), (plain, [2]), (fast, [0, 1, 2])]
+    done = {"task": fast.task, "agent": fast.agent, "preset": fast.preset, "seed": 1}
+    assert rl.pending(config, [done])[-1] == (fast, [0, 2])
+    options = rl.train_config(config, fast, [0, 2])
+    assert (options.compile, options.eval_beside, options.together) == (True, True, 2)
+    assert replace(options, compile=False, eval_beside=False, together=1, folder=None) == replace(
+        rl.train_config(config, plain, [0]), seeds=(0, 2), folder=None
+    )
+
+
+def test_paths_of_execution_learn_alike():
+    """Recorded: every seed has the same success at every evaluation, and comes to learn."""
+    recorded = json.loads(rl.BenchmarkConfig().results.read_text())
+    plain, fast = (
+        {(row["seed"], row["step"]): row["success"] for row in recorded if row["preset"] == name}
+        for name in ("small plain", "small fast")
+    )
+    assert plain.keys() == fast.keys()
+    assert len(plain) == 18
+    assert plain == fast  # as docs/speed.md says
+    for seed in range(3):
+        assert plain[seed, 250] < 0.5 < plain[seed, 1500]

@@ -22,14 +22,17 @@ straight between two of them.  At the reward of a tilt it lies at D_a + s (R - R
     (D - s R) - (1 - λ) (D_a - s R_a) - λ (D_b - s R_b),
 
 and, to first order, its variance is the sum of those of the three terms at fixed s and λ.  A curve
-that passes the reward several times counts where it is the most diverse.
+that passes the reward several times counts where it is the most diverse.  Points of the exact tilt
+and of best-of-n are drawn from one pool of the base's samples, whose own error is left out: where
+few of them carry the weight, it is as large as what is stated.
 
 In closeness to the base the frontier is straight between two settings in the plane of R and √KL.
 Near the base √KL is linear in the reward: a change of the law by ε moves R by a multiple of ε and
-KL by one of ε².  So the chord neither flatters nor harms what it is held against, whereas a chord
-in KL, which is convex, would lie above what the method can do, and so flatter the tilt.  The
-margin is in nats, c² - KL with c the height of the chord, larger where the tilt is closer, and with
-d = √KL at the ends its variance is, to first order, that of
+KL by one of ε².  So, to leading order, the chord neither flatters nor harms what it is held
+against (a skewed reward leaves some per cent of KL, of either sign), whereas a chord in KL, which
+is convex, would lie above what the method can do, and so flatter the tilt.  The margin is in nats,
+c² - KL with c the height of the chord, larger where the tilt is closer, and with d = √KL at the
+ends its variance is, to first order, that of
 
     -KL + 2 c s R,   2 c (1 - λ) (d_a - s R_a),   2 c λ (d_b - s R_b).
 

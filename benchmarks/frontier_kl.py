@@ -17,7 +17,8 @@ What error remains in `ode_kl`: the samples come from two-step Adams-Bashforth s
 for samples of the ODE, which the likelihood follows by midpoint steps of the same number.  For two
 fields that are equal the result is 0 exactly, as the two likelihoods err alike.  Otherwise the
 error is of second order in the step; what twice the steps would change is recorded with every
-point.  Adams-Bashforth steps of the likelihood cost half as much and err several times as much.
+such point.  Adams-Bashforth steps of the likelihood cost half as much and err several times as
+much.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def ode_kl(
     probes: int,
     seed: int,
 ) -> Tensor:
-    """KL of the ODE of ``field`` to that of ``base``, an unbiased estimate by each batch, (m,).
+    """KL of the ODE of ``field`` to that of ``base``, unbiased but for the steps, by batch, (m,).
 
     Arguments:
         field: differentiable twice in x if it computes a gradient itself.
@@ -81,7 +82,7 @@ def best_of_kl(n: int) -> float:
 
 
 def tilt_kl(rewards: Sequence[Tensor], batches: int) -> Tensor:
-    """KL of the exact tilt, as (m,) values of batches whose mean it is.
+    """KL of the exact tilt, as (m,) values of batches of about one size, whose mean it is.
 
     With weights w of mean 1 it is E[w log w].  The value of a batch is that plus the batch's mean
     of how far a sample moves it, w (r - E_q[r]) - (w - 1), r divided by the temperature.

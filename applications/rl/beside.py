@@ -124,7 +124,7 @@ def _serve(
             threading.Thread(target=_read, args=(connection, questions), daemon=True).start()
             while True:
                 weights, episodes, seed = questions.get()
-                agent = torch.load(io.BytesIO(weights), weights_only=False)
+                agent = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=False)
                 try:
                     answer = (None, evaluator(agent, episodes=episodes, seed=seed))
                 except Exception:  # of this agent; the next one may do better

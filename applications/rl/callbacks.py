@@ -294,9 +294,9 @@ class WandbLogger(Callback):
             sent = {name: float(value) for name, value in metrics.items()}
             self._run.log(sent, step=iteration)
         new = () if self.evaluations is None else self.evaluations.arrived[self._seen :]
-        for late, (place, evaluation) in enumerate(new):  # two at one step would be one there
-            sent = evaluation_metrics(evaluation) | {EVALUATED: float(place)}
-            self._run.log(sent, step=iteration + late)
+        for place, evaluation in new:
+            # At its own next step, which after a resume may lie beyond this iteration.
+            self._run.log(evaluation_metrics(evaluation) | {EVALUATED: float(place)})
         self._seen += len(new)
 
     def on_end(self, trainer: Trainer) -> None:

@@ -167,7 +167,7 @@ class Remote:
         except (EOFError, OSError):
             raise self._died() from None
         if error is not None:
-            raise RunError(f"{self.option}: an environment failed in a worker process:\n{error}")
+            raise RunError(f"{self.option}: an evaluation failed in a worker process:\n{error}")
         return value
 
     def close(self) -> None:
@@ -180,10 +180,14 @@ class Remote:
 
     def _died(self) -> RunError:
         self._process.join(timeout=5)
-        return RunError(
-            f"{self.option}: a worker process ended with exit code {self._process.exitcode}; was "
-            "memory short? it holds environments of its own"
+        code = self._process.exitcode
+        advice = (
+            "was memory short? it holds environments of its own"
+            if code == -9
+            else "it may have said why; a script that starts processes needs "
+            "if __name__ == '__main__'"
         )
+        return RunError(f"{self.option}: a worker process ended with exit code {code}; {advice}")
 
 
 class Worker(Remote):

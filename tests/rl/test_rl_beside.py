@@ -124,9 +124,17 @@ class Wandb:
         run = type("Run", (), {})()
         self.sent[name] = []
         run.define_metric = lambda *names, **options: None
-        run.log = lambda values, step: self.sent[name].append((step, values))
+        run.step, run.log = 0, partial(self.log, run, self.sent[name])
         run.finish = lambda: None
         return run
+
+    @staticmethod
+    def log(run, sent, values, step=None):
+        """A step that goes back is dropped; without one it is the run's own, which then ends."""
+        if step is None or step >= run.step:
+            run.step = run.step if step is None else step
+            sent.append((run.step, values))
+            run.step += step is None
 
 
 def told(folder, module):
@@ -137,7 +145,7 @@ def told(folder, module):
     points = [(p.step, p.value) for p in events.Scalars("evaluation/success")]
     sent = module.sent[f"corridor/qam/{folder.name}"]
     steps = [step for step, values in sent if "evaluation/success" in values]
-    assert steps == sorted(set(steps))  # it drops what goes back, and has one row for a step
+    assert steps == sorted(set(steps))  # one row for a step
     evaluated = [values for _, values in sent if "evaluation/success" in values]
     return points, evaluated
 
@@ -196,11 +204,11 @@ def test_a_killed_run_asks_again_for_what_had_not_come(tmp_path, whole):
 
 def test_a_failure_beside_ends_a_run_and_no_other(tmp_path, whole, capsys):
     """The second evaluation of the first seed fails, that of the second one kills the process."""
-    with pytest.raises(RunError, match=r"^eval_beside: an environment failed"):
+    with pytest.raises(RunError, match=r"^eval_beside: an evaluation failed"):
         fit(tmp_path, environment=Failing, seeds=(0, 1), eval_beside=True, environments=1)
     assert not multiprocessing.active_children()
     said = capsys.readouterr().err
-    assert re.search(r"(?s)seed 0 failed: eval_beside: an env.*simulator is unstable", said)
+    assert re.search(r"(?s)seed 0 failed: eval_beside: an eval.*simulator is unstable", said)
     assert "seed 1 failed: eval_beside: a worker process ended with exit code -9; was mem" in said
     for seed in (0, 1):
         assert [row["step"] for row in rows(tmp_path / f"seed{seed}")] == ["20"]
@@ -275,4 +283,18 @@ def test_two_that_come_at_one_step_are_two_points(tmp_path, monkeypatch):
         Stub.arrived = results[: (iteration >= 6) + 2 * (iteration == 10)]
         logger.on_step(Stub(), iteration, {"loss": 1.0})
     sent = [(at, values.get("evaluation/iteration")) for at, values in module.sent["run"]]
-    assert sent == [(5, None), (6, 4), (10, None), (10, 8), (11, 10)]
+    assert sent == [(5, None), (5, 4), (10, None), (10, 8), (11, 10)]
+
+
+def test_a_resumed_run_sends_what_comes_while_its_steps_are_behind(tmp_path, monkeypatch):
+    class Stub:
+        iteration, config = 35, TrainerConfig(iterations=50)
+        arrived = ()
+
+    monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
+    logger = WandbLogger("project", "run", tmp_path / "id", {}, 1, Stub)
+    logger.on_start(Stub())
+    logger._run.step = 40  # what had been sent before it was killed
+    Stub.arrived = [(20, Evaluation((True,), (1.0,), (1,)))]
+    logger.on_step(Stub(), 36, {"loss": 1.0})
+    assert [values["evaluation/iteration"] for _, values in module.sent["run"]] == [20]

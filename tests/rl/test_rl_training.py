@@ -266,7 +266,7 @@ def test_wandb_gets_metrics_and_evaluations(tmp_path, monkeypatch):
         def define_metric(self, name, step_metric=None):
             self.axes = getattr(self, "axes", {}) | {name: step_metric}
 
-        def log(self, values, step):
+        def log(self, values, step=None):
             self.sent.append((step, values))
 
         def finish(self):
@@ -278,8 +278,8 @@ def test_wandb_gets_metrics_and_evaluations(tmp_path, monkeypatch):
     assert module.options["project"] == "project"
     assert module.options["config"]["options"]["horizon"] == 3
     assert [step for step, values in module.sent if "critic/loss" in values] == [*range(3, 151, 3)]
-    evaluated = [step for step, values in module.sent if "evaluation/success" in values]
-    assert evaluated == [20, 40, 60, 80, 100, 120, 140, 150]
+    evaluated = [20, 40, 60, 80, 100, 120, 140, 150]
+    assert sum("evaluation/success" in values for _, values in module.sent) == len(evaluated)
     assert module.axes == {axis: None, "evaluation/*": axis}
     assert [values[axis] for _, values in module.sent if axis in values] == evaluated
     assert module.finished

@@ -55,13 +55,15 @@ def test_stable_diffusion_3_toward_a_decoded_reward(pipeline, prompt, adapters):
     bright = 200.0 * decoded(lambda y, cond: y.mean((1, 2, 3)), pipeline.vae, chunk=8)
     config = TiltConfig(lr=2e-2 if adapters else 1e-2, micro_batch=32, **OPTIONS)
     model, base = lora(field, rank=4) if adapters else (None, field)
+    before = sample(base, x0, grid=5, method="euler")  # through adapters it may round otherwise
+    torch.testing.assert_close(before, untilted, rtol=1e-5, atol=1e-6)
     tilted = tilt(base, bright, shape=(4, 8, 8), config=config, model=model)
     assert rises(tilted)
     assert 0 < tilted.certificate.ess <= 1
     assert tilted.certificate.path_kl > 0
     for name, weight in pipeline.transformer.state_dict().items():
         assert torch.equal(weight, weights[name]), name
-    assert torch.equal(sample(base, x0, grid=5, method="euler"), untilted)
+    assert torch.equal(sample(base, x0, grid=5, method="euler"), before)
     ours = sample(tilted.field, x0, grid=5, method="euler")
     assert (ours - untilted).norm() > 1e-3 * untilted.norm()
     network = tilted.field.network

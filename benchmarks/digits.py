@@ -71,8 +71,6 @@ class BenchmarkConfig:
     """Learning rate of the tilts."""
     min_ess: float = 0.2
     """Effective sample size / B from which trajectories are weighted."""
-    compile: bool = False
-    """Compile base and tilt for the updates, which changes rounding only; see `docs/speed.md`."""
     base_iterations: int = 2000
     """Updates of the base flow."""
     base_batch_size: int = 256
@@ -101,7 +99,6 @@ class BenchmarkConfig:
             batch_size=self.batch_size,
             lr=self.lr,
             min_ess=self.min_ess,
-            compile=self.compile,
             base_iterations=self.base_iterations,
             base_batch_size=self.base_batch_size,
             samples=self.samples,

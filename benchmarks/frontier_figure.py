@@ -63,7 +63,7 @@ def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
         for i, metric in enumerate(LABELS):
             ax = axes[i, j]
             style.chart(ax)
-            tops = []
+            seen, usual = [], []
             for method, (_, hue) in METHODS.items():
                 found = [
                     (p.metrics["reward"], height(p.metrics, metric)) for p in curve_of(own, method)
@@ -83,10 +83,13 @@ def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
                     elinewidth=0.8,
                     zorder=4 if method.startswith("tilt") else 3,
                 )
-                tops += [mean(y) for x, y in curve if mean(x) <= right]
+                inside = [mean(y) for x, y in curve if left <= mean(x) <= right]
+                seen += inside
+                usual += [] if method.startswith("backprop") else inside
             ax.set_xlim(left, right)
-            if metric == CLOSENESS and tops:
-                ax.set_ylim(0, 1.1 * max(tops) or 1)
+            low, high = (0.0, 1.8 * max(usual)) if metric == CLOSENESS else (min(seen), max(seen))
+            edge = 0.05 * (high - low) or 0.1
+            ax.set_ylim(low if metric == CLOSENESS else low - edge, high + edge)
             style.heading(ax, LABELS[metric], caption=f"{problem}: reward along x")
     style.legend_above(axes[0, 0], list(METHODS.values()))
     return style.save(sheet, path)

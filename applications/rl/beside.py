@@ -1,8 +1,9 @@
 """Evaluation beside training: an `Evaluator` in a process of its own.
 
-It is asked with a copy of the agent on the CPU and answers in the order of the questions, while who
-asked goes on.  Seeds of the episodes, rows of the batches and the one thread are those of
-`applications.rl.evaluation`, so on a CPU the numbers are the same bit by bit.
+It is asked with a copy of an agent's weights, makes an agent of them on the CPU, and answers in the
+order of the questions, while who asked goes on.  Seeds of the episodes, rows of the batches and the
+one thread are those of `applications.rl.evaluation`, so on a CPU the numbers are the same bit by
+bit.
 
 The process ends when its connection closes, be it in the midst of an episode: a training that is
 killed leaves none behind.
@@ -10,7 +11,6 @@ killed leaves none behind.
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 import queue
@@ -92,9 +92,12 @@ class Beside(Remote):
         Raises:
             RunError: the process could not begin, or died.
         """
+        made_of = (type(agent), agent.config, agent.observation_dim, agent.action_dim)
+        # `cpu` alone would leave a view of what seeds that are trained together share.
+        state = {name: value.cpu().clone() for name, value in agent.state_dict().items()}
         weights = io.BytesIO()
-        torch.save(copy.deepcopy(agent).cpu(), weights)
-        self.send((weights.getvalue(), episodes, seed))
+        torch.save(state, weights)
+        self.send((made_of, weights.getvalue(), episodes, seed))
         self._asked.append(Answer(self._collect))
         return self._asked[-1]
 
@@ -123,16 +126,17 @@ def _serve(
             connection.send((None, evaluator.spaces))
             threading.Thread(target=_read, args=(connection, questions), daemon=True).start()
             while True:
-                weights, episodes, seed = questions.get()
-                agent = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=False)
+                (kind, *arguments), weights, episodes, seed = questions.get()
                 try:
+                    agent = kind(*arguments)
+                    agent.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
                     answer = (None, evaluator(agent, episodes=episodes, seed=seed))
                 except Exception:  # of this agent; the next one may do better
                     answer = (traceback.format_exc(), None)
                 connection.send(answer)
     except BrokenPipeError:
         return
-    except Exception:
+    except Exception:  # of the environments, which are made here
         connection.send((traceback.format_exc(), None))
 
 

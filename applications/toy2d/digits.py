@@ -63,8 +63,6 @@ class DigitsConfig:
     """Images an update of the base flow."""
     classifier_iterations: int = 600
     """Updates of the classifier."""
-    compile: bool = False
-    """Compile base and tilt for the updates: a minute before the first, for long trainings."""
     samples: int = 4096
     """Samples of the tilted flow, and half the samples of the base."""
     seed: int = 0
@@ -110,7 +108,6 @@ class DigitsConfig:
             seed=self.seed,
             certificate_samples=self.samples,
             checkpoint_every=100,
-            compile=self.compile,
         )
 
     @property

@@ -97,11 +97,11 @@ def test_backpropagation_follows_the_gradient_of_its_steps(last_only, monkeypatc
     assert float(field.a.detach()) == 0.3
 
 
-def batches(reward, diversity, spread=0.0):
+def batches(reward, value, spread=0.0, metric="classes"):
     offsets = torch.linspace(-1, 1, 8, dtype=torch.float64)
     return {
         "reward": torch.full((8,), float(reward), dtype=torch.float64),
-        "classes": diversity + spread * offsets,
+        metric: value + spread * offsets,
     }
 
 
@@ -331,8 +331,17 @@ def test_the_readme_counts_what_the_record_has():
         "closeness": "In relative entropy tilts are",
     }
     for metric, begin in begins.items():
-        if not any(f"{metric}_over_{other}" in row for row in rows for other in ALTERNATIVES):
-            continue
         tilt, low_rank, exact = (count(m, metric) for m in ("tilt", "tilt_lora", "exact"))
         found = re.findall(r"\d+ of \d+", said[said.index(begin) :])[:3]
         assert found == [tilt, low_rank, exact], metric
+
+    point = {(row["problem"], row["method"], row["strength"]): row for row in rows}
+    one_update, exact_tilt = point["digit", "backprop_last", 1], point["digit", "exact", 4]
+    assert exact_tilt["reward"] > one_update["reward"]
+    kl = f"is {one_update['kl']:.1f} nats from the base, the exact tilt of a higher reward "
+    assert f"{kl}{exact_tilt['kl']:.2f}." in said
+    tilts = [row for row in rows if "within_ode" in row and row["problem"] != "guided ink"]
+    weighted = [row["within_weighted"] for row in tilts]
+    others = [row[f"within_{law}"] for row in tilts for law in ("ode", "chain")]
+    assert f"weights ({min(weighted)} to {max(weighted)} of 10 within two standard errors" in said
+    assert f"short tilts are not ({min(others)} to {max(others)} of 10)" in said

@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
+import test_digits_frontier
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
@@ -134,12 +136,7 @@ def test_the_exact_tilt_of_a_gaussian_with_its_standard_error():
     assert mean(alone) == pytest.approx(float(torch.special.xlogy(w, w).mean()))
 
 
-def batches(reward, kl, spread=0.0):
-    offsets = torch.linspace(-1, 1, 8, dtype=torch.float64)
-    return {
-        "reward": torch.full((8,), float(reward), dtype=torch.float64),
-        "kl": kl + spread * offsets,
-    }
+batches = partial(test_digits_frontier.batches, metric="kl")
 
 
 def test_closeness_is_held_against_the_straight_line_of_the_root():

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,33 +269,51 @@ def test_one_evaluation_at_a_time(tmp_path):
     assert [iteration for iteration, _ in evaluations.arrived] == [4, 8, 10]
 
 
-def test_two_that_come_at_one_step_are_two_points(tmp_path, monkeypatch):
-    """Weights & Biases has one row for a step, and none before that of the last row."""
+def test_a_run_that_is_resumed_at_its_end_waits_for_what_had_not_come(tmp_path):
+    log = []
 
     class Stub:
-        iteration, config = 0, TrainerConfig(iterations=10)
-        arrived = ()
+        iteration, module = 0, torch.nn.Linear(1, 1)
 
+    first = Evaluations(tmp_path, Schedule(10), 4, lambda agent, step, phase: Late(log, step))
+    first.on_start(Stub())
+    for iteration in range(1, 5):
+        first.on_step(Stub(), iteration, {})
+    assert rows(tmp_path) == []
+    Stub.iteration = 4  # killed here, and resumed with no more to do
+    again = Evaluations(tmp_path, Schedule(4), 4, lambda agent, step, phase: Late(log, step))
+    again.on_start(Stub())
+    assert log == [("waited", 4)]
+    assert [row["step"] for row in rows(tmp_path)] == ["4"]
+    assert not (tmp_path / "snapshot.pt").exists()
+
+
+def logger(tmp_path, monkeypatch, every, iteration=0):
+    """A logger to Weights & Biases, evaluations for it to send, and what it sent."""
     monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
-    logger = WandbLogger("project", "run", tmp_path / "id", {}, 5, Stub)
-    logger.on_start(Stub())
-    results = [(step, Evaluation((True,), (float(step),), (1,))) for step in (4, 8, 10)]
+    stub = SimpleNamespace(iteration=iteration, config=TrainerConfig(iterations=50), arrived=[])
+    found = WandbLogger("project", "run", tmp_path / "id", {}, every, stub)
+    found.on_start(stub)
+    return found, stub, module.sent["run"]
+
+
+def arrived(step):
+    return step, Evaluation((True,), (float(step),), (1,))
+
+
+def test_two_that_come_at_one_step_are_two_points(tmp_path, monkeypatch):
+    """Weights & Biases has one row for a step, and none before that of the last row."""
+    found, stub, sent = logger(tmp_path, monkeypatch, every=5)
     for iteration in range(1, 11):
-        Stub.arrived = results[: (iteration >= 6) + 2 * (iteration == 10)]
-        logger.on_step(Stub(), iteration, {"loss": 1.0})
-    sent = [(at, values.get("evaluation/iteration")) for at, values in module.sent["run"]]
-    assert sent == [(5, None), (5, 4), (10, None), (10, 8), (11, 10)]
+        stub.arrived += {6: [arrived(4)], 10: [arrived(8), arrived(10)]}.get(iteration, [])
+        found.on_step(stub, iteration, {"loss": 1.0})
+    places = [(at, values.get("evaluation/iteration")) for at, values in sent]
+    assert places == [(5, None), (5, 4), (10, None), (10, 8), (11, 10)]
 
 
 def test_a_resumed_run_sends_what_comes_while_its_steps_are_behind(tmp_path, monkeypatch):
-    class Stub:
-        iteration, config = 35, TrainerConfig(iterations=50)
-        arrived = ()
-
-    monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
-    logger = WandbLogger("project", "run", tmp_path / "id", {}, 1, Stub)
-    logger.on_start(Stub())
-    logger._run.step = 40  # what had been sent before it was killed
-    Stub.arrived = [(20, Evaluation((True,), (1.0,), (1,)))]
-    logger.on_step(Stub(), 36, {"loss": 1.0})
-    assert [values["evaluation/iteration"] for _, values in module.sent["run"]] == [20]
+    found, stub, sent = logger(tmp_path, monkeypatch, every=1, iteration=35)
+    found._run.step = 40  # what had been sent before it was killed
+    stub.arrived.append(arrived(20))
+    found.on_step(stub, 36, {"loss": 1.0})
+    assert [values["evaluation/iteration"] for _, values in sent] == [20]

@@ -76,7 +76,7 @@ class IFQL(ActorCritic):
         return values.amin(0)
 
     def samples(self, batch: Batch, noise: Noise) -> Samples:
-        """None: the policy is not asked."""
+        """Nothing: the policy is not asked."""
         return Samples()
 
     @torch.no_grad()

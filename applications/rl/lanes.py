@@ -12,6 +12,7 @@ import pickle
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -139,6 +140,8 @@ class Remote:
             ) from error
         finally:
             other.close()
+        # Python's exit waits for processes that are no daemons: one that nobody closed ends first.
+        util.Finalize(self, self._connection.close, exitpriority=0)
         self._spaces: Spaces | None = None
 
     @property

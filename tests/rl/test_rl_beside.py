@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -243,6 +244,27 @@ class Late:
     def result(self):
         self.log.append(("waited", self.step))
         return Evaluation((True,), (float(self.step),), (1,))
+
+
+def test_a_program_that_leaves_it_open_ends(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from applications.rl.beside import Beside\n"
+        "from tiny import Corridor\n"
+        "if __name__ == '__main__':\n"
+        "    beside = Beside(Corridor)\n"
+        "    print(beside.spaces.observation_dim)\n"
+    )
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
 def test_one_evaluation_at_a_time(tmp_path):

@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Without labmaze, which Python 3.13 lacks (setup.cfg); already there on older ones.
+OGBENCH := $(INSTALL) --no-deps --no-warn-conflicts ogbench dm_control
 
 .PHONY: demo rl-demo test lint clean
 
@@ -25,16 +28,18 @@ $(BIN)/python:
 
 # torch first and alone: its pinned version has a CPU build, which the other packages then accept.
 $(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) torch
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.rl: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rl]'
+	$(INSTALL) --editable '.[rl]'
+	$(OGBENCH)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) --editable '.[test]'
+	$(OGBENCH)
 	touch $@
 
 clean:

@@ -67,7 +67,8 @@ class Reward:
             raise TypeError(f"reward must be a callable (x, cond) -> (B,), got {value!r}")
         try:
             called = value.forward if isinstance(value, nn.Module) else value
-            inspect.signature(called).bind(None, None)
+            if not torch.compiler.is_compiling():  # PyTorch 2.6 cannot trace it
+                inspect.signature(called).bind(None, None)
         except TypeError as error:
             raise TypeError(f"reward must take two arguments (x, cond): {error}") from error
         except ValueError:  # a builtin without a signature: let the first call decide

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from torch.utils.checkpoint import checkpoint
 
 from adjoint.kernel import make_kernel
@@ -172,7 +172,7 @@ def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str
     def run() -> None:
         model.zero_grad()
         for _ in range(config.accumulate):
-            with torch.autocast(args.device, torch.bfloat16, enabled=config.autocast):
+            with autocast(args.device, torch.bfloat16, config.autocast, cache_enabled=False):
                 value, _ = loss(model, generator)
             value.backward()
 

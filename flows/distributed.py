@@ -32,6 +32,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -64,7 +65,18 @@ def start() -> None:
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():  # else a job on CPUs
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=TIMEOUT)
-    atexit.register(_leave)
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """End the group, but not after an error: that could wait for the others, who wait for us.
+
+    Before PyTorch 2.8 this joins the threads of gloo without giving up Python's lock, for which the
+    last of them may wait to free what it sent: so they are given the time for that first.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 def size() -> int:
@@ -256,12 +268,6 @@ def load_whole(
 
 
 # --- private -------------------------------------------------------------------------------------
-
-
-def _leave() -> None:
-    """End the group, but not after an error: that could wait for the others, who wait for us."""
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.destroy_process_group()
 
 
 @contextmanager

@@ -6,9 +6,15 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from flows import distributed
+
+needs_cpu_shards = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 on a CPU needs PyTorch 2.7"
+)
 PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "adjoint.tilt"]
 
 
@@ -68,4 +74,4 @@ def _run(folder, rank, processes, patience, function, arguments):
     torch.save(result, folder / f"{rank}.tmp")
     (folder / f"{rank}.tmp").rename(folder / f"{rank}.pt")
     if not isinstance(result, Exception):
-        dist.destroy_process_group()
+        distributed.leave()

@@ -174,7 +174,7 @@ class ActorCritic(Agent):
         samples = self.samples(batch, noise)
         critic, metrics = self.critic_loss(batch, self.target(batch, samples))
         actor, others = self.actor_loss(batch, noise, samples)
-        return critic + actor, metrics | others
+        return critic + actor, {**metrics, **others}
 
     @torch.no_grad()
     def update_slow(self) -> None:

@@ -166,9 +166,13 @@ class Agent(nn.Module, ABC):
 
     def loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The scalar to minimise and detached scalar metrics, for a batch and its noise."""
-        encoded = batch._replace(
-            observations=self.encode(batch.observations),
-            next_observations=self.encode(batch.next_observations),
+        encoded = type(batch)(
+            self.encode(batch.observations),
+            batch.actions,
+            batch.rewards,
+            batch.masks,
+            batch.valid,
+            self.encode(batch.next_observations),
         )
         return self.total_loss(encoded, noise)
 

@@ -41,5 +41,6 @@ def import_ogbench() -> None:
     except ImportError as error:
         raise ImportError(
             "OGBench's tasks need the package's extra 'rl': "
-            f"pip install 'adjoint-matching[rl]' ({error})"
+            "pip install 'adjoint-matching[rl]', on Python 3.13 then also "
+            f"pip install --no-deps ogbench dm_control ({error})"
         ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import PROBLEMS
-from several import agreed, several
+from several import agreed, needs_cpu_shards, several
 from torchrun_tilt import CONFIG, train
 
 from adjoint.kernel import make_kernel
@@ -193,6 +193,7 @@ def sharded_tilt(rank, sharded, adapters=False, alone=False):
     return distributed.whole(tilted.field.state_dict()), tilted.certificate.log_weights
 
 
+@needs_cpu_shards
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_sharded_tilt_is_the_whole_one(adapters):
     if adapters:

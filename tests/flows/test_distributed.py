@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from several import agreed, several
+from several import agreed, needs_cpu_shards, several
 from torch import nn
 
 from flows import checkpoint as checkpoints
@@ -298,6 +298,7 @@ def train_sharded(rank, folder, iterations):
     return ema, kept
 
 
+@needs_cpu_shards
 def test_a_sharded_module_trains_as_a_whole_one_and_saves_the_same_file(tmp_path):
     shards, alone = tmp_path / "shards", tmp_path / "alone"
     whole = Trainer(network(), joined_regression, CONFIG, checkpoint=alone / "c.pt")

@@ -89,4 +89,4 @@ class BAM(FlowPair):
         flow = behaviour_loss(self.base, batch.observations, chunks, batch.valid, noise)
         path, metrics = self.path_loss(batch.observations, noise)
         own = {"actor/flow_loss": flow.detach(), "actor/path_loss": path.detach()}
-        return flow + path, own | metrics
+        return flow + path, {**own, **metrics}

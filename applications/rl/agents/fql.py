@@ -84,4 +84,4 @@ class FQL(ActorCritic):
         own, metrics = one_step_loss(
             self.one_step, self.critic, observations, z, samples.flow_chunks, self.config.alpha
         )
-        return flow + own, {"actor/flow_loss": flow.detach()} | metrics
+        return flow + own, {"actor/flow_loss": flow.detach(), **metrics}

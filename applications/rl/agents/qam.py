@@ -126,7 +126,7 @@ class AdjointMatching(FlowPair):
         chunks = self.flatten(batch.actions)
         flow = behaviour_loss(self.base, batch.observations, chunks, batch.valid, noise)
         matching, metrics = self.matching_loss(batch.observations, samples.chain)
-        return flow + matching, {"actor/flow_loss": flow.detach()} | metrics
+        return flow + matching, {"actor/flow_loss": flow.detach(), **metrics}
 
     def total_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The losses, by the kernel of the error that the batch has been taken into."""

@@ -115,7 +115,7 @@ class QAME(AdjointMatching):
             return loss, metrics
         assert samples.flow_chunks is not None
         own, others = self.edit_loss(batch.observations, samples.flow_chunks, noise["edit_eps"])
-        return loss + own, metrics | others
+        return loss + own, {**metrics, **others}
 
     def edit_loss(
         self, observations: Tensor, chunks: Tensor, eps: Tensor

@@ -89,4 +89,4 @@ class QAMF(AdjointMatching):
             samples.flow_chunks,
             self.config.alpha,
         )
-        return loss + own, metrics | others
+        return loss + own, {**metrics, **others}

@@ -166,7 +166,7 @@ class Agent(nn.Module, ABC):
 
     def loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The scalar to minimise and detached scalar metrics, for a batch and its noise."""
-        encoded = type(batch)(
+        encoded = type(batch)(  # PyTorch 2.6 does not compile `_replace`
             self.encode(batch.observations),
             batch.actions,
             batch.rewards,

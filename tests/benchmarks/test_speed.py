@@ -159,7 +159,26 @@ def test_the_page_says_what_parts_cost():
         name: round(number, 1) for name, number in found.items() if name != "sampling"
     }
     assert f"is {round(sum(found.values()))} billion" in page
-    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/speed.json").read_text())
-    ratio = {row["name"]: row["ratio_to_peer"] for row in rows if row["seeds"] == 1}
-    written, compiled = (ratio[f"{WHOLE}{way}"] for way in ("", ", compiled"))
-    assert f"are {written:.2f} of its time as written and {compiled:.2f} compiled" in page
+
+
+def test_the_pages_quote_the_records():
+    root = Path(__file__).parents[2]
+    page, readme = ((root / p).read_text(encoding="utf-8") for p in ("docs/speed.md", "README.md"))
+    quoted = re.findall(r"\| (\d+) \| ([\d.]+) \| ([\d.]+) \| `(speed\w*\.json)` \|", page)
+    assert len(quoted) == 3
+    ratios = {}
+    for ceiling, *numbers, record in quoted:
+        rows = json.loads((root / "benchmarks" / "results" / record).read_text())
+        ways = {row["name"]: row for row in rows if row["seeds"] == 1}
+        found = [ways[f"{WHOLE}{way}"] for way in ("", ", compiled")]
+        ratios[record] = [f"{row['ratio_to_peer']:.2f}" for row in found]
+        assert numbers == ratios[record]
+        work = 60.2e9 / found[0]["fraction_of_ceiling"]
+        assert int(ceiling) == round(work / found[0]["ms_per_update"] * 1e3 / 1e9)
+    (here, there), (other_here, other_there) = (
+        ratios["speed.json"],
+        ratios["speed_other_machine.json"],
+    )
+    said = " ".join(readme.split())
+    assert f"takes {there} of the published" in said
+    assert f"`--compile`, {here} without, and {other_there} and {other_here} on another" in said

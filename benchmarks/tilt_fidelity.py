@@ -24,6 +24,7 @@ Rows are written as they come and kept: a second call runs only what is missing.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -221,9 +222,9 @@ def summary(rows: list[Row]) -> str:
                     continue
                 cells = []
                 for m in metrics:
-                    values = torch.tensor([float(r[m]) for r in chosen])
-                    worst = values.min() if m == "ess" else values.max()
-                    cells.append(f"{float(values.median()):>15.3f} /{float(worst):>7.3f}")
+                    values = [float(r[m]) for r in chosen]
+                    worst = min(values) if m == "ess" else max(values)
+                    cells.append(f"{statistics.median(values):>15.3f} /{worst:>7.3f}")
                 lines.append(f"{kernel:<26}{steps:>4}" + "".join(cells))
     return "\n".join(lines)
 

@@ -1,5 +1,10 @@
 """The judge of the fidelity benchmark: its truths are exact, and the exact tilt scores as exact."""
 
+import json
+import re
+import statistics
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -52,3 +57,23 @@ def test_a_row_is_flat_and_is_not_run_twice(tmp_path):
     everything = pending(FidelityConfig(kernels=("covariance_matched_refined",), steps=(10,)), [])
     assert [name for name, _, _ in everything] == [n for n in names() if n != "mixture-32d"]
     assert len(names()) >= 15
+
+
+METRICS = ("velocity_error", "mode_tv", "w2_ratio", "log_weight_std", "ess")
+ROW = re.compile(r"^\| `(\w+)` \| (\d+) \| (?:(\d+) × (\d+) \| [^|]+ \| )?(\d[^|]* / .*) \|$", re.M)
+
+
+def test_the_readme_quotes_the_record():
+    root = Path(__file__).parents[2]
+    record = json.loads((root / "benchmarks" / "results" / "tilt_fidelity.json").read_text())
+    quoted = ROW.findall((root / "README.md").read_text(encoding="utf-8"))
+    assert len(quoted) == 18 + 6
+    for kernel, steps, iterations, batch, numbers in quoted:
+        wanted = (kernel, int(steps), int(iterations or 700), int(batch or 128))
+        names = ("kernel", "steps", "iterations", "batch_size")
+        rows = [row for row in record if tuple(row[name] for name in names) == wanted]
+        for metric, cell in zip(METRICS, numbers.split(" | "), strict=False):
+            values = [row[metric] for row in rows]
+            found = statistics.median(values), (min if metric == "ess" else max)(values)
+            digits = 3 if metric in METRICS[:2] else 2
+            assert cell == " / ".join(f"{value:.{digits}f}" for value in found), (wanted, metric)

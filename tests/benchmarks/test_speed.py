@@ -166,19 +166,26 @@ def test_the_pages_quote_the_records():
     page, readme = ((root / p).read_text(encoding="utf-8") for p in ("docs/speed.md", "README.md"))
     quoted = re.findall(r"\| (\d+) \| ([\d.]+) \| ([\d.]+) \| `(speed\w*\.json)` \|", page)
     assert len(quoted) == 3
-    ratios = {}
+    ratios, fractions = {}, []
     for ceiling, *numbers, record in quoted:
         rows = json.loads((root / "benchmarks" / "results" / record).read_text())
         ways = {row["name"]: row for row in rows if row["seeds"] == 1}
         found = [ways[f"{WHOLE}{way}"] for way in ("", ", compiled")]
         ratios[record] = [f"{row['ratio_to_peer']:.2f}" for row in found]
         assert numbers == ratios[record]
+        fractions.append(f"{found[1]['fraction_of_ceiling']:.2f}")
         work = 60.2e9 / found[0]["fraction_of_ceiling"]
         assert int(ceiling) == round(work / found[0]["ms_per_update"] * 1e3 / 1e9)
     (here, there), (other_here, other_there) = (
         ratios["speed.json"],
         ratios["speed_other_machine.json"],
     )
-    said = " ".join(readme.split())
+    first, second, third = fractions
+    page, said = (" ".join(text.split()) for text in (page, readme))
+    assert f"take {first} and {second} of the compiled update" in page
+    assert f"first two, and {third} in the third" in page
+    rows = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())
+    ms = {row["seeds"]: row["ms_per_update"] for row in rows if row["name"] == f"{WHOLE}, compiled"}
+    assert f"take {ms[4] / ms[1]:.1f} and {ms[12] / ms[1]:.1f} times one's time" in page
     assert f"takes {there} of the published" in said
     assert f"`--compile`, {here} without, and {other_there} and {other_here} on another" in said

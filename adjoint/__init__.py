@@ -7,6 +7,7 @@ Three levels, each built from the one below: `tilt` (one call), `TiltLoss` with
 
 from adjoint.certificate import Certificate, certify, path_log_ratio
 from adjoint.decoding import decoded
+from adjoint.informed import Informed, informed
 from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse, own_time_kernel
 from adjoint.lean import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
 from adjoint.lora import lora, merge
@@ -26,6 +27,7 @@ __all__ = [
     "KERNELS",
     "Adjoint",
     "Certificate",
+    "Informed",
     "Kernel",
     "Reward",
     "TiltConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "draw_noise",
     "full_adjoint",
     "importance_weights",
+    "informed",
     "lean_adjoint",
     "log_variance_loss",
     "lora",

@@ -30,9 +30,11 @@ class Composite(Reward):
         """Sum of the terms, shape (B,)."""
         return total(self.terms(x, cond))
 
-    def value_and_gradient(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Sum of the terms (B,) and capped gradient of the shape of x, both detached."""
-        terms, gradient = self.terms_and_gradient(x, cond)
+        terms, gradient = self.terms_and_gradient(x, cond, create_graph=create_graph)
         return total(terms), gradient
 
 
@@ -62,10 +64,11 @@ class Sum(Composite):
         return joined(part.terms(x, cond) for part in self.parts)
 
     def terms_and_gradient(
-        self, x: Tensor, cond: Cond | None = None
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
         """`terms`, detached, and the capped sum of the parts' gradients."""
-        terms, gradients = zip(*(p.terms_and_gradient(x, cond) for p in self.parts), strict=True)
+        found = [p.terms_and_gradient(x, cond, create_graph=create_graph) for p in self.parts]
+        terms, gradients = zip(*found, strict=True)
         return joined(terms), cap_norm(sum(gradients), self.max_norm)
 
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from adjoint.composite import Composite
 from adjoint.reward import Reward, ValueFunction, as_reward, cap_norm
 from adjoint.rollout import chunks, rows_of
-from flows.field import Cond, check_cond
+from flows.field import Cond, check_cond, pullback, transforming
 
 
 def decoded(
@@ -101,7 +101,7 @@ class Decoded(Composite):
         return _concatenated(parts)
 
     def terms_and_gradient(
-        self, x: Tensor, cond: Cond | None = None
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
         """`terms`, detached, and the gradient with respect to the latents, capped.
 
@@ -112,20 +112,19 @@ class Decoded(Composite):
         check_cond(cond, x)
         parts, gradients = [], []
         for i in chunks(len(x), self.chunk):
-            with torch.enable_grad():
-                z = x[i].detach().requires_grad_(True)
-                image = self._kept(self._images, z)
-                if not image.requires_grad:
-                    raise ValueError(
-                        "decoder is not differentiable: its images do not depend on the latents "
-                        "through torch operations; avoid no_grad, detach and numpy in it"
-                    )
-            terms, gradient = self.reward.terms_and_gradient(image.detach(), rows_of(cond, i))
-            (pulled,) = torch.autograd.grad(
-                image, z, gradient.to(image.dtype), allow_unused=True, materialize_grads=True
+            image, pull = pullback(
+                lambda z: self._kept(self._images, z), x[i], create_graph=create_graph
+            )
+            if pull is None:
+                raise ValueError(
+                    "decoder is not differentiable: its images do not depend on the latents "
+                    "through torch operations; avoid no_grad, detach and numpy in it"
+                )
+            terms, gradient = self.reward.terms_and_gradient(
+                image, rows_of(cond, i), create_graph=create_graph
             )
             parts.append(terms)
-            gradients.append(pulled)
+            gradients.append(pull(gradient.to(image.dtype)))
         return _concatenated(parts), cap_norm(torch.cat(gradients), self.max_norm)
 
     def _images(self, x: Tensor) -> Tensor:
@@ -134,8 +133,11 @@ class Decoded(Composite):
         return functional_call(self.decode, constants, (x,))
 
     def _kept(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's result, remembering its inputs instead of its activations."""
-        if self.recompute and torch.is_grad_enabled():
+        """The function's result, remembering its inputs instead of its activations.
+
+        Transforms of `torch.func` know no checkpoints: there the activations are kept.
+        """
+        if self.recompute and torch.is_grad_enabled() and not transforming():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
 

@@ -39,6 +39,7 @@ from adjoint.replay import ReplayBuffer
 from adjoint.reward import Reward
 from adjoint.rollout import Trajectory, chunks, draw_noise, rollout, rows_of, velocity_along
 from adjoint.tilt_config import TiltConfig
+from adjoint.variates import control_variates
 from flows import distributed
 from flows.field import Cond, VelocityField
 
@@ -154,6 +155,7 @@ class TiltLoss:
         terms, gradient = self._rewards(trajectory.xs[-1], cond, gradient=True)
         assert gradient is not None
         value = total(terms)
+        variates = self._variates(module, trajectory, cond) if self.config.variates else None
         adjoint = lean_adjoint(
             self.base,
             self.kernel,
@@ -161,6 +163,7 @@ class TiltLoss:
             -gradient,
             cond,
             noise=trajectory.noise,
+            variates=variates,
             micro_batch=self.config.micro_batch,
             device=self.device,
         )
@@ -175,6 +178,29 @@ class TiltLoss:
             **_named(terms),
             **{f"cond.{name}": c for name, c in (cond or {}).items()},
         }
+
+    def _variates(self, module: nn.Module, trajectory: Trajectory, cond: Cond | None) -> Tensor:
+        """Control variates (K, B, *) by the model that made the trajectory."""
+
+        def terminal(x: Tensor) -> Tensor:
+            gradient = self._rewards(x, cond, gradient=True)[1]
+            assert gradient is not None
+            return -gradient
+
+        training = module.training
+        module.eval()
+        found = control_variates(
+            self._field(module),
+            self.base,
+            self.kernel,
+            trajectory,
+            terminal,
+            cond,
+            micro_batch=self.config.micro_batch,
+            device=self.device,
+        )
+        module.train(training)
+        return found
 
     def _batch(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh trajectories, or replayed ones when the buffer says so."""

@@ -160,15 +160,20 @@ class Reward:
             raise ValueError(f"reward returned a tensor on {value.device} for x on {x.device}")
         return self.scale * value
 
-    def value_and_gradient(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Scaled value (B,) and capped gradient of the shape of x, both detached.
+
+        Arguments:
+            create_graph: both can be differentiated in turn; see `flows.field.pullback`.
 
         Raises:
             TypeError, ValueError: as for a call; and ValueError if the value does not depend
                 differentiably on x, or a given gradient has another shape than x.
         """
         if self._gradient is not None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(create_graph and torch.is_grad_enabled()):
                 value = self(x, cond)
                 gradient = self.scale * self._smoothed(self._gradient, x, cond)
             if gradient.shape != x.shape:
@@ -177,7 +182,7 @@ class Reward:
                     f"{tuple(x.shape)}"
                 )
         else:
-            value, pull = pullback(lambda x: self(x, cond), x)
+            value, pull = pullback(lambda x: self(x, cond), x, create_graph=create_graph)
             if pull is None:
                 raise ValueError(
                     "reward is not differentiable: its value does not depend on x through "
@@ -191,10 +196,10 @@ class Reward:
         return {self.name: self(x, cond)}
 
     def terms_and_gradient(
-        self, x: Tensor, cond: Cond | None = None
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
         """`terms`, detached, and the gradient of their sum as `value_and_gradient` gives it."""
-        value, gradient = self.value_and_gradient(x, cond)
+        value, gradient = self.value_and_gradient(x, cond, create_graph=create_graph)
         return {self.name: value}, gradient
 
     def __mul__(self: SomeReward, factor: float) -> SomeReward:

@@ -31,7 +31,7 @@ class TiltConfig(TrainerConfig):
     adjoint-matching loss, from the average and with a fresh optimiser; 0 is none.  For low
     dimensions: half or more, with 20 steps or more, or with the kernel ``covariance_matched``.  In
     many dimensions, where log w still varies by a nat or so, its noise is too large.  ``clip``,
-    ``importance`` and ``replay`` are of the other updates."""
+    ``importance``, ``variates`` and ``replay`` are of the other updates."""
     temperature: float = 1.0
     """The target is p(x) exp(r(x) / temperature)."""
     batch_size: int = 256
@@ -48,6 +48,9 @@ class TiltConfig(TrainerConfig):
     importance: bool = False
     """Weight trajectories by softmax(log w): less bias of a coarse grid, more noise; wants large
     batches."""
+    variates: bool = False
+    """Subtract control variates from the adjoint (`adjoint.variates`): less noise the better the
+    model is, for about half as much time again an update.  For long trainings."""
     min_ess: float = 0.5
     """With importance: batches whose effective sample size / B is smaller go unweighted."""
     replay: int = 0

@@ -63,11 +63,11 @@ class BenchmarkConfig:
     """Memoryless scheme."""
     steps: int = 40
     """Steps K of the chain."""
-    iterations: int = 3000
+    iterations: int = 2000
     """Updates of each tilt."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Trajectories an update."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Learning rate of the tilts."""
     min_ess: float = 0.2
     """Effective sample size / B from which trajectories are weighted."""
@@ -83,6 +83,8 @@ class BenchmarkConfig:
     """Seed of everything random."""
     threads: int = 1
     """Threads of PyTorch."""
+    compile: bool = False
+    """Compile the networks for the updates."""
     folder: Path = Path("outputs/benchmark-digits")
     """Checkpoints and logs."""
     results: Path = Path(__file__).parent / "results" / "digits.json"
@@ -99,6 +101,7 @@ class BenchmarkConfig:
             batch_size=self.batch_size,
             lr=self.lr,
             min_ess=self.min_ess,
+            compile=self.compile,
             base_iterations=self.base_iterations,
             base_batch_size=self.base_batch_size,
             samples=self.samples,

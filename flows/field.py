@@ -80,8 +80,13 @@ def check_cond(cond: Cond | None, x: Tensor) -> None:
             )
 
 
+def transforming() -> bool:
+    """Whether a transform of `torch.func` is at work, or a function is being compiled."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def pullback(
-    function: Callable[[Tensor], Tensor], x: Tensor
+    function: Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
     """Value of ``function`` at ``x``, detached, and cotangent -> Jᵀ cotangent, to be called once.
 
@@ -91,25 +96,35 @@ def pullback(
 
     Outside of transforms a graph is recorded, not `torch.func.vjp` taken: modules may checkpoint
     themselves, be sharded, or call autograd on their own.
+
+    Arguments:
+        create_graph: value and products can be differentiated in turn, with respect to ``x`` if it
+            requires a gradient, and inside transforms.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        with torch.no_grad():
+    if transforming():
+        recording = create_graph and torch.is_grad_enabled()
+        recording = recording and (x.requires_grad or torch._C._are_functorch_transforms_active())
+        with torch.set_grad_enabled(recording):
             value, vjp = torch.func.vjp(function, x)[:2]
 
         def product_of(cotangent: Tensor) -> Tensor:
-            with torch.no_grad():
+            with torch.set_grad_enabled(recording):
                 return vjp(cotangent)[0]
 
         return value, product_of
+    create_graph = create_graph and torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+        x = x if create_graph else x.detach().requires_grad_(True)
         value = function(x)
 
     def pull(cotangent: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(value, x, cotangent, allow_unused=True)
+        (product,) = torch.autograd.grad(
+            value, x, cotangent, allow_unused=True, create_graph=create_graph
+        )
         return torch.zeros_like(x) if product is None else product
 
-    return value.detach(), pull if value.requires_grad else None
+    known = value if create_graph else value.detach()
+    return known, pull if value.requires_grad else None
 
 
 def velocity_and_vjp(

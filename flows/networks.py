@@ -63,7 +63,8 @@ class MLPVelocity(nn.Module):
     Arguments:
         dim: dimension of x.
         hidden: widths of the hidden layers.
-        cond_dims: name and size of each condition; ``cond[name]`` must be (B, size).
+        cond_dims: name and size of each condition; ``cond[name]`` must be (B, size), or for states
+            (S, B, dim) may be (S, B, size).
         time_dim: size of the time embedding, even.
         zero_init: start with v = 0 everywhere, as a correction to a base should.
 
@@ -130,7 +131,7 @@ class MLPVelocity(nn.Module):
         if cond.keys() != self.cond_dims.keys():
             raise ValueError(f"cond must name {sorted(self.cond_dims)}, got {sorted(cond)}")
         for name, size in self.cond_dims.items():
-            if cond[name].shape != (x.shape[-2], size):
+            if cond[name].shape not in ((x.shape[-2], size), (*x.shape[:-1], size)):
                 raise ValueError(
                     f"cond[{name!r}] must have shape ({x.shape[-2]}, {size}), "
                     f"got {tuple(cond[name].shape)}"

@@ -7,7 +7,8 @@ stride 2 goes down and its transpose up, where what was there before is joined b
 
 As in ``flows.networks``, time scales and shifts the middle of every block (FiLM) instead of
 entering once; the label of a class, embedded, is added to time's features before.  Where a pixel
-lies is told by two more channels of the input, as convolutions do not see it.
+lies is told by two more channels of the input, as convolutions do not see it; images among the
+conditions join them.
 
 There are no normalisation layers, which on small images cost as much as the convolutions.  So the
 weights start at He's scale, which keeps the activations at the scale where SiLU bends (with
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -69,7 +70,9 @@ class UNetVelocity(nn.Module):
             between two of them.
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         classes: number of classes; ``cond["label"]`` must be (B,) integers, 0 to ``classes``, the
-            last of which stands for no label.  0 is a network without conditions.
+            last of which stands for no label.  0 is a network without labels.
+        images: name and channels of each image among the conditions; ``cond[name]`` must be
+            (B, channels, H, W).
         time_dim: size of the embedding of time and label, even.
         zero_init: start with v = 0 everywhere, as a correction to a base should.
 
@@ -84,10 +87,17 @@ class UNetVelocity(nn.Module):
         widths: Sequence[int] = (32, 64),
         blocks: int = 1,
         classes: int = 0,
+        images: Mapping[str, int] | None = None,
         time_dim: int = 32,
         zero_init: bool = False,
     ) -> None:
         super().__init__()
+        self.images = dict(images or {})
+        if min(self.images.values(), default=1) < 1 or "label" in self.images:
+            raise ValueError(
+                "images must have at least one channel each, and none be called 'label', "
+                f"got {self.images}"
+            )
         if not widths or min(channels, blocks, *widths) < 1 or classes < 0:
             raise ValueError(
                 "channels, blocks and widths must be positive, widths not empty and classes at "
@@ -104,7 +114,8 @@ class UNetVelocity(nn.Module):
         if classes:
             self.label = nn.Embedding(classes + 1, time_dim)
         pairs = list(itertools.pairwise(widths))
-        self.stem = nn.Conv2d(channels + 2, widths[0], 3, padding=1)
+        inputs = channels + sum(self.images.values()) + 2
+        self.stem = nn.Conv2d(inputs, widths[0], 3, padding=1)
         self.before = nn.ModuleList(level(width) for width in widths)
         self.down = nn.ModuleList(nn.Conv2d(m, n, 2, stride=2) for m, n in pairs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(n, m, 2, stride=2) for m, n in pairs)
@@ -123,7 +134,7 @@ class UNetVelocity(nn.Module):
         Raises:
             ValueError: ``x`` has another number of channels, or a height or width that cannot be
                 halved often enough; ``t`` is neither scalar nor (B,); a condition is missing or
-                unknown, or the labels are not (B,).
+                unknown, the labels are not (B,), or an image has another shape.
         """
         if x.ndim != 4 or x.shape[1] != self.channels or any(n % self.factor for n in x.shape[2:]):
             raise ValueError(
@@ -132,7 +143,8 @@ class UNetVelocity(nn.Module):
             )
         e = self._embedding(x, t, cond or {})
         # Convolutions of few channels are faster with channels innermost.
-        h = torch.cat([x, position(x)], dim=1).contiguous(memory_format=torch.channels_last)
+        h = torch.cat([x, *self._shown(x, cond or {}), position(x)], dim=1)
+        h = h.contiguous(memory_format=torch.channels_last)
         h = self.stem(h)
         h = apply(self.before[0], h, e)
         skips = []
@@ -150,7 +162,7 @@ class UNetVelocity(nn.Module):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if t.numel() != 1 and t.shape != (batch,):
             raise ValueError(f"t must be a scalar or ({batch},), got shape {tuple(t.shape)}")
-        names = ["label"] if self.classes else []
+        names = sorted([*self.images, *(["label"] if self.classes else [])])
         if sorted(cond) != names:
             raise ValueError(f"cond must name {names}, got {sorted(cond)}")
         e = self.embed(self.time(t.reshape(-1)))
@@ -161,6 +173,16 @@ class UNetVelocity(nn.Module):
                 )
             e = e + self.label(cond["label"].long())
         return functional.silu(e)
+
+    def _shown(self, x: Tensor, cond: Cond) -> list[Tensor]:
+        """The images among the conditions, in the order of ``images`` and the dtype of ``x``."""
+        for name, channels in self.images.items():
+            shape = (x.shape[0], channels, *x.shape[2:])
+            if cond[name].shape != shape:
+                raise ValueError(
+                    f"cond[{name!r}] must have shape {shape}, got {tuple(cond[name].shape)}"
+                )
+        return [cond[name].to(x.dtype) for name in self.images]
 
 
 def set_scale(layer: nn.Module, factor: float = 1.0) -> None:

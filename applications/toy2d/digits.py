@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adjoint.informed import informed
+from adjoint.reward import Reward
 from adjoint.tilt import TiltConfig, Tilted, tilt
 from applications.toy2d import handwriting, images
 from applications.toy2d.digit_judge import Comparison, compare, distances
@@ -55,8 +57,14 @@ class DigitsConfig:
     """Weight trajectories by their importance."""
     min_ess: float = 0.5
     """Batches whose effective sample size / B is smaller go unweighted."""
+    variates: bool = True
+    """Subtract control variates from the adjoint."""
+    compile: bool = False
+    """Compile the networks for the updates; for long trainings."""
+    informed: bool = True
+    """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
     width: int = 256
-    """Width of the base flow's three hidden layers."""
+    """Width of the hidden layers, three each, of the base flow and of an informed model."""
     base_iterations: int = 2000
     """Updates of the base flow."""
     base_batch_size: int = 256
@@ -104,6 +112,8 @@ class DigitsConfig:
             temperature=self.temperature,
             importance=self.importance,
             min_ess=self.min_ess,
+            variates=self.variates,
+            compile=self.compile,
             ema_decay=0.99,
             seed=self.seed,
             certificate_samples=self.samples,
@@ -167,12 +177,23 @@ def tilt_digits(
     config: DigitsConfig, base: nn.Module, reward: DigitReward, *, name: str = "tilt"
 ) -> Tilted:
     """The tilt of a run, trained or resumed; its files are called ``name``."""
-    names = ("digit", "width", "base_iterations", "base_batch_size", "classifier_iterations")
+    names = ["digit", "width", "base_iterations", "base_batch_size", "classifier_iterations"]
+    names.append("informed")
+    model = None
+    if config.informed:
+        model = informed(
+            base,
+            Reward(reward, scale=1 / config.temperature),
+            DIM,
+            hidden=[config.width] * 3,
+            seed=config.seed,
+        )
     return tilt(
         base,
         reward,
         shape=(DIM,),
         config=config.tilt_options,
+        model=model,
         callbacks=watchers(config, name),
         checkpoint=config.folder / f"{name}.pt",
         resume=config.resume,

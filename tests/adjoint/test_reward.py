@@ -98,7 +98,7 @@ def test_bad_arguments_are_refused():
 
 def test_scaling_keeps_subclasses():
     class Constant(Reward):
-        def value_and_gradient(self, x, cond=None):
+        def value_and_gradient(self, x, cond=None, *, create_graph=False):
             return torch.zeros(len(x)), torch.full_like(x, 7.0)
 
     scaled = Constant(quartic).scaled(2.0)

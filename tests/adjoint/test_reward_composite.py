@@ -137,7 +137,7 @@ def test_each_part_is_evaluated_once():
 
 def test_a_subclass_keeps_its_gradient_in_a_sum():
     class Constant(Reward):
-        def value_and_gradient(self, x, cond=None):
+        def value_and_gradient(self, x, cond=None, *, create_graph=False):
             return torch.ones(len(x)).to(x), torch.full_like(x, 7.0)
 
     close(pair(Constant(quartic) + wave)[1], 7 + 2 * (2 * X).cos())

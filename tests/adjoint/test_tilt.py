@@ -66,6 +66,8 @@ OPTIONS = [
     {"accumulate": 3},
     {"replay": 64, "refresh": 4},
     {"importance": True},
+    {"variates": True},
+    {"variates": True, "importance": True, "replay": 64, "refresh": 4},
     {"replay": 64, "refresh": 4, "importance": True, "clip_quantile": True},
     {"late": 0.25, "early": 0.5},
     {"clip": 100.0},

@@ -129,6 +129,26 @@ def test_bad_sizes(options):
         network(**options)
 
 
+def test_an_image_among_the_conditions_is_seen_where_it_lies():
+    net, (x, t, cond) = network(images={"guess": 3}), inputs()
+    cond["guess"] = torch.randn(5, 3, 8, 12, generator=torch.Generator().manual_seed(3))
+    v = net(x, t, cond)
+    moved = cond["guess"].clone()
+    moved[2, 1, 0, 0] += 1
+    change = (net(x, t, {**cond, "guess": moved}) - v).abs().amax(1)
+    assert change[2].argmax() in (0, 1, 12, 13)  # at that pixel, or beside it
+    assert change[[0, 1, 3, 4]].max() < 1e-5
+    for bad, message in (
+        ({"label": cond["label"]}, r"must name \['guess', 'label'\]"),
+        ({**cond, "guess": moved[:, :2]}, r"must have shape \(5, 3, 8, 12\), got \(5, 2, 8, 12\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net(x, t, bad)
+    for images in ({"guess": 0}, {"label": 1}):
+        with pytest.raises(ValueError, match="images must have"):
+            network(images=images)
+
+
 def test_learns_the_velocity_of_a_mixture_of_images():
     """Regression on the exact velocity of four images: far better than the best linear one."""
     torch.manual_seed(0)

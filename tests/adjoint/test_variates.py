@@ -1,0 +1,134 @@
+"""Control variates: mean zero for any model, and how much noise they leave at the optimum."""
+
+import pytest
+import torch
+from problems import PROBLEMS
+
+from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
+from adjoint.lean import Adjoint, lean_adjoint
+from adjoint.loss import adjoint_matching_loss
+from adjoint.rollout import draw_noise, rollout
+from adjoint.variates import control_variates
+from flows import grid as grids
+from flows.field import batch_time
+
+F64 = torch.float64
+PROBLEM = PROBLEMS["three"]
+TILTED = PROBLEM.exact()[0]
+
+
+def kernel_of(name, steps):
+    grid = grids.uniform(steps)
+    generator = torch.Generator().manual_seed(1)
+    x1 = PROBLEM.base.sample(4096, generator=generator).double()
+    mmse = covariance = None
+    if name in MATCHED:
+        mmse = measure_mmse(PROBLEM.base, grid, x1, generator=generator)
+    if name == "covariance_matched":
+        covariance = torch.cov(x1.T)
+    return make_kernel(name, grid, mmse=mmse, covariance=covariance)
+
+
+def curved(x, cond=None):
+    return torch.sin(2 * x[:, 0]) + 0.3 * x[:, 0] * x[:, 1]
+
+
+def slope_of(reward):
+    def terminal(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return -torch.autograd.grad(reward(x).sum(), x)[0]
+
+    return terminal
+
+
+def crooked(x, t, cond=None):
+    """A model that is the tilt of nothing, and whose change from the base is curved."""
+    return PROBLEM.base(x, t) + 0.4 * torch.sin(3 * x) + 0.2 * batch_time(t, x) * x.square()
+
+
+def adjoints(field, kernel, reward, x0, noise):
+    """Trajectory, variates, and the adjoint without and with them."""
+    base, terminal = PROBLEM.base, slope_of(reward)
+    trajectory = rollout(field, base, kernel, x0, noise)
+    c = control_variates(field, base, kernel, trajectory, terminal)
+    end = terminal(trajectory.xs[-1])
+    plain, less = (
+        lean_adjoint(base, kernel, trajectory.xs, end, noise=noise, variates=v) for v in (None, c)
+    )
+    return trajectory, c, plain, less
+
+
+def start(n, steps, kernel, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randn(n, 2, generator=generator, dtype=F64)
+    return x0, draw_noise(kernel, x0, generator=generator)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_they_change_their_sign_with_the_noise_of_their_step(name):
+    """So that given the state before, their mean is zero, whatever the model."""
+    steps = 6
+    kernel = kernel_of(name, steps)
+    x0, noise = start(5, steps, kernel)
+    _, c, _, _ = adjoints(crooked, kernel, curved, x0, noise)
+    for k in range(steps):
+        flipped = noise.clone()
+        flipped[k] *= -1
+        other = adjoints(crooked, kernel, curved, x0, flipped)[1]
+        torch.testing.assert_close(other[k], -c[k], rtol=1e-9, atol=1e-12)
+        quiet = kernel.noiseless_last and k == steps - 1
+        assert (float(c[k].abs().max()) == 0) == quiet
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_mean_of_the_adjoint_at_a_state_stays(name):
+    kernel = kernel_of(name, 6)
+    x0, noise = start(20_000, 6, kernel)
+    x0 = x0[:1].expand(20_000, 2).contiguous()
+    _, _, plain, less = adjoints(crooked, kernel, curved, x0, noise)
+    difference = (less.values - plain.values)[0]
+    error = difference.std(0) / len(difference) ** 0.5
+    assert float(error.min()) > 0
+    assert bool((difference.mean(0).abs() < 4 * error).all())
+
+
+def noise_at_the_optimum(name, steps, *, n=2000):
+    """Adjoint-matching loss of the exact velocity with and without variates: all of it is noise."""
+    kernel = kernel_of(name, steps)
+    x0, noise = start(n, steps, kernel)
+    trajectory, _, plain, less = adjoints(TILTED, kernel, PROBLEM.reward, x0, noise)
+
+    def loss(adjoint: Adjoint) -> float:
+        return float(adjoint_matching_loss(trajectory.v, adjoint, kernel)[0]) / steps
+
+    return loss(less) / loss(plain)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "moment_matched", "covariance_matched"])
+def test_at_the_optimum_little_noise_is_left_and_less_on_a_finer_grid(name):
+    coarse, fine = (noise_at_the_optimum(name, steps) for steps in (20, 80))
+    assert coarse < 0.35
+    assert fine < 0.7 * coarse  # not in proportion: the first steps renew most of the noise
+
+
+def test_the_base_with_a_linear_reward_has_none():
+    """Before training only the last step could have some, and there ∇r does not change."""
+    kernel = kernel_of("moment_matched", 5)
+    x0, noise = start(4, 5, kernel)
+    linear = lambda x, cond=None: x.sum(1)  # noqa: E731
+    c = adjoints(PROBLEM.base, kernel, linear, x0, noise)[1]
+    torch.testing.assert_close(c, torch.zeros_like(c), rtol=0, atol=1e-12)
+
+
+def test_micro_batches_do_not_change_them():
+    kernel = kernel_of("moment_matched", 5)
+    x0, noise = start(7, 5, kernel)
+    trajectory = rollout(crooked, PROBLEM.base, kernel, x0, noise)
+    found = [
+        control_variates(
+            crooked, PROBLEM.base, kernel, trajectory, slope_of(curved), micro_batch=size
+        )
+        for size in (0, 3)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

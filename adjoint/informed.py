@@ -2,29 +2,32 @@ r"""A model to train that sees the reward: guidance with a learned gain, and a n
 
 The velocity of the exact tilt is, with V_t(x) = E[exp r(X_1) | X_t = x] under the base,
 
-    v*(x, t) = v(x, t) + (1 - t)/t ∇ log V_t(x).
+    v*(x, t) = v(x, t) + (1 - t)/t ∇ log V_t(x)
 
-What a network has to learn is ∇ log V_t.  One that sees x and t only must rebuild base and reward
-in itself; but where the posterior of X_1 is narrow, V_t(x) ≈ exp r(x̂_1) with the conditional mean
-x̂_1 = x + (1 - t) v(x, t), and then
+for X_0 independent of X_1.  What a network has to learn is ∇ log V_t.  One that sees x and t only
+must rebuild base and reward in itself; but where the posterior of X_1 is narrow, V_t(x) ≈ exp
+r(x̂_1) with the conditional mean x̂_1 = x + (1 - t) v(x, t), and then
 
     ∇ log V_t(x) ≈ s(x, t) = (∂x̂_1/∂x)ᵀ ∇r(x̂_1),    ∂x̂_1/∂x = I + (1 - t) ∇v,
 
-which is what guidance by a reward adds to a flow (Chung et al., arXiv 2209.14687, eq. 11).  For a
-Gaussian base and a linear reward it is exact at all times; otherwise only as t → 1, and as a
-guidance of a chosen strength it samples no known law.  Here it is where training starts from:
+which is what guidance by a reward adds to a flow (Chung et al., arXiv 2209.14687).  For a Gaussian
+base and a linear reward it is exact at all times; in general it becomes so as t → 1 only, and a
+guidance of some strength samples no known law.  Here it is an ingredient:
 
     v_θ(x, t) = v(x, t) + (1 - t) g_θ(t) s(x, t) + N_θ(x, t, x̂_1, s).
 
 The gain g_θ is a number, linear in the features of the time; the correction N_θ is a network that
 sees the estimate x̂_1 and the slope s besides the state.  With g_θ = 0 and N_θ = 0 the model starts
 at the base, like any other, and adjoint matching finds both: nothing is assumed of the guidance.
-Path integral samplers give their networks the score of the target in the same way (Zhang and Chen,
-arXiv 2111.15141, eq. 15).
+Near t = 0, where the exact gain 1/t is out of reach of g_θ, the correction has to do the work.
+Path integral samplers give their networks the score of the target (Zhang and Chen, arXiv
+2111.15141).
 
-The price: base and reward are evaluated and differentiated at every step of the sampler too, and
-samples can be drawn only where the reward is.  The benefit, as measured on handwritten digits, is
-in `benchmarks.digits`.
+The price: base and reward are evaluated and differentiated at every step of the sampler too,
+samples can be drawn only where the reward is, and the loss does so at all states at once, unless
+``micro_batch`` says how many; ``reward_batch`` does not reach in here.  With micro-batches that are
+recomputed in the backward pass, base and reward are evaluated some more times.  `benchmarks.digits`
+has what it brings for handwritten digits.
 """
 
 from __future__ import annotations
@@ -48,13 +51,15 @@ class Informed(nn.Module):
     """``base + (1 - t) gain(t) s + correction``; see the module docstring.
 
     Arguments:
-        base: velocity field on the canonical path, copied and frozen.
+        base: velocity field on the canonical path, copied (so not sharded) and frozen.
         reward: of samples, a `Reward` or callable (x, cond) -> (B,), with its temperature: give
             ``reward / T`` for a tilt at temperature T.  It is shared by all copies of the model, no
             part of its weights, and must be where the model is.
         correction: module called as (x, t, cond), where ``cond`` holds besides the conditions of
             the flow ``estimate`` (x̂_1) and ``slope`` (s), each of the shape of x; it should start
-            at zero.  See `informed` for vectors, and ``images`` of `flows.unet.UNetVelocity`.
+            at zero.  See `informed` for vectors, and ``images`` of `flows.unet.UNetVelocity`.  Gain
+            and correction must have the dtype and device of the state: use ``.to`` where it is not
+            float32 on the CPU.
         time_dim: size of the time embedding of the gain, even.
 
     Differentiable in x, also by the transforms of `torch.func`, so that divergences and likelihoods

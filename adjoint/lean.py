@@ -61,8 +61,8 @@ def lean_adjoint(
             covariance needs (`adjoint.covariance`); unused otherwise.
         running: (K, B, *) gradient of a running state cost at x_k, times the step; for control
             problems other than tilting, which have none.
-        variates: (K, B, *) what is subtracted from λ_1 … λ_K before they are carried on, of mean
-            zero; see `adjoint.variates`.
+        variates: (K, B, *) what is added to λ_1 … λ_K before they are carried on; see
+            `adjoint.variates`.
         micro_batch, device: see `adjoint.rollout`; by default all B, and where xs is.
 
     Adjoints have the dtype of xs, also where the base computes in another one.  The product costs a
@@ -107,12 +107,12 @@ def lean_adjoint(
         vs, pull = linearised(xs[:-1].to(device), kernel.adjoint_t.to(xs.dtype), cond)
     for k in reversed(range(kernel.steps)):
         x = xs[k].to(device)
-        left = value if variates is None else value - variates[k].to(device)
+        whole = value if variates is None else value + variates[k].to(device)
         if linearised is None:
-            v, product = velocity_and_vjp(base, x, t[k], left, cond)
+            v, product = velocity_and_vjp(base, x, t[k], whole, cond)
         else:
-            v, product = vs[k], pull(k, left)
-        carried = adjoint_x[k] * left + adjoint_v[k] * product
+            v, product = vs[k], pull(k, whole)
+        carried = adjoint_x[k] * whole + adjoint_v[k] * product
         if kernel.start_covariance is not None and noise is not None:
             scale = kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k]
             eps = noise[k].to(device)

@@ -63,6 +63,7 @@ def adjoint_matching_loss(
     steps: Tensor | None = None,
     weights: Tensor | None = None,
     clip: Tensor | float | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics from velocities of the model along the trajectory.
 
@@ -73,6 +74,9 @@ def adjoint_matching_loss(
         steps: (S,) indices of the selected steps; all K if None.
         weights: (B,) importance weights of the trajectories; none if None.
         clip: cap on the term of one step of one trajectory.
+        known: (K+1, B, *) noise of the adjoints that is known, of mean zero at each state; see
+            `adjoint.variates`.  It is taken from the target, but not from that of the weights:
+            the gradient is that of the residuals read_v (v_θ - v_β) + read_a (λ - known / weight).
 
     Returns:
         The loss, the mean over the batch of the sum over steps and dimensions, and the metrics
@@ -98,6 +102,11 @@ def adjoint_matching_loss(
     per_trajectory = terms.sum(0)
     if weights is not None:
         per_trajectory = per_trajectory * weights
+    if known is not None:
+        off = known[1:] if kernel.read_next else known[:-1]
+        off = off if steps is None else off[index]
+        linear = 2 * (read_v * control + read_a * lam) - read_a * off
+        per_trajectory = per_trajectory - (linear * read_a * off).flatten(2).sum((0, 2))
     metrics = {
         "adjoint_norm": lam.flatten(2).norm(dim=2).mean(),
         "control_norm": control.detach().flatten(2).norm(dim=2).mean(),

@@ -21,6 +21,7 @@ share of the replay buffer, and each draws its own subset of the early steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class TiltLoss:
         self.buffer: ReplayBuffer | None = None
         if config.replay:
             capacity = distributed.share(config.replay)
-            dims = {"xs": 1, "values": 1, "v_base": 1}
+            dims = {"xs": 1, "values": 1, "v_base": 1, "known": 1}
             self.buffer = ReplayBuffer(capacity, dims, device=self.home)
 
     def _rollout(
@@ -155,18 +156,24 @@ class TiltLoss:
         terms, gradient = self._rewards(trajectory.xs[-1], cond, gradient=True)
         assert gradient is not None
         value = total(terms)
-        variates = self._variates(module, trajectory, cond) if self.config.variates else None
-        adjoint = lean_adjoint(
+        carry = partial(
+            lean_adjoint,
             self.base,
             self.kernel,
             trajectory.xs,
-            -gradient,
-            cond,
+            cond=cond,
             noise=trajectory.noise,
-            variates=variates,
             micro_batch=self.config.micro_batch,
             device=self.device,
         )
+        adjoint = carry(-gradient)
+        known = {}
+        if self.config.variates:
+            variates = self._variates(module, trajectory, -gradient, cond)
+            noise = carry(torch.zeros_like(gradient), variates=variates).values
+            if self.kernel.read_next:  # the residual of a step sees the noise of that step too
+                noise[1:] += variates
+            known["known"] = noise
         log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.home_kernel)
         return {
             "xs": trajectory.xs[:-1],
@@ -175,12 +182,15 @@ class TiltLoss:
             "log_w": value + log_ratio,
             "reward": value,
             "kl": kl,
+            **known,
             **_named(terms),
             **{f"cond.{name}": c for name, c in (cond or {}).items()},
         }
 
-    def _variates(self, module: nn.Module, trajectory: Trajectory, cond: Cond | None) -> Tensor:
-        """Control variates (K, B, *) by the model that made the trajectory."""
+    def _variates(
+        self, module: nn.Module, trajectory: Trajectory, end: Tensor, cond: Cond | None
+    ) -> Tensor:
+        """Control variates (K, B, *) by the model that made the trajectory and ends at ``end``."""
 
         def terminal(x: Tensor) -> Tensor:
             gradient = self._rewards(x, cond, gradient=True)[1]
@@ -194,6 +204,7 @@ class TiltLoss:
             self.base,
             self.kernel,
             trajectory,
+            end,
             terminal,
             cond,
             micro_batch=self.config.micro_batch,
@@ -243,6 +254,7 @@ class TiltLoss:
             steps=steps,
             weights=weights,
             clip=clip,
+            known=batch.get("known"),
         )
         if config.clip_quantile:
             seen = metrics["term_quantile"]

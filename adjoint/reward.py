@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from flows.field import Cond, check_cond, pullback
+from flows.field import Cond, check_cond, pullback, recording
 
 ValueFunction = Callable[[Tensor, Cond | None], Tensor]
 GradientFunction = Callable[[Tensor, Cond | None], Tensor]
@@ -166,14 +166,15 @@ class Reward:
         """Scaled value (B,) and capped gradient of the shape of x, both detached.
 
         Arguments:
-            create_graph: both can be differentiated in turn; see `flows.field.pullback`.
+            create_graph: neither is detached, but can be differentiated in x; see
+                `flows.field.pullback`.  A given gradient must be differentiable for that.
 
         Raises:
             TypeError, ValueError: as for a call; and ValueError if the value does not depend
                 differentiably on x, or a given gradient has another shape than x.
         """
         if self._gradient is not None:
-            with torch.set_grad_enabled(create_graph and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(create_graph and recording(x)):
                 value = self(x, cond)
                 gradient = self.scale * self._smoothed(self._gradient, x, cond)
             if gradient.shape != x.shape:

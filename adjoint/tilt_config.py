@@ -49,8 +49,8 @@ class TiltConfig(TrainerConfig):
     """Weight trajectories by softmax(log w): less bias of a coarse grid, more noise; wants large
     batches."""
     variates: bool = False
-    """Subtract control variates from the adjoint (`adjoint.variates`): less noise the better the
-    model is, for about half as much time again an update.  For long trainings."""
+    """Take from the adjoints what the model knows of their noise (`adjoint.variates`): the better
+    the model, the less noise is left, for a second adjoint pass and more evaluations an update."""
     min_ess: float = 0.5
     """With importance: batches whose effective sample size / B is smaller go unweighted."""
     replay: int = 0
@@ -109,6 +109,11 @@ class TiltConfig(TrainerConfig):
             raise ValueError(
                 "clip must be at least 0, and 0 where clip_quantile is on, "
                 f"got clip={self.clip}, clip_quantile={self.clip_quantile}"
+            )
+        if self.variates and (self.clip or self.clip_quantile):
+            raise ValueError(
+                "variates must be False where clip or clip_quantile caps the loss: what they take "
+                "away would have a mean"
             )
         if 0 < self.replay < self.batch_size:
             raise ValueError(

@@ -1,27 +1,35 @@
-r"""Control variates for the lean adjoint: less noise the better the model, and none at the optimum.
+r"""Control variates of the lean adjoint: the noise in it that the model knows.
 
-The regression of adjoint matching sees one sample of the adjoint λ_k at each state, whose noise is
-many times the control itself where much is still undecided.  That noise comes from the steps that
+The regression of adjoint matching sees one sample of the adjoint λ_k at each state, whose noise can
+be many times the control itself where much is still undecided.  It comes from the steps that
 follow, x_{j+1} = m_j + std_j ε_j, and most of it is known: the control says what the adjoint at
 x_{j+1} is on average, Λ(x_{j+1}) = -(read_v / read_a) (v_θ - v_β), and so how it changes with ε_j.
-Subtracting from λ_{j+1} the odd part of that change,
+The odd part of that change,
 
-    C_{j+1} = ½ [Λ(m_j + std_j ε_j) - Λ(m_j - std_j ε_j)],        C_K with Λ = -∇r,
+    C_{j+1} = ½ [Λ(m_j + std_j ε_j) - Λ(m_j - std_j ε_j)],    with -∇r as Λ at the last noisy step,
 
-before it is carried on, λ_k = A_kᵀ (λ_{k+1} - C_{k+1}), changes no expectation: given x_j, C_{j+1}
-is odd in ε_j and A_j a function of x_j, so its mean is zero whatever Λ is, and with it the fixed
-point is that of adjoint matching itself.  What it changes is the variance.  Where Λ is the exact
-conditional mean, λ_{j+1} - C_{j+1} depends on ε_j only by even terms, of second order in std_j, so
-that the noise vanishes at the optimum as the grid becomes fine, as that of the log-variance loss
-does (`adjoint.loss`); at the base, where Λ = 0 but for the last step, nothing is subtracted.  In
-contrast to bootstrapping, an error of the model is never taken for a target.
+carried back like the adjoint itself, e_k = A_kᵀ (e_{k+1} + C_{k+1}) from e_K = 0, is taken from the
+target, λ_k - e_k.  No expectation changes: given x_j, C_{j+1} is odd in ε_j and A_j is a function
+of x_j, so that the mean of e_k at a state is zero whatever Λ is, and the fixed point is that of
+adjoint matching.  What changes is the variance.  If Λ is the exact mean, then what is left of the
+step's noise is even in ε_j, of second order in std_j: little on a fine grid, and less on a finer
+one, though the first steps of a memoryless chain renew most of the noise on any grid.  At the base,
+Λ is zero, and only the last step's noise is taken away.  Unlike in bootstrapping the model's error
+is never taken for a target.
 
-With importance weights the mean of C_{j+1} is that of ε_j under the tilted path law, which is
-(u* - u)_j: zero at the optimum too, but not on the way there.  Where the noise is L(x_j) ε_j with a
-full covariance, the derivative of L enters the adjoint as a term odd in ε_j of its own
-(`adjoint.covariance`); C is left out of that term, as their product would be even.
+Importance weights w.  Under the tilted path law ε_j is neither centred nor symmetric, so that w e
+has a mean, of the order of the step.  Only w λ is weighted therefore: the gradient of the loss is
+that of w (read_v (v_θ - v_β) + read_a λ) - read_a e (`adjoint.loss`).  A cap on the terms of the
+loss would spoil the mean as well, and is refused.
 
-The price is the model at K - 1 mirrored states, in one batch, and the gradient of one more reward.
+Other kernels.  Where the residual of step k reads λ_{k+1}, the noise of step k is in it too, and so
+C_{k+1} is added to e_{k+1}; Λ(x_{j+1}) is then the mean of λ_{j+2}, a little off.  Before a
+noiseless last step Λ is -∇r at its end, without the Jacobian of that step.  Where the noise is
+L(x_j) ε_j with a full covariance, the adjoint has a term odd in ε_j, from the derivative of L; C is
+left out of that term, as their product would be even.
+
+The price: a second pass of the adjoint, the model at K - 1 mirrored states and the base at twice as
+many, each in one batch, and one more gradient of the reward.
 
 Sources: antithetic variates as in Owen, "Monte Carlo theory", ch. 8; estimators without noise at
 the optimum, Roeder et al. 1703.09194 ("sticking the landing").  The combination with the lean
@@ -46,6 +54,7 @@ def control_variates(
     base: VelocityField,
     kernel: Kernel,
     trajectory: Trajectory,
+    end: Tensor,
     terminal: Callable[[Tensor], Tensor],
     cond: Cond | None = None,
     *,
@@ -55,7 +64,8 @@ def control_variates(
     """C_1 … C_K, (K, B, *), of a trajectory that ``field`` made; see the module docstring.
 
     Arguments:
-        terminal: -∇r at states (B, *), of their shape.
+        end: -∇r at the end of the trajectory, (B, *).
+        terminal: the same of other states (B, *).
         cond: conditions with leading size B.
         micro_batch, device: see `adjoint.rollout`.
     """
@@ -68,17 +78,20 @@ def control_variates(
     if trajectory.roots is None:
         kick = std * noise
     else:
-        kick = (trajectory.roots @ noise.flatten(2).unsqueeze(3)).reshape(noise.shape)
+        at = torch.device(device or xs.device).type
+        with torch.autocast(at, enabled=False):  # as in `rollout`
+            kick = (trajectory.roots @ noise.flatten(2).unsqueeze(3)).reshape(noise.shape)
     mirrored = (xs[1:] - 2 * kick)[:noisy]
 
     def along(field: VelocityField, states: Tensor, times: Tensor) -> Tensor:
         v = velocity_along(field, states, times, cond, micro_batch=micro_batch, device=device)
         return v.to(xs.dtype)
 
-    end = mirrored[-1]
+    other_end = mirrored[-1]
     if kernel.noiseless_last:
-        end = mean_x[-1] * end + mean_v[-1] * along(base, end[None], kernel.t[noisy:-1])[0]
-    last = (terminal(xs[-1]) - terminal(end))[None]
+        v = along(base, other_end[None], kernel.t[noisy:-1])[0]
+        other_end = mean_x[-1] * other_end + mean_v[-1] * v
+    last = (end - terminal(other_end))[None]
     rest = torch.zeros_like(xs[noisy + 1 :])
     if noisy == 1:
         return torch.cat([last / 2, rest])

@@ -85,34 +85,48 @@ def transforming() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def recording(x: Tensor) -> bool:
+    """Whether what is computed from ``x`` can be differentiated with respect to it."""
+    wanted = x.requires_grad or torch._C._are_functorch_transforms_active()
+    return wanted and torch.is_grad_enabled()
+
+
 def pullback(
     function: Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-    """Value of ``function`` at ``x``, detached, and cotangent -> Jᵀ cotangent, to be called once.
+    """Value of ``function`` at ``x`` and cotangent -> Jᵀ cotangent, to be called once.
+
+    Both are detached, and parameters receive no gradient, unless ``create_graph``.
 
     The map is None if the value is seen not to depend on anything differentiable.  It gives zeros
     if the value does not depend on ``x``; inside transforms of `torch.func` and in compiled
-    functions these two cannot be told apart, and it always does.  Parameters receive no gradient.
+    functions these two cannot be told apart, and it always does.
 
     Outside of transforms a graph is recorded, not `torch.func.vjp` taken: modules may checkpoint
     themselves, be sharded, or call autograd on their own.
 
     Arguments:
-        create_graph: value and products can be differentiated in turn, with respect to ``x`` if it
-            requires a gradient, and inside transforms.
+        create_graph: value and products can be differentiated in turn, if ``x`` requires a gradient
+            or a transform is at work; else it changes nothing.
+
+    Raises:
+        RuntimeError: in `torch.inference_mode`, which records nothing.
     """
+    create_graph = create_graph and recording(x)
     if transforming():
-        recording = create_graph and torch.is_grad_enabled()
-        recording = recording and (x.requires_grad or torch._C._are_functorch_transforms_active())
-        with torch.set_grad_enabled(recording):
+        with torch.set_grad_enabled(create_graph):
             value, vjp = torch.func.vjp(function, x)[:2]
 
         def product_of(cotangent: Tensor) -> Tensor:
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(create_graph):
                 return vjp(cotangent)[0]
 
         return value, product_of
-    create_graph = create_graph and torch.is_grad_enabled() and x.requires_grad
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "a field or reward is to be differentiated in torch.inference_mode, which records "
+            "nothing: use torch.no_grad"
+        )
     with torch.enable_grad():
         x = x if create_graph else x.detach().requires_grad_(True)
         value = function(x)

@@ -58,7 +58,7 @@ class DigitsConfig:
     min_ess: float = 0.5
     """Batches whose effective sample size / B is smaller go unweighted."""
     variates: bool = True
-    """Subtract control variates from the adjoint."""
+    """Take from the adjoints the noise that the model knows (`adjoint.variates`)."""
     compile: bool = False
     """Compile the networks for the updates; for long trainings."""
     informed: bool = True
@@ -177,8 +177,8 @@ def tilt_digits(
     config: DigitsConfig, base: nn.Module, reward: DigitReward, *, name: str = "tilt"
 ) -> Tilted:
     """The tilt of a run, trained or resumed; its files are called ``name``."""
-    names = ["digit", "width", "base_iterations", "base_batch_size", "classifier_iterations"]
-    names.append("informed")
+    names = ["digit", "width", "informed"]
+    names += ["base_iterations", "base_batch_size", "classifier_iterations"]
     model = None
     if config.informed:
         model = informed(

@@ -257,6 +257,23 @@ def test_only_gain_and_correction_are_trained(compiled):
             torch.testing.assert_close(got[name], p.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_a_given_gradient_leaves_no_graph_to_its_weights():
+    judge = Judge().double()
+
+    def slope(x, cond=None):
+        return judge.network[0](x)[:, :2]
+
+    model = awake(informed(ANISOTROPIC, Reward(linear, gradient=slope), 2, hidden=(8,)).double())
+    model(points(), torch.tensor(0.3, dtype=F64)).sum().backward()
+    assert [p.grad for p in judge.parameters()] == [None] * 4
+
+
+def test_inference_mode_is_refused():
+    model = informed(ANISOTROPIC, linear, 2).double()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        model(points(), torch.tensor(0.3, dtype=F64))
+
+
 def test_copies_share_the_reward_and_the_base_stays_in_evaluation_mode():
     judge = Judge()
     model = informed(Conditional(), judge, 2, cond_dims={"c": 1})

@@ -100,6 +100,7 @@ def test_a_closed_form_of_images_needs_a_model():
         ({"clip": -1.0}, "clip must be at least 0.*got clip=-1.0"),
         ({"clip": math.nan}, "clip must be at least 0.*got clip=nan"),
         ({"clip": 1.0, "clip_quantile": True}, "0 where clip_quantile is on, got clip=1.0"),
+        ({"clip": 1.0, "variates": True}, "variates must be False where clip"),
         ({"replay": -1}, "replay must be at least 0, got -1"),
         ({"replay": 100}, "replay must be 0 or at least batch_size=256, got 100"),
         ({"min_ess": 1.5}, r"min_ess must lie in \[0, 1\], got 1.5"),

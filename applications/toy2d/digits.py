@@ -57,11 +57,12 @@ class DigitsConfig:
     """Weight trajectories by their importance."""
     min_ess: float = 0.5
     """Batches whose effective sample size / B is smaller go unweighted."""
-    variates: bool = True
-    """Take from the adjoints the noise that the model knows (`adjoint.variates`)."""
+    variates: bool = False
+    """Take from the adjoints the noise that the model knows (`adjoint.variates`); as the next two,
+    for long trainings."""
     compile: bool = False
-    """Compile the networks for the updates; for long trainings."""
-    informed: bool = True
+    """Compile the networks for the updates."""
+    informed: bool = False
     """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
     width: int = 256
     """Width of the hidden layers, three each, of the base flow and of an informed model."""

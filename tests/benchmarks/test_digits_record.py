@@ -28,13 +28,26 @@ def distances(name, law):
 @pytest.mark.parametrize(
     "said",
     [
-        f"for {within('digits.json', 'chain')} of 30 classes",
-        f"total variation {distances('digits.json', 'chain')}",
-        f"draws, {within('digits.json', 'weighted')} of 30",
-        f"base's ODE, {within('digits.json', 'ode')} of 30 ({distances('digits.json', 'ode')})",
-        f"{within('digits_plain.json', 'chain')} of 30 ({distances('digits_plain.json', 'chain')})",
-        "{iterations} updates of {batch_size} trajectories".format(**rows("digits.json", "ode")[0]),
+        f"for {within('digits.json', 'weighted')} of 30 classes",
+        f"total variation of {distances('digits.json', 'chain')}, and "
+        f"{within('digits.json', 'chain')} of 30 classes",
+        f"the ODE within {distances('digits.json', 'ode')}",
     ],
 )
 def test_the_readme_quotes_the_record(said):
     assert said in README
+
+
+def test_the_page_quotes_the_record_of_the_model_that_sees_the_reward():
+    page = (ROOT / "docs" / "rewards_and_guidance.md").read_text(encoding="utf-8")
+    ess = {
+        name: [f"{row['ess']:.2f}".lstrip("0") for row in rows(name, "chain")]
+        for name in ("digits_informed.json", "digits.json")
+    }
+    told, plain = ("{}, {} and {}".format(*found) for found in ess.values())
+    said = f"({told} at temperatures 1, 2 and 4, against {plain})"
+    assert said in " ".join(page.split())
+    new, old = (rows(name, "chain")[0] for name in ess)
+    trained = [row["iterations"] * row["batch_size"] for row in (new, old)]
+    assert 4 * trained[0] == trained[1]
+    assert new["class_tv"] > old["class_tv"]

@@ -33,7 +33,7 @@ class Composite(Reward):
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Sum of the terms (B,) and capped gradient of the shape of x, both detached."""
+        """Sum of the terms (B,) and capped gradient; see `Reward.value_and_gradient`."""
         terms, gradient = self.terms_and_gradient(x, cond, create_graph=create_graph)
         return total(terms), gradient
 
@@ -66,7 +66,7 @@ class Sum(Composite):
     def terms_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """`terms`, detached, and the capped sum of the parts' gradients."""
+        """`terms` and the capped sum of the gradients, detached unless ``create_graph``."""
         found = [p.terms_and_gradient(x, cond, create_graph=create_graph) for p in self.parts]
         terms, gradients = zip(*found, strict=True)
         return joined(terms), cap_norm(sum(gradients), self.max_norm)

@@ -103,7 +103,7 @@ class Decoded(Composite):
     def terms_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """`terms`, detached, and the gradient with respect to the latents, capped.
+        """`terms` and the capped gradient in the latents, detached unless ``create_graph``.
 
         Raises:
             TypeError, ValueError: as for the reward itself; and ValueError if the images do not

@@ -27,7 +27,7 @@ The price: base and reward are evaluated and differentiated at every step of the
 samples can be drawn only where the reward is, and the loss does so at all states at once, unless
 ``micro_batch`` says how many; ``reward_batch`` does not reach in here.  With micro-batches that are
 recomputed in the backward pass, base and reward are evaluated some more times.  `benchmarks.digits`
-has what it brings for handwritten digits.
+has what it brings and costs on handwritten digits.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from einops import repeat
 from torch import Tensor, nn
 
 from adjoint.reward import Reward, ValueFunction, as_reward
-from flows.field import Cond, VelocityField, batch_time, frozen, pullback
+from flows.field import Cond, Corrected, VelocityField, batch_time, pullback
 from flows.networks import MLPVelocity, TimeEmbedding
 
 FEATURES = ("estimate", "slope")
 """Names under which a correction finds x̂_1 and s among its conditions."""
 
 
-class Informed(nn.Module):
+class Informed(Corrected):
     """``base + (1 - t) gain(t) s + correction``; see the module docstring.
 
     Arguments:
@@ -74,25 +74,11 @@ class Informed(nn.Module):
         *,
         time_dim: int = 32,
     ) -> None:
-        super().__init__()
-        self.base = frozen(base)
-        self.correction = correction
+        super().__init__(base, correction)
         self.time = TimeEmbedding(time_dim)
         self.gain = nn.Linear(time_dim, 1, bias=False)
         nn.init.zeros_(self.gain.weight)
         self._reward = _Shared(as_reward(reward))
-
-    def train(self, mode: bool = True) -> Informed:
-        """Switch gain and correction only: the frozen base stays in evaluation mode."""
-        super().train(mode)
-        if isinstance(self.base, nn.Module):
-            self.base.eval()
-        return self
-
-    @property
-    def broadcasts(self) -> bool:
-        """Whether base and correction do; see `flows.field`."""
-        return all(getattr(part, "broadcasts", False) for part in (self.base, self.correction))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Velocity of the shape of ``x``.
@@ -106,16 +92,15 @@ class Informed(nn.Module):
                 f"cond must not name {taken}, which this model adds for its correction"
             )
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        along = t.ndim == 2  # states (S, B, *) at times (S, 1)
-        time = t.reshape(-1, *([1] * (x.ndim - 1))) if along else batch_time(t, x)
+        time = batch_time(t, x)
         v, pull = pullback(lambda z: self.base(z, t, cond).to(z.dtype), x, create_graph=True)
         estimate = x + (1 - time) * v
-        slope = self._slope(estimate, cond, flat=along)
+        slope = self._slope(estimate, cond, flat=t.ndim == 2)  # states (S, B, *), times (S, 1)
         if pull is not None:
             slope = slope + (1 - time) * pull(slope)
         features: Mapping[str, Tensor] = {"estimate": estimate, "slope": slope}
         correction = self.correction(x, t, {**(cond or {}), **features})
-        gain = self.gain(self.time(t.reshape(-1))).reshape(-1, *([1] * (x.ndim - 1)))
+        gain = batch_time(self.gain(self.time(t.reshape(-1))), x)
         return v + (1 - time) * gain * slope + correction
 
     def _slope(self, x: Tensor, cond: Cond | None, *, flat: bool) -> Tensor:

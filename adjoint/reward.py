@@ -163,7 +163,7 @@ class Reward:
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Scaled value (B,) and capped gradient of the shape of x, both detached.
+        """Scaled value (B,) and capped gradient of the shape of x, by default both detached.
 
         Arguments:
             create_graph: neither is detached, but can be differentiated in x; see
@@ -199,7 +199,7 @@ class Reward:
     def terms_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """`terms`, detached, and the gradient of their sum as `value_and_gradient` gives it."""
+        """`terms` and the gradient of their sum, as `value_and_gradient` gives both."""
         value, gradient = self.value_and_gradient(x, cond, create_graph=create_graph)
         return {self.name: value}, gradient
 

@@ -29,6 +29,7 @@ from flows.weights import copy_sharing
 
 Cond = Mapping[str, Tensor]
 Field = TypeVar("Field")
+SomeCorrected = TypeVar("SomeCorrected", bound="Corrected")
 
 
 class VelocityField(Protocol):
@@ -166,11 +167,11 @@ def frozen(field: Field) -> Field:
     return clone.requires_grad_(False)
 
 
-class Residual(nn.Module):
-    """``base + correction``: the base never receives parameter gradients, the correction does.
+class Corrected(nn.Module):
+    """A frozen base and a correction to be trained; subclasses say how they make a velocity.
 
     Arguments:
-        base: velocity field, copied and frozen.
+        base: velocity field, copied and frozen: it never receives parameter gradients.
         correction: module with the same call; zero-initialise its last layer to start at the base.
     """
 
@@ -179,8 +180,8 @@ class Residual(nn.Module):
         self.base = frozen(base)
         self.correction = correction
 
-    def train(self, mode: bool = True) -> Residual:
-        """Switch the correction only: the frozen base stays in evaluation mode."""
+    def train(self: SomeCorrected, mode: bool = True) -> SomeCorrected:
+        """Switch all but the frozen base, which stays in evaluation mode."""
         super().train(mode)
         if isinstance(self.base, nn.Module):
             self.base.eval()
@@ -190,6 +191,10 @@ class Residual(nn.Module):
     def broadcasts(self) -> bool:
         """Whether both parts do; see the module docstring."""
         return all(getattr(part, "broadcasts", False) for part in (self.base, self.correction))
+
+
+class Residual(Corrected):
+    """``base + correction``, see `Corrected`."""
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Velocity of the shape of ``x``."""

@@ -132,8 +132,9 @@ class MLPVelocity(nn.Module):
             raise ValueError(f"cond must name {sorted(self.cond_dims)}, got {sorted(cond)}")
         for name, size in self.cond_dims.items():
             if cond[name].shape not in ((x.shape[-2], size), (*x.shape[:-1], size)):
+                several = f" or {(*x.shape[:-1], size)}" if x.ndim == 3 else ""
                 raise ValueError(
-                    f"cond[{name!r}] must have shape ({x.shape[-2]}, {size}), "
+                    f"cond[{name!r}] must have shape ({x.shape[-2]}, {size}){several}, "
                     f"got {tuple(cond[name].shape)}"
                 )
         return [cond[name].to(x.dtype).expand(*x.shape[:-1], -1) for name in self.cond_dims]

@@ -58,10 +58,9 @@ class DigitsConfig:
     min_ess: float = 0.5
     """Batches whose effective sample size / B is smaller go unweighted."""
     variates: bool = False
-    """Take from the adjoints the noise that the model knows (`adjoint.variates`); as the next two,
-    for long trainings."""
+    """Take from the adjoints the noise that the model knows (`adjoint.variates`)."""
     compile: bool = False
-    """Compile the networks for the updates."""
+    """Compile the networks for the updates; for long trainings."""
     informed: bool = False
     """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
     width: int = 256

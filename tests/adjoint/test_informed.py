@@ -312,7 +312,7 @@ class Small(nn.Module):
 
 
 def test_it_learns_sooner_than_a_model_that_sees_the_state_only():
-    """Where guidance is nearly right; three seeds gave ratios of .83 to .86."""
+    """Where guidance is nearly right."""
     generator = torch.Generator().manual_seed(2)
     root = torch.randn(16, 16, generator=generator) / 4
     covariance = root @ root.T + 0.1 * torch.eye(16)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from problems import PROBLEMS
 
+from adjoint.certificate import path_log_ratio
 from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
 from adjoint.lean import lean_adjoint
 from adjoint.loss import adjoint_matching_loss
@@ -92,6 +93,21 @@ def test_the_mean_of_the_adjoint_at_a_state_stays(name):
     error = difference.std(0) / len(difference) ** 0.5
     assert float(error.min()) > 0
     assert bool((difference.mean(0).abs() < 4 * error).all())
+
+
+def test_weighted_they_would_have_a_mean():
+    """Why only the adjoint is weighted: at the optimum too, for a coarse grid."""
+    n = 20_000
+    kernel = kernel_of("moment_matched", 6)
+    x0, noise = start(n, 6, kernel)
+    x0 = x0[:1].expand(n, 2).contiguous()
+    trajectory, _, adjoint, known = adjoints(TILTED, kernel, PROBLEM.reward, x0, noise)
+    log_ratio, _ = path_log_ratio(trajectory, adjoint.v_base, kernel)
+    weights = torch.softmax(PROBLEM.reward(trajectory.xs[-1]) + log_ratio, 0) * n
+    error = known[0].std(0) / n**0.5
+    assert bool((known[0].mean(0).abs() < 4 * error).all())
+    weighted = weights[:, None] * known[0]
+    assert bool((weighted.mean(0).abs() > 8 * weighted.std(0) / n**0.5).any())
 
 
 def noise_at_the_optimum(name, steps, *, n=2000):

@@ -69,7 +69,7 @@ class SpeedConfig:
     seeds: tuple[int, ...] = (1,)
     """Numbers of agents trained at once."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products on a GPU; bfloat16 is autocast."""
+    """Of matrix products: tf32 on a GPU only; bfloat16 is autocast."""
     rounds: int = 8
     """Blocks of updates of each implementation."""
     updates: int = 2
@@ -98,8 +98,8 @@ class SpeedConfig:
         check_clock(self.clock, self.device)
         if not cuda and "graph" in self.executions:
             raise ValueError(f"executions must not name graph on device {self.device!r}")
-        if not cuda and self.precision != "float32":
-            raise ValueError(f"precision must be float32 on device {self.device!r}")
+        if not cuda and self.precision == "tf32":
+            raise ValueError(f"precision must be float32 or bfloat16 on device {self.device!r}")
         if self.peer is not None and not (self.peer / "agents" / "qam.py").is_file():
             raise ValueError(f"peer must be a checkout that has agents/qam.py, got {self.peer}")
 

@@ -177,11 +177,11 @@ def main(device: str, executions: Sequence[Execution], *, quick: bool = False) -
                         f"{case}, {execution}, {seeds} at once on {device}: {error:.1e} from the "
                         f"golden values, expected at most {allowed:g}"
                     )
+    case = cases[0]
     if device.startswith("cuda"):
-        case = cases[0]
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         print(f"error of {case} in tf32: {largest_error(case, device, 'eager'):.1e}")
         torch.set_float32_matmul_precision(before)
-        bf16 = largest_error(case, device, "eager", autocast=True)
-        print(f"error of {case} in bfloat16: {bf16:.1e}")
+    bf16 = largest_error(case, device, "eager", autocast=True)
+    print(f"error of {case} in bfloat16: {bf16:.1e}")

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -71,10 +72,27 @@ def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
+def in_full(layer: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """``layer(x)`` in the precision of its weights, also under autocast: for output layers.
+
+    A value of -200 has its neighbours in bfloat16 at -199 and -201, a whole step of reward away.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return layer(x)
+    with torch.autocast(kind, enabled=False):
+        return layer(x.to(weight.dtype))
+
+
 def _held(layers: nn.ModuleList) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases of layers as constants."""
     weights = [cast(Tensor, layer.weight).detach() for layer in layers]
     return weights, [cast(Tensor, layer.bias).detach() for layer in layers]
+
+
+def _stacked(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """x (E, B, in) through weights (E, in, out) and biases (E, 1, out)."""
+    return torch.baddbmm(bias, x, weight)
 
 
 class MLP(nn.Module):
@@ -102,11 +120,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., sizes[-1]) for inputs (..., sizes[0])."""
         for i, layer in enumerate(self.layers):
-            x = layer(x)
             if i < self.hidden:
-                x = gelu(x)
+                x = gelu(layer(x))
                 if self.norms:
                     x = self.norms[i](x)
+            else:
+                x = in_full(layer, x, cast(Tensor, layer.weight))
         return x
 
     def linearised(self, x: Tensor) -> tuple[Tensor, Callable[[int, Tensor], Tensor]]:
@@ -118,9 +137,11 @@ class MLP(nn.Module):
         gains, shifts = _held(self.norms)
         slopes, normed = [], []
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            x = functional.linear(x, weight, bias)
-            if i < self.hidden:
-                x, slope = gelu_and_slope(x)
+            layer = partial(functional.linear, weight=weight, bias=bias)
+            if i == self.hidden:
+                x = in_full(layer, x, weight)
+            else:
+                x, slope = gelu_and_slope(layer(x))
                 slopes.append(slope)
                 if gains:
                     variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
@@ -196,9 +217,11 @@ class Critics(nn.Module):
 
         x = torch.cat([observations, actions], dim=-1).expand(self.members, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(held(bias), x, held(weight))
-            if i < len(self.weights) - 1:
-                x = gelu(x)
+            layer = partial(_stacked, held(weight), held(bias))
+            if i == len(self.weights) - 1:
+                x = in_full(layer, x, weight)
+            else:
+                x = gelu(layer(x))
                 if len(self.scales):
                     x = functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
                     x = torch.addcmul(held(self.shifts[i]), x, held(self.scales[i]))

@@ -128,9 +128,9 @@ def prepare(
     device = choose_device(config.device)
     if config.graph and device.type != "cuda":
         raise ValueError(f"graph must be 0 on device {device}, got {config.graph}: it needs cuda")
-    if config.precision != "float32" and device.type != "cuda":
+    if config.precision == "tf32" and device.type != "cuda":
         raise ValueError(
-            f"precision must be float32 on device {device}, got {config.precision!r}: it needs cuda"
+            f"precision must be float32 or bfloat16 on device {device}, got 'tf32': it needs cuda"
         )
     shards: Shards = ()
     if dataset is not None:

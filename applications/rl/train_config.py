@@ -80,8 +80,9 @@ class TrainConfig:
     """Offline updates made by one launch of a CUDA graph (10 say), see `flows.graphs`; without
     it a GPU waits for the host between small products.  Changes no result; 0 is none."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products, on a GPU: tf32 rounds their inputs to 10 bits, bfloat16 (autocast) inputs
-    and results to 7.  `benchmarks.speed --check` says what that does to the numbers."""
+    """Of matrix products: tf32 (on a GPU) rounds their inputs to 10 bits, bfloat16 (autocast; on a
+    CPU fast only where it has instructions for it) inputs and results to 7, but for the output
+    layers, which stay in float32.  `benchmarks.speed --check` says what it does to the numbers."""
     options: Annotated[AgentConfig | None, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")] = (
         None
     )

@@ -251,3 +251,19 @@ def test_linearised_flow_actors(layer_norm):
         assert not product.requires_grad
         expected = velocity_and_vjp(actor, x[k], t[k], c[k], cond)
         torch.testing.assert_close((v[k], product), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_outputs_stay_in_full_precision_under_autocast():
+    """Values near -200, where bfloat16 has a spacing of 1, and all outputs of a flow's field."""
+    torch.manual_seed(0)
+    critics = Critics(5, 3, hidden=(32, 32), members=2)
+    torch.nn.init.constant_(critics.biases[-1], -200.3)
+    actor = FlowActor(5, 3, hidden=(32, 32))
+    s, a, t = torch.randn(64, 5), torch.randn(64, 3), torch.rand(64)
+    exact, velocity = critics(s, a), actor(a, t, {"observation": s})
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, near = critics(s, a), actor(a, t, {"observation": s})
+        along, _ = actor.linearised(a[None], t[:1], {"observation": s[None]})
+    assert rounded.dtype == near.dtype == along.dtype == torch.float32
+    assert (rounded - exact).abs().max() < 0.1
+    assert 0 < (near - velocity).abs().max() < 0.1

@@ -12,6 +12,7 @@ from applications.rl import training
 from applications.rl.agents import make_agent
 from applications.rl.objective import Objective, Schedule
 from applications.rl.replay import Batch, Replay
+from flows import checkpoint as checkpoints
 from flows.graphs import Launcher
 from flows.together import Together, train_together
 from flows.trainer import Trainer
@@ -46,10 +47,22 @@ def test_updates_launched_in_blocks(seeds, tmp_path, monkeypatch):
         assert_same_run(*[tmp_path / name / f"seed{seed}" for name in ("ahead", "plain")])
 
 
+def test_training_in_bfloat16(tmp_path):
+    """Other products, nearly the same run: weights stay in float32, near the plain run's."""
+    weights = {}
+    for precision in ("float32", "bfloat16"):
+        fit(tmp_path / precision, precision=precision)
+        saved = checkpoints.load(tmp_path / precision / "seed0" / "checkpoint.pt")["module"]
+        weights[precision] = {name: w for name, w in saved.items() if w.is_floating_point()}
+    moved = {n: (weights["bfloat16"][n] - w).abs().max() for n, w in weights["float32"].items()}
+    assert all(w.dtype == torch.float32 for w in weights["bfloat16"].values())
+    assert 0 < max(moved.values()) < 0.05
+
+
 def test_what_needs_a_gpu_is_refused_without(tmp_path):
     with pytest.raises(ValueError, match="graph must be 0 on device cpu, got 2: it needs cuda"):
         fit(tmp_path, graph=2)
-    with pytest.raises(ValueError, match="precision must be float32 on device cpu, got 'tf32'"):
+    with pytest.raises(ValueError, match="precision must be float32 or bfloat16 on device cpu"):
         fit(tmp_path, precision="tf32")
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="checkpoint_every must be a multiple of graph=3, got 4"):

@@ -99,9 +99,16 @@ class SpeedConfig:
         if not cuda and "graph" in self.executions:
             raise ValueError(f"executions must not name graph on device {self.device!r}")
         if not cuda and self.precision == "tf32":
-            raise ValueError(f"precision must be float32 or bfloat16 on device {self.device!r}")
+            raise ValueError(
+                f"precision must be float32 or bfloat16 on device {self.device!r}, got 'tf32'"
+            )
         if self.peer is not None and not (self.peer / "agents" / "qam.py").is_file():
             raise ValueError(f"peer must be a checkout that has agents/qam.py, got {self.peer}")
+
+    @property
+    def marked(self) -> str:
+        """What a row's name says of the precision."""
+        return "" if self.precision == "float32" else f", {self.precision}"
 
     def timed(self, run: Callable[[], object], calls: int) -> float:
         """Seconds a call of a block of them."""
@@ -144,7 +151,12 @@ def measure(config: SpeedConfig) -> Iterator[list[Row]]:
         for execution in config.executions:
             for seeds in config.seeds:
                 yield _updates(config, sizes, execution, seeds, work / rate, peer)
-        yield [_part(config, name, run, rate) for name, run in parts(sizes, config.device).items()]
+        kind = torch.device(config.device).type
+        lower = config.precision == "bfloat16"
+        with torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=False):
+            some = parts(sizes, config.device)
+            rows = [_part(config, name, run, rate) for name, run in some.items()]
+        yield rows
 
 
 def _part(config: SpeedConfig, name: str, run: Callable[[], object], rate: float) -> Row:
@@ -154,6 +166,7 @@ def _part(config: SpeedConfig, name: str, run: Callable[[], object], rate: float
     config.timed(run, 2)
     blocks = [config.timed(run, config.updates) for _ in range(config.rounds)]
     value = statistics.median(blocks)
+    name += config.marked
     return _row(config, name, value, fraction_of_ceiling=work / rate / value)
 
 
@@ -197,7 +210,7 @@ def _updates(
             theirs.append(peer.block(config.updates, config.clock))
     memory = _memory_gb(config.device)
     suffix = "" if execution == "eager" else f", {execution}"
-    suffix += "" if config.precision == "float32" else f", {config.precision}"
+    suffix += config.marked
 
     def row(name: str, value: float, ratio: float | None) -> Row:
         return _row(

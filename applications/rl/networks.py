@@ -73,7 +73,7 @@ def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def in_full(layer: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
-    """``layer(x)`` in the precision of its weights, also under autocast: for output layers.
+    """``layer(x)``, also under autocast in the precision of its ``weight``: for output layers.
 
     A value of -200 has its neighbours in bfloat16 at -199 and -201, a whole step of reward away.
     """
@@ -159,7 +159,9 @@ class MLP(nn.Module):
                         along = (cotangent * own).mean(-1, keepdim=True)
                         cotangent = scale * (cotangent - mean - own * along)
                     cotangent = cotangent * slopes[i][k]
-                cotangent = cotangent @ weights[i]
+                product = partial(torch.matmul, other=weights[i])
+                last = i == self.hidden
+                cotangent = in_full(product, cotangent, weights[i]) if last else product(cotangent)
             return cotangent
 
         return x, pull

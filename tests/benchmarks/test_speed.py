@@ -185,9 +185,9 @@ def test_the_pages_quote_the_records():
     assert f"take {first} and {second} of the compiled update" in page
     assert f"first two, and {third} in the third" in page
     rows = json.loads((root / "benchmarks" / "results" / "speed_bfloat16.json").read_text())
-    low = {row["name"]: f"{row['ratio_to_peer']:.2f}" for row in rows if row["ratio_to_peer"]}
-    low = [low[f"{WHOLE}{way}, bfloat16"] for way in ("", ", compiled")]
-    assert f"{low[0]} of the published float32 update's time as written and {low[1]} comp" in page
+    ways = {row["name"]: row["ratio_to_peer"] for row in rows}
+    eager, fast = (f"{ways[f'{WHOLE}{way}, bfloat16']:.2f}" for way in ("", ", compiled"))
+    assert f"{eager} of the published float32 update's time as written and {fast} compiled" in page
     rows = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())
     ms = {row["seeds"]: row["ms_per_update"] for row in rows if row["name"] == f"{WHOLE}, compiled"}
     assert f"take {ms[4] / ms[1]:.1f} and {ms[12] / ms[1]:.1f} times one's time" in page

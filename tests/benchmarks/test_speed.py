@@ -188,6 +188,7 @@ def test_the_pages_quote_the_records():
     ways = {row["name"]: row["ratio_to_peer"] for row in rows}
     eager, fast = (f"{ways[f'{WHOLE}{way}, bfloat16']:.2f}" for way in ("", ", compiled"))
     assert f"{eager} of the published float32 update's time as written and {fast} compiled" in page
+    assert all(row["name"].startswith("peer") or "bfloat16" in row["name"] for row in rows)
     rows = json.loads((root / "benchmarks" / "results" / "speed.json").read_text())
     ms = {row["seeds"]: row["ms_per_update"] for row in rows if row["name"] == f"{WHOLE}, compiled"}
     assert f"take {ms[4] / ms[1]:.1f} and {ms[12] / ms[1]:.1f} times one's time" in page

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -225,11 +226,17 @@ class TiltLoss:
         self, module: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of ``module`` on one batch, and metrics."""
-        restart = self.config.restart
-        refining = restart is not None and self.calls >= restart * self.config.accumulate
-        loss, metrics = (self._refine if refining else self._match)(module, generator)
+        evaluate = {"match": self._match, "refine": self._refine}[self.form]
+        loss, metrics = evaluate(module, generator)
         self.calls += 1
         return loss, metrics
+
+    @property
+    def form(self) -> Literal["match", "refine"]:
+        """Which loss the next call takes."""
+        restart = self.config.restart
+        refining = restart is not None and self.calls >= restart * self.config.accumulate
+        return "refine" if refining else "match"
 
     def _match(
         self, module: nn.Module, generator: torch.Generator

@@ -32,6 +32,7 @@ from flows import grid as grids
 from flows.callbacks import Callback
 from flows.checkpoint import ensure_writable
 from flows.field import Cond, Residual, VelocityField, check_velocity, frozen
+from flows.graphs import RecordedGradient
 from flows.networks import MLPVelocity
 from flows.sampling import sample
 from flows.training import Trainer
@@ -41,7 +42,7 @@ __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable
 
 FREE = (
     *("checkpoint_every", "certificate_samples", "max_batch"),
-    *("micro_batch", "reward_batch", "offload", "compile"),  # no change beyond rounding
+    *("micro_batch", "reward_batch", "offload", "compile", "graph"),  # no change beyond rounding
 )
 """Options that a resumed run may change."""
 
@@ -306,6 +307,8 @@ def tilt(
     if not isinstance(shape, tuple | list) or not all(isinstance(n, int) for n in shape):
         raise ValueError(f"shape must be a tuple of sizes such as (2,), got {shape!r}")
     shape = tuple(shape)
+    if config.graph and torch.device(device).type != "cuda":
+        raise ValueError(f"graph must be False on device {device}: it needs cuda")
     distributed.start()
     if checkpoint is not None:
         path = checkpoint
@@ -348,7 +351,7 @@ def tilt(
         },
         save_frozen=False,  # the caller has them
     )
-    field = trainer.fit(resume=resume)
+    field = trainer.fit(resume=resume, backward=RecordedGradient(trainer) if config.graph else None)
     judged = [_in_parts(v, config.micro_batch) for v in (base, field)]
     value = _reward_in_parts(scaled, config.reward_batch)
     before, after = (

@@ -73,6 +73,10 @@ class TiltConfig(TrainerConfig):
     compile: bool = False
     """Compile base and model for the updates (`torch.compile`, on a CPU with a C++ compiler):
     several seconds to a minute before the first, which only long trainings earn back."""
+    graph: bool = False
+    """On cuda, record loss and gradient once as a CUDA graph and launch that for each update
+    (`flows.graphs`): many times faster for small networks, which keep the GPU waiting for the host.
+    Base, reward and sampler of conditions must not wait for the GPU."""
 
     @property
     def restart(self) -> int | None:
@@ -125,6 +129,18 @@ class TiltConfig(TrainerConfig):
             raise ValueError(
                 "compile must be False with kernel 'covariance_matched', which differentiates the "
                 "base twice: compiled functions have first derivatives only"
+            )
+        recorded = {"replay": 0, "clip_quantile": False, "micro_batch": 0, "offload": False}
+        for name, value in recorded.items():
+            if self.graph and getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} must be {value} where graph records the updates, "
+                    f"got {getattr(self, name)}"
+                )
+        if self.graph and self.kernel == "covariance_matched":
+            raise ValueError(
+                "graph must be False with kernel 'covariance_matched', whose factorisations the "
+                "host waits for"
             )
         if self.certificate_samples == 1:
             raise ValueError("certificate_samples must be 0 or at least 2, got 1")

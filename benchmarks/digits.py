@@ -91,6 +91,8 @@ class BenchmarkConfig:
     """Threads of PyTorch."""
     compile: bool = False
     """Compile the networks for the updates."""
+    device: str = "cpu"
+    """Where the tilts are trained and judged, cpu or cuda."""
     folder: Path = Path("outputs/benchmark-digits")
     """Checkpoints and logs."""
     results: Path = Path(__file__).parent / "results" / "digits.json"
@@ -110,6 +112,7 @@ class BenchmarkConfig:
             variates=self.variates,
             min_ess=self.min_ess,
             compile=self.compile,
+            device=self.device,
             base_iterations=self.base_iterations,
             base_batch_size=self.base_batch_size,
             samples=self.samples,
@@ -121,9 +124,9 @@ class BenchmarkConfig:
 
 def chain_samples(tilted: Tilted, reward: DigitReward, n: int, seed: int) -> Tensor:
     """``n`` samples (n, 64) of the base's chain, independent of those of the certificate."""
-    generator = torch.Generator().manual_seed(seed)
-    x0 = torch.randn(n, DIM, generator=generator)
-    base = tilted.base
+    base, device = tilted.base, tilted.kernel.t.device
+    generator = torch.Generator(device).manual_seed(seed)
+    x0 = torch.randn(n, DIM, generator=generator, device=device)
     return certify(base, base, reward, tilted.kernel, x0, generator=generator).samples
 
 
@@ -139,7 +142,8 @@ def judge(
     after = tilted.certificate
     assert after is not None
     chain = chain_samples(tilted, reward, config.base_samples, 1000 * config.seed + 13)
-    ode = ode_samples(tilted.field, config.samples, seed=1000 * config.seed + 12)
+    seed = 1000 * config.seed + 12
+    ode = ode_samples(tilted.field, config.samples, seed=seed, device=config.device)
     samples = {"ode": ode, "chain": after.samples, "weighted": after.samples}
     found = {
         law: compare(
@@ -285,9 +289,11 @@ def main(config: BenchmarkConfig) -> None:
     prepare_process()
     data = handwriting.load(config.seed)
     options = config.tilted_at(1.0)
-    classifier = train_judge(options, data)
-    base = train_base(options, data)
-    before = ode_samples(base, config.base_samples, seed=1000 * config.seed + 11)
+    classifier = train_judge(options, data).to(config.device)
+    base = train_base(options, data).to(config.device)
+    data = data.to(config.device)
+    seed = 1000 * config.seed + 11
+    before = ode_samples(base, config.base_samples, seed=seed, device=config.device)
     rows: list[Row] = []
     found: dict[float, dict[str, Comparison]] = {}
     for temperature in config.temperatures:

@@ -7,8 +7,8 @@
 ``temperature``  QAM with a τ ten times too low and ten times too high;
 ``kernels``      QAM with the most exact kernel against the published one, at K = 5 and 10;
 ``online``       QAM offline on five episodes of data, then online;
-``paths``        QAM at many evaluations while it learns, by the plain path of execution and by the
-                 fast one: compiled, all seeds together, evaluated beside training;
+``paths``        QAM at many evaluations while it learns, by the plain path of execution and by
+                 those of `PATHS`, of which those of a GPU are run where there is one;
 ``cube``         BC, FQL, QAM and QAM-F on cube-single, and QAM with the most exact kernel.
 
 A run that was stopped continues where it stood, and one whose rows are in the record is not run
@@ -49,6 +49,17 @@ CUBE = "cube-single-play-singletask-task1-v0"
 AGENTS = ("bc", "fql", "qam", "qam-f")
 Row = dict[str, str | int | float]
 
+FAST = {"compile": True, "eval_beside": True}
+PATHS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fast": FAST,
+    "fast bfloat16": {**FAST, "precision": "bfloat16"},
+    "graph": {"compile": True, "graph": 10, "device": "cuda"},
+    "graph tf32": {"compile": True, "graph": 10, "device": "cuda", "precision": "tf32"},
+    "graph bfloat16": {"compile": True, "graph": 10, "device": "cuda", "precision": "bfloat16"},
+}
+"""Options of the paths of execution; all but the plain one train all seeds together."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -61,7 +72,7 @@ class Experiment:
         offline, online: steps.
         transitions: of the data.
         eval_every, episodes: of the evaluations.
-        fast: by the fast path of execution; its seeds are one run.
+        path: of execution, of `PATHS`.
     """
 
     suite: str
@@ -73,7 +84,7 @@ class Experiment:
     transitions: int = 300_000
     eval_every: int = 1000
     episodes: int = 25
-    fast: bool = False
+    path: str = "plain"
 
     @property
     def preset(self) -> str:
@@ -82,8 +93,13 @@ class Experiment:
         if self.suite == "online":
             changes.append(f"transitions={self.transitions}")
         if self.suite == "paths":
-            changes.append("fast" if self.fast else "plain")
+            changes.append(self.path)
         return " ".join(["small", *changes])
+
+    @property
+    def device(self) -> str:
+        """Where it trains."""
+        return PATHS[self.path].get("device", "cpu")
 
     @property
     def folder(self) -> Path:
@@ -105,8 +121,7 @@ def experiments() -> list[Experiment]:
     ]
     online = [Experiment("online", MAZE, "qam", offline=3000, online=9000, transitions=5000)]
     paths = [
-        Experiment("paths", MAZE, "qam", offline=1500, eval_every=250, fast=fast)
-        for fast in (False, True)
+        Experiment("paths", MAZE, "qam", offline=1500, eval_every=250, path=path) for path in PATHS
     ]
     cube = [
         Experiment(
@@ -172,11 +187,9 @@ def train_config(
         log_every=100,
         folder=config.folder / experiment.folder,
         resume=True,
-        device="cpu",
         threads=1,
-        compile=experiment.fast,
         together=len(seeds),
-        eval_beside=experiment.fast,
+        **{"device": "cpu", **PATHS[experiment.path]},
     )
 
 
@@ -200,7 +213,7 @@ def read_rows(experiment: Experiment, trained: Trained) -> list[Row]:
             "success": float(row["success"]),
             "episodes": int(row["episodes"]),
             "hours": trained.seconds / 3600,
-            "device": "cpu",
+            "device": experiment.device,
             "preset": experiment.preset,
         }
         for row in found
@@ -225,9 +238,11 @@ def pending(config: BenchmarkConfig, rows: list[Row]) -> list[tuple[Experiment, 
     for experiment in experiments():
         if experiment.suite not in config.suites:
             continue
+        if experiment.device == "cuda" and not torch.cuda.is_available():
+            continue
         about = (experiment.task, experiment.agent, experiment.preset)
         seeds = [seed for seed in config.seeds if (*about, seed) not in done]
-        if experiment.fast:
+        if experiment.path != "plain":
             jobs += [(experiment, seeds)] if seeds else []
         else:
             jobs += [(experiment, [seed]) for seed in seeds]

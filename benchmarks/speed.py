@@ -69,7 +69,7 @@ class SpeedConfig:
     seeds: tuple[int, ...] = (1,)
     """Numbers of agents trained at once."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products: tf32 on a GPU only; bfloat16 is autocast."""
+    """Of matrix products: tf32 on a GPU only; bfloat16 is autocast, there with the rest in tf32."""
     rounds: int = 8
     """Blocks of updates of each implementation."""
     updates: int = 2
@@ -135,10 +135,10 @@ def confined(config: SpeedConfig) -> Iterator[None]:
 def measure(config: SpeedConfig) -> Iterator[list[Row]]:
     """Rows of the updates, each execution and number of seeds as it is done, then of the parts."""
     sizes = QUICK if config.quick else Sizes()
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     with confined(config), contextlib.ExitStack() as closing:
         rate = largest_rate(config.device, lambda run: config.timed(run, 20))
+        if config.precision != "float32" and config.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")
         work = operations(Update(sizes, config.device))
         print(f"ceiling {rate / 1e9:.0f} billion operations a second, an update {work / 1e9:.1f}")
         peer = None

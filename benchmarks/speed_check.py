@@ -178,10 +178,10 @@ def main(device: str, executions: Sequence[Execution], *, quick: bool = False) -
                         f"golden values, expected at most {allowed:g}"
                     )
     case = cases[0]
+    before = torch.get_float32_matmul_precision()
     if device.startswith("cuda"):
-        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         print(f"error of {case} in tf32: {largest_error(case, device, 'eager'):.1e}")
-        torch.set_float32_matmul_precision(before)
     bf16 = largest_error(case, device, "eager", autocast=True)
     print(f"error of {case} in bfloat16: {bf16:.1e}")
+    torch.set_float32_matmul_precision(before)

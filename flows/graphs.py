@@ -16,9 +16,9 @@ they compile what is compiled, and bring about the state of the optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from flows import distributed
 from flows.together import Together, TwoPartLoss
 from flows.trainer import Trainer
 
+Result = TypeVar("Result")
 Metrics = dict[str, Tensor]
 Block = Callable[[], list[list[Metrics]]]
 Capture = Callable[[Block, Sequence[torch.Generator]], Block]
@@ -91,7 +92,7 @@ class Launcher:
         if not all(self._can_go_ahead(trainer) for trainer in trainers):
             return
         if not self._warm:
-            blocks = self._on_side_stream()
+            blocks = _on_side_stream(self._block, on_cuda=self._on_cuda)
             self._warm = True
         else:
             if self._launch is None:
@@ -110,34 +111,159 @@ class Launcher:
         return left >= self.updates and trainer.iteration % self.updates == 0
 
     def _block(self) -> list[list[Metrics]]:
-        """N updates; their metrics by trainer."""
-        return [self._update() for _ in range(self.updates)]
+        """N updates; their metrics by trainer.
 
-    def _update(self) -> list[Metrics]:
-        inputs = []
+        What the next update draws does not depend on this one: a second stream draws it meanwhile.
+        That stream waits for each update before, so that it never takes memory still in use.
+        """
+        beside = _Beside() if self._on_cuda else nullcontext()
+        results, following = [], self._draw()
+        for left in reversed(range(self.updates)):
+            inputs = following
+            if left:
+                with beside:
+                    following = self._draw()
+            results.append(self._update(inputs))
+            if isinstance(beside, _Beside):
+                beside.join()
+        return results
+
+    def _draw(self) -> list[tuple[Any, ...]]:
+        """The inputs of an update of each trainer."""
+        return [
+            cast(RecordedLoss, trainer.loss).sample(trainer.module, trainer.generator)
+            for trainer in self._trainers
+        ]
+
+    def _update(self, inputs: Sequence[tuple[Any, ...]]) -> list[Metrics]:
         for trainer in self._trainers:
             trainer.prepare()
-            loss = cast(RecordedLoss, trainer.loss)
-            inputs.append(loss.sample(trainer.module, trainer.generator))
         if self._together is not None:
             self._together.backward([[(drawn, {})] for drawn in inputs])
         else:
+            loss = cast(RecordedLoss, self._trainers[0].loss)
             self._trainers[0].backward(lambda module, _: loss.evaluate(module, inputs[0]))
         results = [trainer.collect() for trainer in self._trainers]
         for trainer in self._trainers:
             trainer.change()
         return results
 
-    def _on_side_stream(self) -> list[list[Metrics]]:
-        """The block, for once not recorded, on a stream like that on which it will be."""
-        if not self._on_cuda:
-            return self._block()
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            result = self._block()
-        current.wait_stream(side)
-        return result
+
+class RepeatedLoss(Protocol):
+    """A loss whose calls do the same on the device, each at the random numbers that come next."""
+
+    calls: int
+    """How often it was called, counted on by who replays it."""
+
+    @property
+    def form(self) -> Hashable:
+        """What the next call does; recorded anew where it changes."""
+        ...
+
+
+class RecordedGradient:
+    """Losses and gradients of the updates of a trainer, recorded once, then replayed.
+
+    What ``trainer.backward()`` does becomes one launch, and all else of an update stays with the
+    host: its schedule of rates, clipping, the optimiser, the average.  That is for updates of so
+    many kernels that the rest does not count, such as those of a tilt.  The first `WARM` of a form
+    of the loss are made one by one.
+
+    Arguments:
+        trainer: on a CUDA device, whose loss is a `RepeatedLoss`.
+        capture: as in `Launcher`.
+
+    Raises:
+        ValueError: another device, or one of several processes.
+    """
+
+    WARM = 3
+
+    def __init__(self, trainer: Trainer, *, capture: Capture | None = None) -> None:
+        device = trainer.generator.device
+        if capture is None and device.type != "cuda":
+            raise ValueError(
+                f"updates can be recorded as a CUDA graph on cuda, got device {device}"
+            )
+        if distributed.size() > 1:
+            raise ValueError(f"updates are recorded in one process, got {distributed.size()}")
+        self._trainer, self._on_cuda = trainer, capture is None
+        self._capture = capture or cuda_graph
+        self._form: Hashable = None
+        self._made = 0
+        self._launch: Block | None = None
+        self._gradients: list[Tensor | None] = []
+
+    def __call__(self) -> None:
+        """What ``trainer.backward()`` does.
+
+        Raises:
+            ValueError: what it does cannot be recorded, such as a reward that reads numbers of it.
+        """
+        trainer = self._trainer
+        loss = cast(RepeatedLoss, trainer.loss)
+        if self._made == 0 or self._form != loss.form:
+            self._form, self._made, self._launch = loss.form, 0, None
+        self._made += 1
+        if self._made <= self.WARM:
+            _on_side_stream(trainer.backward, on_cuda=self._on_cuda)
+            return
+        if self._launch is None:
+            self._launch = self._record(loss)
+        (trainer.parts[:],) = self._launch()
+        loss.calls += trainer.config.accumulate
+        for parameter, gradient in zip(trainer.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _record(self, loss: RepeatedLoss) -> Block:
+        trainer = self._trainer
+
+        def block() -> list[list[Metrics]]:
+            calls = loss.calls
+            trainer.backward()
+            loss.calls = calls
+            self._gradients = [parameter.grad for parameter in trainer.parameters]
+            return [list(trainer.parts)]
+
+        try:
+            return self._capture(block, [trainer.generator])
+        except RuntimeError as error:
+            raise ValueError(
+                "the update cannot be recorded as a CUDA graph; a reward, base or sampler of "
+                f"conditions that waits for the GPU or draws on the CPU needs graph=False: {error}"
+            ) from error
+
+
+class _Beside(AbstractContextManager[None]):
+    """A second stream, for what can be done beside what the current one is given next."""
+
+    def __init__(self) -> None:
+        self._current, self._second = torch.cuda.current_stream(), torch.cuda.Stream()
+
+    def __enter__(self) -> None:
+        """Use it, after all that the first has been given."""
+        self._second.wait_stream(self._current)
+        torch.cuda.set_stream(self._second)
+
+    def __exit__(self, *_: object) -> None:
+        """Use the first again."""
+        torch.cuda.set_stream(self._current)
+
+    def join(self) -> None:
+        """Let the first wait for the second."""
+        self._current.wait_stream(self._second)
+
+
+def _on_side_stream(block: Callable[[], Result], *, on_cuda: bool) -> Result:
+    """The block, for once not recorded, on a stream like that on which it will be."""
+    if not on_cuda:
+        return block()
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = block()
+    current.wait_stream(side)
+    return result
 
 
 def check_recordable(trainer: Trainer, updates: int, *, cuda: bool = True) -> None:

@@ -240,11 +240,17 @@ class Trainer:
         self._optimizer.step()
         self._average()
 
-    def fit(self, *, resume: bool = False) -> nn.Module:
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The parameters that are trained."""
+        return tuple(self._parameters)
+
+    def fit(self, *, resume: bool = False, backward: Callable[[], None] | None = None) -> nn.Module:
         """Train to the end, with callbacks and checkpoints; returns ``ema`` in evaluation mode.
 
         Arguments:
             resume: continue from the checkpoint if its file exists.
+            backward: does what the method does, as `flows.graphs.RecordedGradient`.
 
         Raises:
             TrainingDiverged: see ``step``.
@@ -253,7 +259,7 @@ class Trainer:
         """
         with closing(self.training(resume=resume)) as steps:
             for _ in steps:
-                self.backward()
+                (backward or self.backward)()
         return self.ema.eval()
 
     def training(self, *, resume: bool = False) -> Generator[Trainer, None, None]:

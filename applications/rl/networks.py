@@ -91,8 +91,16 @@ def _held(layers: nn.ModuleList) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _stacked(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """x (E, B, in) through weights (E, in, out) and biases (E, 1, out)."""
-    return torch.baddbmm(bias, x, weight)
+    """x (E, B, in) through weights (E, in, out) and biases (E, 1, out).
+
+    The bias is added to the product, where a compiler fuses it with what follows: `torch.baddbmm`
+    copies it into the result first.  One output is a sum of products, which is fused too.
+    """
+    if weight.shape[-1] == 1:
+        product = (x * weight.mT).sum(-1, keepdim=True)
+    else:
+        product = torch.bmm(x, weight)
+    return product + bias.to(product.dtype)
 
 
 class MLP(nn.Module):

@@ -82,7 +82,8 @@ class TrainConfig:
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of matrix products: tf32 (on a GPU) rounds their inputs to 10 bits, bfloat16 (autocast; on a
     CPU fast only where it has instructions for it) inputs and results to 7, but for the output
-    layers, which stay in float32.  `benchmarks.speed --check` says what it does to the numbers."""
+    layers, which stay in float32, on a GPU in tf32.  `benchmarks.speed --check` says what it does
+    to the numbers."""
     options: Annotated[AgentConfig | None, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")] = (
         None
     )

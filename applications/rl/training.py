@@ -112,9 +112,9 @@ def train(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     problem = prepare(config, environment, dataset)
+    if config.precision != "float32" and problem.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     evaluator = None
     try:
         if config.eval_every:

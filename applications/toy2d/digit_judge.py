@@ -82,7 +82,14 @@ def compare(
     w = w.to(drawn)
     found = (w * drawn).sum(0)
     found_error = (w * (drawn - found)).square().sum(0).sqrt()
-    return Comparison(classes.mean(0), found, exact, found_error, exact_error, resampled)
+    return Comparison(
+        base=classes.mean(0).cpu(),
+        tilted=found.cpu(),
+        exact=exact.cpu(),
+        tilted_error=found_error.cpu(),
+        exact_error=exact_error.cpu(),
+        resampled=resampled,
+    )
 
 
 def nearest_distance(x: Tensor, images: Tensor) -> Tensor:

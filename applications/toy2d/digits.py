@@ -61,6 +61,9 @@ class DigitsConfig:
     """Take from the adjoints the noise that the model knows (`adjoint.variates`)."""
     compile: bool = False
     """Compile the networks for the updates; for long trainings."""
+    device: str = "cpu"
+    """Where the tilt is trained (on cuda by CUDA graphs) and judged; classifier and base train
+    on the CPU."""
     informed: bool = False
     """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
     width: int = 256
@@ -114,6 +117,7 @@ class DigitsConfig:
             min_ess=self.min_ess,
             variates=self.variates,
             compile=self.compile,
+            graph=self.device != "cpu",
             ema_decay=0.99,
             seed=self.seed,
             certificate_samples=self.samples,
@@ -135,9 +139,9 @@ class DigitsConfig:
         )
 
 
-def ode_samples(field: VelocityField, n: int, *, seed: int) -> Tensor:
+def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu") -> Tensor:
     """``n`` images (n, 64) by the ODE of ``field``, from noise that depends only on ``seed``."""
-    x0 = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed))
+    x0 = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed)).to(device)
     parts = [sample(field, part, grid=SAMPLE_STEPS, method="ab2") for part in x0.split(4096)]
     return torch.cat(parts)
 
@@ -198,6 +202,7 @@ def tilt_digits(
         checkpoint=config.folder / f"{name}.pt",
         resume=config.resume,
         problem={key: getattr(config, key) for key in names},
+        device=config.device,
     )
 
 
@@ -262,15 +267,17 @@ def run(config: DigitsConfig) -> Report:
         write_json(config.folder / "config.json", settings)
 
     data = handwriting.load(config.seed)
-    classifier = train_judge(config, data)
-    base = train_base(config, data)
+    classifier = train_judge(config, data).to(config.device)
+    base = train_base(config, data).to(config.device)
+    data = data.to(config.device)
     reward = DigitReward(classifier, config.digit)
     tilted = tilt_digits(config, base, reward)
     write_json(config.folder / "config.json", settings)
 
     print("digits: drawing samples and pictures", file=sys.stderr)
-    before = ode_samples(base, 2 * config.samples, seed=1000 * config.seed + 1)
-    after = ode_samples(tilted.field, config.samples, seed=1000 * config.seed + 2)
+    first = 1000 * config.seed + 1
+    before = ode_samples(base, 2 * config.samples, seed=first, device=config.device)
+    after = ode_samples(tilted.field, config.samples, seed=first + 1, device=config.device)
     ode = compare(classifier, before, after, reward, config.temperature)
     assert tilted.certificate is not None
     assert tilted.certificate_base is not None
@@ -301,8 +308,8 @@ def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -
     d = config.digit
     images.image_grid(
         config.folder / "digits.png",
-        before[:96].reshape(-1, SIZE, SIZE),
-        after[:96].reshape(-1, SIZE, SIZE),
+        before[:96].reshape(-1, SIZE, SIZE).cpu(),
+        after[:96].reshape(-1, SIZE, SIZE).cpu(),
         value_range=(-1, 1),
         title=f"Handwritten digits, tilted toward {d}",
         subtitle=about,

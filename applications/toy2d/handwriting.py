@@ -18,7 +18,7 @@ about -6 where the digit is another one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -55,6 +55,10 @@ class Digits:
     test: Tensor
     test_labels: Tensor
 
+    def to(self, device: str) -> Digits:
+        """The same on a device."""
+        return Digits(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
 
 def load(seed: int = 0) -> Digits:
     """The digits, with ``HELD_OUT`` of them drawn by ``seed`` as the test set."""
@@ -68,7 +72,8 @@ def load(seed: int = 0) -> Digits:
 
 def add_noise(images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """``images`` (N, 64) as the flow sees them, with noise of standard deviation ``NOISE``."""
-    return images + NOISE * torch.randn(images.shape, generator=generator, dtype=images.dtype)
+    noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
+    return images + NOISE * noise.to(images.device)
 
 
 def noisy_sampler(images: Tensor) -> Sampler:

@@ -16,6 +16,7 @@ from adjoint.tilt import tilt
 from adjoint.tilt_config import TiltConfig
 from flows.field import frozen
 from flows.grid import uniform
+from flows.mixture import GaussianMixture
 from flows.networks import MLPVelocity
 
 SMALL = {"steps": 4, "batch_size": 8, "kernel": "ancestral", "certificate_samples": 0}
@@ -168,3 +169,40 @@ def test_what_cannot_be_compiled_is_refused():
     sharded.unshard = None
     with pytest.raises(ValueError, match="compile must be False for a base or model sharded"):
         loss_of(compile=True)(sharded, torch.Generator())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"refine": 0.5, "importance": True},
+        {"late": 0.25, "early": 0.5, "accumulate": 2},
+        {"variates": True, "compile": True},
+    ],
+)
+def test_a_tilt_by_graphs_is_the_tilt(options):
+    means = torch.tensor([[-1.0, 0], [1, 0.5]])
+    base = GaussianMixture(torch.ones(2), means, 0.3 * torch.eye(2).repeat(2, 1, 1))
+    found = []
+    for graph in (False, True):
+        config = TiltConfig(iterations=12, steps=8, batch_size=64, graph=graph, **options)
+        tilted = tilt(base, lambda x, _: x[:, 0], shape=(2,), config=config, device="cuda")
+        found.append([p.detach().cpu() for p in tilted.field.parameters()])
+    for plain, recorded in zip(*found, strict=True):
+        torch.testing.assert_close(recorded, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replay": 64, "batch_size": 64}, "replay must be 0 where graph"),
+        ({"clip_quantile": True}, "clip_quantile must be False where graph"),
+        ({"micro_batch": 8}, "micro_batch must be 0 where graph"),
+        ({"kernel": "covariance_matched"}, "graph must be False with kernel"),
+        ({}, "graph must be False on device cpu"),
+    ],
+)
+def test_what_graphs_do_not_go_with_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tilt(network(), lambda x, _: x[:, 0], shape=(2,), config=TiltConfig(graph=True, **options))

@@ -57,12 +57,19 @@ def test_rows_are_flat_and_kept(tmp_path, monkeypatch):
     assert "1 seeds" in rl.summary(rows)
 
 
-def test_the_seeds_of_the_fast_path_are_one_run(tmp_path):
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+def test_the_seeds_of_a_fast_path_are_one_run(cuda, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     config = rl.BenchmarkConfig(suites=("paths",), seeds=(0, 1, 2), folder=tmp_path)
-    plain, fast = (e for e in rl.experiments() if e.suite == "paths")
-    assert rl.pending(config, []) == [(plain, [0]), (plain, [1]), (plain, [2]), (fast, [0, 1, 2])]
+    plain, fast, half, *graphs = (e for e in rl.experiments() if e.suite == "paths")
+    together = [fast, half, *(graphs if cuda else [])]
+    expected = [*((plain, [seed]) for seed in range(3)), *((e, [0, 1, 2]) for e in together)]
+    assert rl.pending(config, []) == expected
+    assert [e.device for e in together] == ["cpu", "cpu", *(["cuda"] * 3 if cuda else [])]
     done = {"task": fast.task, "agent": fast.agent, "preset": fast.preset, "seed": 1}
-    assert rl.pending(config, [done])[-1] == (fast, [0, 2])
+    assert rl.pending(config, [done])[3] == (fast, [0, 2])
+    for experiment in graphs:
+        assert rl.train_config(config, experiment, [0, 2]).graph == 10
     options = rl.train_config(config, fast, [0, 2])
     assert (options.compile, options.eval_beside, options.together) == (True, True, 2)
     assert replace(options, compile=False, eval_beside=False, together=1, folder=None) == replace(
@@ -73,12 +80,14 @@ def test_the_seeds_of_the_fast_path_are_one_run(tmp_path):
 def test_paths_of_execution_learn_alike():
     """Recorded: every seed has the same success at every evaluation, and comes to learn."""
     recorded = json.loads(rl.BenchmarkConfig().results.read_text())
-    plain, fast = (
+    plain, fast, half = (
         {(row["seed"], row["step"]): row["success"] for row in recorded if row["preset"] == name}
-        for name in ("small plain", "small fast")
+        for name in ("small plain", "small fast", "small fast bfloat16")
     )
-    assert plain.keys() == fast.keys()
+    assert plain.keys() == fast.keys() == half.keys()
     assert len(plain) == 18
     assert plain == fast  # as docs/speed.md says
+    differences = [half[key] - plain[key] for key in plain]
+    assert max(map(abs, differences)) < 0.13  # three of 25 episodes, as docs/speed.md says
     for seed in range(3):
         assert plain[seed, 250] < 0.5 < plain[seed, 1500]

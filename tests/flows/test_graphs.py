@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flows.callbacks import Callback
-from flows.graphs import Launcher
+from flows.graphs import Launcher, RecordedGradient
 from flows.together import train_together
 from flows.trainer import Trainer
 from flows.trainer_config import TrainerConfig
@@ -185,3 +185,60 @@ def test_other_devices_and_losses_are_refused(tmp_path):
         Launcher(4, capture=Replays())((plain,), None)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         Launcher(0)
+
+
+class Repeated:
+    """A loss that takes another form, of another size, after some calls."""
+
+    def __init__(self, until):
+        self.calls, self.until = 0, until
+
+    @property
+    def form(self):
+        return self.calls < self.until
+
+    def __call__(self, module, generator):
+        x = torch.randn(8 if self.form else 4, 3, generator=generator)
+        self.calls += 1
+        return (module(x) - x.sum(1)).square().mean(), {"largest": x.amax()}
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
+    """With what a launcher refuses: a schedule, an average, a restart, losses that add up."""
+    config = TrainerConfig(iterations=12, lr=0.02, accumulate=accumulate, checkpoint_every=5)
+    found = []
+    for name in ("plain", "recorded"):
+        rows = Rows()
+        loss = Repeated(7 * accumulate)
+        trainer = Trainer(
+            Network(0), loss, config, callbacks=[rows], checkpoint=tmp_path / f"{name}.pt"
+        )
+        replays = Replays()
+        backward = RecordedGradient(trainer, capture=replays) if name == "recorded" else None
+        trainer.fit(backward=backward)
+        found.append((trainer.module.weight, trainer.ema.weight, rows.rows, loss.calls))
+    assert replays.captures == 2, "one of each form"
+    assert replays.launches == 12 - 2 * RecordedGradient.WARM
+    plain, recorded = found
+    assert torch.equal(plain[0], recorded[0])
+    assert torch.equal(plain[1], recorded[1])
+    assert plain[2:] == recorded[2:]
+
+
+def test_what_cannot_be_recorded_is_said():
+    trainer = Trainer(Network(0), Repeated(9), CONFIG)
+    with pytest.raises(ValueError, match="CUDA graph on cuda, got device cpu"):
+        RecordedGradient(trainer)
+
+    def capture(block, generators):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(ValueError, match=r"reward, base or sampler.*graph=False.*not permitted"):
+        trainer.fit(backward=RecordedGradient(trainer, capture=capture))

@@ -183,6 +183,7 @@ def make_row(
         "lr": config.lr,
         "informed": config.informed,
         "variates": config.variates,
+        "device": config.device,
         "base_samples": config.base_samples,
         "samples": config.samples,
         "within": int((own.z.abs() <= 2).sum()),

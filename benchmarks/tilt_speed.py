@@ -5,12 +5,13 @@ r"""How long an update of `tilt()` takes against a plain loop of adjoint matchin
 The plain loop is the published algorithm as one writes it down with PyTorch alone: the
 Euler-Maruyama chain step by step, the lean adjoint step by step with ``torch.autograd.grad``, the
 loss summed over the steps, one step of Adam.  Both sides have the same networks, the same kernel
-(the published pair), K, batch, precision and optimiser.  Before the clock starts they make three
+(the published pair), K, batch, precision and optimiser.  Before the clock starts they make six
 updates on the same noise, and their losses must agree.  `tilt()` does more than the loop in an
 update: it averages the weights and reports log-weights and their effective sample size.
 
-``compiled`` evaluates base and model through ``torch.compile`` on both sides; ``compile_s`` is what
-the first two updates take beyond two others, on the clock of the wall.  Contestants take turns in
+``compiled`` evaluates base and model through ``torch.compile`` on both sides, and ``graph``, on a
+GPU, launches loss and gradient of `tilt()` as one CUDA graph besides; ``compile_s`` is what the
+first two updates take beyond two others, on the clock of the wall.  Contestants take turns in
 blocks; times are medians over the blocks, and ``ratio_to_plain`` is the median over the rounds of
 the ratio to the eager plain loop.  On a CPU the clock is that of the process, with one thread.
 """
@@ -46,6 +47,7 @@ from benchmarks.clock import Clock, check_clock, seconds
 from benchmarks.memory import ConvField, square
 from flows.checkpoint import write_json
 from flows.field import VelocityField, frozen
+from flows.graphs import RecordedGradient
 from flows.grid import uniform
 from flows.networks import MLPVelocity
 from flows.process import prepare_process
@@ -199,7 +201,7 @@ def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Ten
 
         return Plain(base, copy.deepcopy(model), reward, noise, compile=compile).update
 
-    def ours(*, compile: bool) -> Callable[[], Tensor]:
+    def ours(*, compile: bool, graph: bool = False) -> Callable[[], Tensor]:
         config = TiltConfig(
             kernel=kernel.name,
             steps=args.steps,
@@ -212,15 +214,27 @@ def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Ten
         loss = TiltLoss(base, as_reward(reward), kernel, shape=shape, config=config)
         trainer = Trainer(copy.deepcopy(model), loss, config)
         trainer.generator.manual_seed(0)
-        return lambda: trainer.step()["loss"]
+        if not graph:
+            return lambda: trainer.step()["loss"]
+        backward = RecordedGradient(trainer)
+
+        def update() -> Tensor:
+            trainer.prepare()
+            backward()
+            return trainer.apply()["loss"]
+
+        return update
 
     sides = {"plain loop": plain, "tilt()": ours}
     modes = {"eager": False, "compiled": True} if args.compile else {"eager": False}
-    return {
+    updates = {
         (side, mode): make(compile=compile)
         for mode, compile in modes.items()
         for side, make in sides.items()
     }
+    if args.device.startswith("cuda"):
+        updates["tilt()", "graph"] = ours(compile=args.compile, graph=True)
+    return updates
 
 
 def measure(args: Args, name: str) -> list[Row]:
@@ -240,6 +254,9 @@ def measure(args: Args, name: str) -> list[Row]:
         middle = time.perf_counter()
         losses[who].append(float(update()))
         first[who] = middle - start - 2 * (time.perf_counter() - middle)
+    for _ in range(RecordedGradient.WARM):  # then it is recorded
+        for who, update in updates.items():
+            losses[who].append(float(update()))
     reference = losses["plain loop", "eager"]
     for who, found in losses.items():
         if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, reference, strict=True)):
@@ -262,7 +279,7 @@ def measure(args: Args, name: str) -> list[Row]:
             "mode": mode,
             "ms_per_iteration": 1e3 * statistics.median(found),
             "ratio_to_plain": statistics.median(a / b for a, b in zip(found, plain, strict=True)),
-            "compile_s": first[side, mode] if mode == "compiled" else None,
+            "compile_s": None if mode == "eager" else first[side, mode],
         }
         for (side, mode), found in blocks.items()
     ]
@@ -272,7 +289,8 @@ def figure(rows: list[Row], path: Path) -> Path:
     """The ratios as bars, a group a model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     kinds = list(dict.fromkeys((row["name"], row["mode"]) for row in rows))
-    hues = dict(zip(kinds, ("#6f7a8c", style.TILTED, "#a9b4c4", "#f4e3c1"), strict=False))
+    colours = ("#6f7a8c", style.TILTED, "#a9b4c4", "#f4e3c1", style.EXACT)
+    hues = dict(zip(kinds, colours, strict=False))
     sheet, axes = style.sheet(
         1,
         1,
@@ -299,8 +317,8 @@ def main(args: Args) -> list[Row]:
     torch.set_num_threads(args.threads)
     rows: list[Row] = []
     for name in args.models:
-        rows += measure(args, name)
-        for row in rows[-4 if args.compile else -2 :]:
+        rows += (found := measure(args, name))
+        for row in found:
             spent = "" if row["compile_s"] is None else f"  compiled in {row['compile_s']:.0f} s"
             print(
                 f"{row['model']:<18}{row['name']:<12}{row['mode']:<10}"

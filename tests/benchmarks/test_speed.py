@@ -194,3 +194,36 @@ def test_the_pages_quote_the_records():
     assert f"take {ms[4] / ms[1]:.1f} and {ms[12] / ms[1]:.1f} times one's time" in page
     assert f"takes {there} of the published" in said
     assert f"`--compile`, {here} without, and {other_there} and {other_here} on another" in said
+
+
+def test_the_pages_quote_the_records_of_the_gpu():
+    root = Path(__file__).parents[2]
+    page, readme = ((root / p).read_text(encoding="utf-8") for p in ("docs/speed.md", "README.md"))
+    quoted = re.findall(
+        r"^\| `(\w+)`.* \| ([\d.]+) \| ([\d.]+) \| (\d+) min \| `(speed_h200\w+\.json)` \|$",
+        page,
+        flags=re.MULTILINE,
+    )
+    assert len(quoted) == 2
+    records = {}
+    for precision, ms, ratio, minutes, record in quoted:
+        rows = json.loads((root / "benchmarks" / "results" / record).read_text())
+        ways = records[precision] = {(row["name"], row["seeds"]): row for row in rows}
+        found = ways[f"{WHOLE}, graph, {precision}", 1]
+        assert (ms, ratio) == (f"{found['ms_per_update']:.2f}", f"{found['ratio_to_peer']:.2f}")
+        assert int(minutes) == round(found["ms_per_update"] * 1e6 / 6e4)
+        peers = [row["ms_per_update"] for name, row in ways.items() if name[0].startswith("peer")]
+        assert all(f"{time:.2f}" in page for time in peers)
+    one, eight = (records["tf32"][f"{WHOLE}, graph, tf32", seeds] for seeds in (1, 8))
+    said = " ".join(page.split())
+    assert (
+        f"take {eight['ms_per_update'] / one['ms_per_update']:.1f} times one's time there" in said
+    )
+    assert f"takes {eight['ratio_to_peer']:.2f} of the published one's time" in said
+    apart = [row["ms_per_update"] for row in records["tf32"].values() if "graph" not in row["name"]]
+    assert round(sum(apart) / one["ms_per_update"], -1) == 10, "said to take ten times longer"
+    found = records["bfloat16"][f"{WHOLE}, graph, bfloat16", 1]
+    said = (
+        f"{found['ms_per_update']:.2f} ms an update, {found['ratio_to_peer']:.2f} of the published"
+    )
+    assert said in " ".join(readme.split())

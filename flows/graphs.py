@@ -187,7 +187,7 @@ class RecordedGradient:
             )
         if distributed.size() > 1:
             raise ValueError(f"updates are recorded in one process, got {distributed.size()}")
-        self._trainer, self._on_cuda = trainer, capture is None
+        self._trainer, self._device, self._on_cuda = trainer, device, capture is None
         self._capture = capture or cuda_graph
         self._form: Hashable = None
         self._made = 0
@@ -200,6 +200,10 @@ class RecordedGradient:
         Raises:
             ValueError: what it does cannot be recorded, such as a reward that reads numbers of it.
         """
+        with torch.cuda.device(self._device) if self._on_cuda else nullcontext():
+            self._make()
+
+    def _make(self) -> None:
         trainer = self._trainer
         loss = cast(RepeatedLoss, trainer.loss)
         if self._made == 0 or self._form != loss.form:

@@ -93,6 +93,8 @@ class DigitsConfig:
         """
         if not 0 <= self.digit < CLASSES:
             raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
+        if self.device not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            raise ValueError(f"device must be cpu, or cuda where there is one, got {self.device!r}")
         minima = {"samples": 100, "width": 1, "base_batch_size": 1}
         minima |= {"base_iterations": 0, "classifier_iterations": 0}
         for name, least in minima.items():

@@ -299,7 +299,8 @@ def tilt(
 
     Raises:
         TypeError, ValueError: base, model or reward return the wrong type or shape, are not finite,
-            or the reward is not differentiable; before any training.
+            or the reward is not differentiable; before any training.  With ``graph`` also after
+            the first updates, where these cannot be recorded.
         CheckpointError: a checkpoint that is damaged or belongs to another problem.
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
     """
@@ -310,6 +311,8 @@ def tilt(
     if config.graph and torch.device(device).type != "cuda":
         raise ValueError(f"graph must be False on device {device}: it needs cuda")
     distributed.start()
+    if config.graph and distributed.size() > 1:
+        raise ValueError(f"graph must be False with several processes, got {distributed.size()}")
     if checkpoint is not None:
         path = checkpoint
         distributed.from_first(lambda: ensure_writable(path, "checkpoint"))

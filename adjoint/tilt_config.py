@@ -75,8 +75,10 @@ class TiltConfig(TrainerConfig):
     several seconds to a minute before the first, which only long trainings earn back."""
     graph: bool = False
     """On cuda, record loss and gradient once as a CUDA graph and launch that for each update
-    (`flows.graphs`): many times faster for small networks, which keep the GPU waiting for the host.
-    Base, reward and sampler of conditions must not wait for the GPU."""
+    (`flows.graphs`): for small networks, whose kernels end sooner than the host asks for the next.
+    Base, reward and sampler of conditions must not wait for the GPU, and must do the same at each
+    call, with random numbers from the generator only: not so a `Reward` with smoothing.  A trainer
+    of one's own takes `flows.graphs.RecordedGradient` as its ``backward``."""
 
     @property
     def restart(self) -> int | None:

@@ -201,13 +201,14 @@ def _updates(
     times: dict[str, list[float]] = {name: [] for name in runs}
     theirs: list[float] = []
     for i in range(config.rounds):
+        together = config.updates * runs[WHOLE].calls  # as many before each is waited for
         if peer is not None and i % 2:
-            theirs.append(peer.block(config.updates, config.clock))
+            theirs.append(peer.block(together, config.clock))
         for name in reversed(runs) if i % 2 else runs:
             block = config.timed(runs[name], config.updates) / runs[name].calls
             times[name].append(block)
         if peer is not None and not i % 2:
-            theirs.append(peer.block(config.updates, config.clock))
+            theirs.append(peer.block(together, config.clock))
     memory = _memory_gb(config.device)
     suffix = "" if execution == "eager" else f", {execution}"
     suffix += config.marked

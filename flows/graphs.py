@@ -1,10 +1,11 @@
-"""Many updates a launch: the updates of trainers recorded once as a CUDA graph, then replayed.
+"""Updates of trainers recorded once as a CUDA graph, then replayed: whole ones, or their gradient.
 
-A GPU finishes the products of a small network sooner than a process can ask for the next.  Here
-N whole updates (inputs drawn, loss, gradient, slow copies, optimiser) are recorded as one graph,
-and each launch replays them: the same functions in the same order on the same random streams, for
-generators that a graph knows go on from launch to launch.  The host does what is left to it, which
-is to count, to log, and to save.
+A GPU finishes the products of a small network sooner than a process can ask for the next.
+
+Many updates a launch (`Launcher`).  N whole updates (inputs drawn, loss, gradient, slow copies,
+optimiser) are recorded as one graph, and each launch replays them: the same functions in the same
+order on the same random streams, for generators that a graph knows go on from launch to launch.
+The host does what is left to it, which is to count, to log, and to save.
 
 What is recorded is fixed: shapes, the rate of the optimiser, every number of Python.  So an update
 must not need the host.  Of a loss this asks for three parts (`RecordedLoss`), and of a trainer
@@ -12,6 +13,10 @@ must not need the host.  Of a loss this asks for three parts (`RecordedLoss`), a
 
 The first N updates that could be launched are made one by one, on the stream that is then recorded:
 they compile what is compiled, and bring about the state of the optimiser.
+
+A launch an update (`RecordedGradient`).  Loss and gradient are recorded, and the host does the
+rest: schedules of rates and averages may be as they like.  A loss must do the same at each call
+(`RepeatedLoss`), and say when it does not.
 """
 
 from __future__ import annotations
@@ -41,7 +46,10 @@ class RecordedLoss(TwoPartLoss, Protocol):
         ...
 
     def sample(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
-        """Inputs of the loss, drawn without waiting for the device."""
+        """Inputs of the loss, drawn without waiting for the device.
+
+        They must not depend on weights or buffers: they are drawn while an update changes these.
+        """
         ...
 
     def ahead(self) -> int:
@@ -91,6 +99,11 @@ class Launcher:
             self._warm, self._launch = False, None
         if not all(self._can_go_ahead(trainer) for trainer in trainers):
             return
+        with _using(trainers[0].generator.device):
+            self._go_ahead()
+
+    def _go_ahead(self) -> None:
+        trainers = self._trainers
         if not self._warm:
             blocks = _on_side_stream(self._block, on_cuda=self._on_cuda)
             self._warm = True
@@ -124,7 +137,7 @@ class Launcher:
                 with beside:
                     following = self._draw()
             results.append(self._update(inputs))
-            if isinstance(beside, _Beside):
+            if left and isinstance(beside, _Beside):
                 beside.join()
         return results
 
@@ -150,7 +163,11 @@ class Launcher:
 
 
 class RepeatedLoss(Protocol):
-    """A loss whose calls do the same on the device, each at the random numbers that come next."""
+    """A loss whose calls do the same on the device, each at the random numbers that come next.
+
+    Whatever else a call takes from the host (a number that changes, rows that it chooses) stays
+    what it was when it was recorded.
+    """
 
     calls: int
     """How often it was called, counted on by who replays it."""
@@ -174,6 +191,7 @@ class RecordedGradient:
         capture: as in `Launcher`.
 
     Raises:
+        TypeError: the loss is not a `RepeatedLoss`.
         ValueError: another device, or one of several processes.
     """
 
@@ -187,6 +205,11 @@ class RecordedGradient:
             )
         if distributed.size() > 1:
             raise ValueError(f"updates are recorded in one process, got {distributed.size()}")
+        missing = [part for part in ("calls", "form") if not hasattr(trainer.loss, part)]
+        if missing:
+            raise TypeError(
+                f"loss must have the parts of a RepeatedLoss, lacks {', '.join(missing)}"
+            )
         self._trainer, self._device, self._on_cuda = trainer, device, capture is None
         self._capture = capture or cuda_graph
         self._form: Hashable = None
@@ -200,7 +223,7 @@ class RecordedGradient:
         Raises:
             ValueError: what it does cannot be recorded, such as a reward that reads numbers of it.
         """
-        with torch.cuda.device(self._device) if self._on_cuda else nullcontext():
+        with _using(self._device):
             self._make()
 
     def _make(self) -> None:
@@ -231,11 +254,20 @@ class RecordedGradient:
 
         try:
             return self._capture(block, [trainer.generator])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken recording fails too
             raise ValueError(
-                "the update cannot be recorded as a CUDA graph; a reward, base or sampler of "
-                f"conditions that waits for the GPU or draws on the CPU needs graph=False: {error}"
+                "the update cannot be recorded as a CUDA graph; a loss that waits for the GPU or "
+                "draws on the CPU (its reward, base or sampler of conditions) needs graph=False, "
+                f"in a new process: {cause}"
             ) from error
+
+
+def _using(device: torch.device) -> AbstractContextManager[object]:
+    """Where streams and graphs are of ``device``, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _Beside(AbstractContextManager[None]):

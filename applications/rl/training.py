@@ -113,8 +113,9 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     problem = prepare(config, environment, dataset)
-    if config.precision != "float32" and problem.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if problem.device.type == "cuda":
+        exact = config.precision == "float32"
+        torch.set_float32_matmul_precision("highest" if exact else "high")
     evaluator = None
     try:
         if config.eval_every:

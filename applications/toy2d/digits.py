@@ -142,7 +142,10 @@ class DigitsConfig:
 
 
 def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu") -> Tensor:
-    """``n`` images (n, 64) by the ODE of ``field``, from noise that depends only on ``seed``."""
+    """``n`` images (n, 64) by the ODE of ``field``, from noise that depends only on ``seed``.
+
+    ``device`` is that of the field; the noise is drawn on the CPU.
+    """
     x0 = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed)).to(device)
     parts = [sample(field, part, grid=SAMPLE_STEPS, method="ab2") for part in x0.split(4096)]
     return torch.cat(parts)

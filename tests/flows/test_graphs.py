@@ -211,7 +211,7 @@ class Repeated:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
-    """With what a launcher refuses: a schedule, an average, a restart, losses that add up."""
+    """With what a launcher refuses: a schedule, an average, losses that add up; in two forms."""
     config = TrainerConfig(iterations=12, lr=0.02, accumulate=accumulate, checkpoint_every=5)
     found = []
     for name in ("plain", "recorded"):
@@ -242,3 +242,56 @@ def test_what_cannot_be_recorded_is_said():
 
     with pytest.raises(ValueError, match=r"reward, base or sampler.*graph=False.*not permitted"):
         trainer.fit(backward=RecordedGradient(trainer, capture=capture))
+
+
+def test_a_recorded_training_resumes(tmp_path):
+    """Stopped in the middle of what is recorded, it goes on as if it had not been."""
+    config = TrainerConfig(iterations=12, lr=0.02, checkpoint_every=5)
+    trainers = {
+        name: Trainer(Network(0), Repeated(20), config, checkpoint=tmp_path / f"{name}.pt")
+        for name in ("plain", "stopped", "again")
+    }
+    trainers["plain"].fit()
+    stopped = trainers["stopped"]
+    steps = stopped.training()
+    backward = RecordedGradient(stopped, capture=Replays())
+    for _ in range(8):  # the checkpoint is that of iteration 5
+        next(steps)
+        backward()
+    steps.close()
+    (tmp_path / "stopped.pt").rename(tmp_path / "again.pt")
+    again = trainers["again"]
+    again.fit(resume=True, backward=RecordedGradient(again, capture=Replays()))
+    assert again.loss.calls == 12
+    assert torch.equal(again.module.weight, trainers["plain"].module.weight)
+    assert torch.equal(again.ema.weight, trainers["plain"].ema.weight)
+
+
+def test_a_gradient_is_recorded_of_a_repeated_loss_only():
+    trainer = Trainer(Network(0), Regression(9), CONFIG)
+    with pytest.raises(TypeError, match="RepeatedLoss, lacks calls, form"):
+        RecordedGradient(trainer, capture=Replays())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("updates", [1, 4])
+@pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)], ids=["one", "three"])
+def test_a_graph_on_a_gpu_makes_the_updates_of_the_host(updates, seeds, tmp_path):
+    found = []
+    for ahead in (None, Launcher(updates)):
+        trainers = []
+        for seed in seeds:
+            trainer = Trainer(Network(seed).cuda(), OnDevice(14), CONFIG)
+            trainer.generator.manual_seed(seed)
+            trainers.append(trainer)
+        train_together([t.training() for t in trainers], ahead=ahead)
+        found.append([trainer.module.weight.detach() for trainer in trainers])
+    for plain, launched in zip(*found, strict=True):
+        torch.testing.assert_close(launched, plain, rtol=1e-5, atol=1e-6)
+
+
+class OnDevice(Regression):
+    """`Regression` with its inputs drawn where the generator is."""
+
+    def sample(self, module, generator):
+        return (torch.randn(8, 3, generator=generator, device=generator.device),)

@@ -82,17 +82,24 @@ class Rows(Callback):
 
 
 class Replays:
-    """Stands for the graph: the block itself."""
+    """Stands for the graph: the block itself.
 
-    def __init__(self):
+    As a graph does, it leaves the gradients of ``module`` where they were recorded, and only there.
+    """
+
+    def __init__(self, module=None):
         self.launches = self.captures = 0
+        self.module = module
 
     def __call__(self, block, generators):
         self.captures += 1
 
         def launch():
             self.launches += 1
-            return block()
+            result = block()
+            if self.module is not None:
+                self.module.zero_grad(set_to_none=True)
+            return result
 
         return launch
 
@@ -220,7 +227,7 @@ def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
         trainer = Trainer(
             Network(0), loss, config, callbacks=[rows], checkpoint=tmp_path / f"{name}.pt"
         )
-        replays = Replays()
+        replays = Replays(trainer.module)
         backward = RecordedGradient(trainer, capture=replays) if name == "recorded" else None
         trainer.fit(backward=backward)
         found.append((trainer.module.weight, trainer.ema.weight, rows.rows, loss.calls))

@@ -25,7 +25,7 @@ known noise, on a quarter of the trajectories: ``--informed --variates --compile
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ from applications.toy2d.digits import (
 )
 from applications.toy2d.handwriting import CLASSES, DIM, Classifier, DigitReward, Digits
 from flows.checkpoint import write_json
+from flows.device import choose_device
 from flows.process import prepare_process
 
 Row = dict[str, str | int | float]
@@ -92,7 +93,7 @@ class BenchmarkConfig:
     compile: bool = False
     """Compile the networks for the updates."""
     device: str = "cpu"
-    """Where the tilts are trained and judged, cpu or cuda."""
+    """Where the tilts are trained and judged: cpu, cuda, or auto."""
     folder: Path = Path("outputs/benchmark-digits")
     """Checkpoints and logs."""
     results: Path = Path(__file__).parent / "results" / "digits.json"
@@ -288,6 +289,7 @@ def main(config: BenchmarkConfig) -> None:
     """Measure every temperature, print a table, write the record and the figure."""
     torch.set_num_threads(config.threads)
     prepare_process()
+    config = replace(config, device=str(choose_device(config.device)))
     data = handwriting.load(config.seed)
     options = config.tilted_at(1.0)
     classifier = train_judge(options, data).to(config.device)

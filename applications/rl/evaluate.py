@@ -24,11 +24,11 @@ from tqdm import tqdm
 from applications.rl.agent import Agent
 from applications.rl.errors import RunError
 from applications.rl.evaluation import Evaluation, Evaluator
-from applications.rl.problem import choose_device
 from applications.rl.randomness import episode_seed
 from applications.rl.runs import TrainedAgent, load_agent
 from applications.rl.tasks import Task, find_task, make_environment, prepare_mujoco
 from flows.checkpoint import ensure_writable, replacing
+from flows.device import choose_device
 
 COMMAND_STREAM = 3
 """What its episodes are told apart by from those of data, and of training (1 and 2 there)."""

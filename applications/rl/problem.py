@@ -26,6 +26,7 @@ from applications.rl.spaces import Spaces
 from applications.rl.tasks import find_task, make_environment
 from applications.rl.train_config import TrainConfig
 from flows import checkpoint as checkpoints
+from flows.device import choose_device
 
 Factory = Callable[[], gymnasium.Env]
 Shards = ShardedDataset | Sequence[Dataset]
@@ -188,20 +189,3 @@ class Rotation:
         if wanted != self.current:
             self.replay.replace_offline(self.shards[wanted])
             self.current = wanted
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is a GPU where there is one.
-
-    Raises:
-        ValueError: no such device, or none on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}: {reason}") from None
-    return device

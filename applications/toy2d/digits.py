@@ -26,6 +26,7 @@ from applications.toy2d.handwriting import CLASSES, DIM, SIZE, Classifier, Digit
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, CSVLogger, ProgressBar
 from flows.checkpoint import write_json
+from flows.device import choose_device
 from flows.field import VelocityField
 from flows.sampling import sample
 
@@ -62,8 +63,8 @@ class DigitsConfig:
     compile: bool = False
     """Compile the networks for the updates; for long trainings."""
     device: str = "cpu"
-    """Where the tilt is trained (on cuda by CUDA graphs) and judged; classifier and base train
-    on the CPU."""
+    """Where the tilt is trained (on cuda by CUDA graphs) and judged, cpu, cuda or auto; classifier
+    and base train on the CPU."""
     informed: bool = False
     """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
     width: int = 256
@@ -93,8 +94,7 @@ class DigitsConfig:
         """
         if not 0 <= self.digit < CLASSES:
             raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
-        if self.device not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-            raise ValueError(f"device must be cpu, or cuda where there is one, got {self.device!r}")
+        object.__setattr__(self, "device", str(choose_device(self.device)))
         minima = {"samples": 100, "width": 1, "base_batch_size": 1}
         minima |= {"base_iterations": 0, "classifier_iterations": 0}
         for name, least in minima.items():

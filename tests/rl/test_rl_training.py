@@ -20,7 +20,7 @@ from applications.rl.callbacks import WandbLogger
 from applications.rl.environment import Episodes
 from applications.rl.evaluation import evaluate
 from applications.rl.objective import Objective, Schedule
-from applications.rl.problem import Rotation, choose_device
+from applications.rl.problem import Rotation
 from applications.rl.randomness import episode_seed
 from applications.rl.replay import Replay
 from applications.rl.runs import full_disk_explained, load_agent
@@ -478,7 +478,7 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     with pytest.raises(ValueError, match="agent must be one of"):
         train(replace(config, agent="sac"), environment=Corridor, dataset=corridor_data())
     with pytest.raises(ValueError, match="device must be cpu, cuda or auto, got 'tpu9'"):
-        choose_device("tpu9")
+        train(replace(config, device="tpu9"), environment=Corridor, dataset=corridor_data())
     short = replace(config, options=options("qam", horizon=500))
     with pytest.raises(ValueError, match="a window of 500 rows needs as many, the data have 400"):
         train(short, environment=Corridor, dataset=corridor_data())

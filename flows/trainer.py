@@ -35,9 +35,10 @@ Several processes (``torchrun``, see ``flows.distributed``).  Each evaluates the
 numbers of its own; g and the metrics are means over the processes, so that weights that are equal
 at the start, those of the first process, stay equal, and that a NaN anywhere stops them all.  The
 first process alone writes.  Its checkpoint holds the generators, and the states of the losses, of
-all, for an exact resume with as many processes; with another number of them the streams of random
-numbers start anew.  Every process must make the same trainers and call the same methods of them.
-Buffers that change in training (batch statistics) are not made equal.
+all, for an exact resume with as many processes; with another number of them, or on another kind of
+device, the streams of random numbers start anew.  Every process must make the same trainers and
+call the same methods of them.  Buffers that change in training (batch statistics) are not made
+equal.
 
 A module sharded by ``fully_shard`` is trained shard by shard.  As it cannot be copied, ``ema`` is
 the module itself, which gets the average as its weights at the end of ``fit``.
@@ -317,7 +318,8 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, the whole; the configuration stays that of this trainer.
 
-        Warns where ``state`` was saved by another number of processes.
+        Warns where ``state`` was saved by another number of processes, or on another kind of
+        device: random numbers then come from new streams.
         """
         left_out = self._left_out()
         distributed.load_whole(self.module, state["module"], left_out)
@@ -343,15 +345,18 @@ class Trainer:
         """Take generator and loss from those of the processes that saved."""
         as_many = len(states) == distributed.size()
         own = states[distributed.rank() if as_many else 0]
-        if as_many:
+        alike = own["generator"].shape == self.generator.get_state().shape
+        if as_many and alike:
             self.generator.set_state(own["generator"])
         else:
             seed = distributed.seed_of(self.config.seed, distributed.size(), self.iteration)
             self.generator.manual_seed(seed)
             if distributed.rank() == 0:
+                moved = "was saved on another kind of device"
+                if not as_many:
+                    moved = f"was saved by {len(states)} processes, not {distributed.size()}"
                 warnings.warn(
-                    f"the checkpoint was saved by {len(states)} processes and goes on in "
-                    f"{distributed.size()}: random numbers are drawn from new streams",
+                    f"the checkpoint {moved}: random numbers are drawn from new streams",
                     stacklevel=2,
                 )
         if hasattr(self.loss, "load_state_dict"):

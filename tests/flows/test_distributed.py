@@ -228,7 +228,7 @@ def test_a_checkpoint_loads_in_another_number_of_processes(tmp_path):
     agreed(several(on, tmp_path, half))
     saved = checkpoints.load(tmp_path / "c.pt")
     trainer = Trainer(network(1), regression, CONFIG, checkpoint=tmp_path / "c.pt")
-    with pytest.warns(UserWarning, match="saved by 2 processes and goes on in 1"):
+    with pytest.warns(UserWarning, match="saved by 2 processes, not 1: random"):
         trainer.fit(resume=True)
     assert trainer.iteration == 12
     alone = checkpoints.load(tmp_path / "c.pt")

@@ -322,6 +322,21 @@ def test_state_dict_continues_another_trainer_exactly_and_shares_nothing():
     assert equal(first.state_dict(), second.state_dict())
 
 
+def test_a_checkpoint_of_another_kind_of_device_goes_on_with_new_random_numbers():
+    saved = Trainer(network(), regression, TrainerConfig(iterations=5))
+    for _ in range(3):
+        saved.step()
+    state = saved.state_dict() | {"generator": torch.zeros(16, dtype=torch.uint8)}  # as of cuda
+    trainer = Trainer(network(seed=1), regression, TrainerConfig(iterations=5))
+    begun = trainer.generator.get_state()
+    with pytest.warns(UserWarning, match="saved on another kind of device: random numbers are"):
+        trainer.load_state_dict(state)
+    assert trainer.iteration == 3
+    assert equal(trainer.state_dict()["optimizer"], state["optimizer"])
+    assert not torch.equal(trainer.generator.get_state(), begun)
+    trainer.step()
+
+
 def test_resume_without_a_file_starts_and_of_a_finished_run_does_nothing(tmp_path):
     def train():
         trainer = Trainer(network(), regression, TrainerConfig(iterations=5), checkpoint=path)

@@ -61,6 +61,7 @@ class TiltLoss:
         base: frozen velocity field.
         reward: scaled reward (temperature included).
         kernel: table of the chain.
+        fine: table of the chain in the refinement; ``kernel`` if None.
         shape: of one sample, without the batch.
         config: the options of training.
         cond_sampler: draws conditions for n samples; None for an unconditional flow.
@@ -79,16 +80,17 @@ class TiltLoss:
         *,
         shape: tuple[int, ...],
         config: TiltConfig,
+        fine: Kernel | None = None,
         cond_sampler: CondSampler | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.base = compiled(base) if config.compile else base
-        self.reward, self.kernel = reward, kernel
+        self.reward = reward
         self._compiled: dict[nn.Module, VelocityField] = {}
         self.shape, self.config, self.cond_sampler = shape, config, cond_sampler
         self.dtype, self.device = dtype, kernel.t.device
         self.home = torch.device("cpu") if config.offload else self.device
-        self.home_kernel = kernel.to(self.home)
+        self._kernels = {"match": kernel, "refine": fine or kernel}
         self.batch_size = distributed.share(config.batch_size)
         if config.refine and cond_sampler is not None and self.batch_size < 2:
             raise ValueError(
@@ -296,6 +298,16 @@ class TiltLoss:
         metrics = _judged(value, log_w.detach(), kl.detach())
         metrics |= {name: v.mean() for name, v in _named(terms).items()}
         return log_variance_loss(distributed.gather(log_w), groups * several), metrics
+
+    @property
+    def kernel(self) -> Kernel:
+        """Table of the chain that the next call rolls out."""
+        return self._kernels[self.form]
+
+    @property
+    def home_kernel(self) -> Kernel:
+        """The same where trajectories are kept."""
+        return self.kernel.to(self.home)
 
     def _field(self, module: nn.Module) -> VelocityField:
         """What evaluates ``module``: itself, or its compiled form, which shares its weights."""

@@ -208,8 +208,12 @@ def _probe(
     cond_sampler: CondSampler | None,
     device: torch.device | str,
     dtype: torch.dtype,
-) -> tuple[Kernel, Cond | None, Tensor]:
-    """Check base and reward, and measure what the kernel needs: the kernel, conditions, rewards.
+) -> tuple[Kernel, Kernel, Cond | None, Tensor]:
+    """Check base and reward, and measure what the kernels need.
+
+    Returns:
+        The kernel of the regression, that of the chain that training ends with, conditions, and
+        rewards of ODE samples of the base.
 
     Raises:
         TypeError, ValueError: as `tilt`.
@@ -238,18 +242,23 @@ def _probe(
     value = _reward_in_parts(reward, config.reward_batch)
     with torch.no_grad():
         values = torch.cat([value(x1[i], rows_of(cond, i)) for i in chunks(n, size)])
-    grid = grids.shifted(config.steps, config.shift)
-    mmse = covariance = None
-    if config.kernel in MATCHED:
-        mmse = measure_mmse(v_base, grid, x1, cond=cond, batch_size=size, generator=generator)
-        distributed.average_([mmse])
+    covariance = None
     if config.kernel == "covariance_matched":
         with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
-            rest = x1 - (x0 + v_base(x0, grid[0].to(x0), cond))
+            rest = x1 - (x0 + v_base(x0, torch.zeros(()).to(x0), cond))
             rest = distributed.gather(rest)
         covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
-    kernel = make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
-    return kernel, cond, distributed.gather(values.double())
+
+    def on(steps: int) -> Kernel:
+        grid, mmse = grids.shifted(steps, config.shift), None
+        if config.kernel in MATCHED:
+            mmse = measure_mmse(v_base, grid, x1, cond=cond, batch_size=size, generator=generator)
+            distributed.average_([mmse])
+        return make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
+
+    kernel = on(config.steps)
+    fine = kernel if config.chain_steps == config.steps else on(config.chain_steps)
+    return kernel, fine, cond, distributed.gather(values.double())
 
 
 def tilt(
@@ -321,7 +330,7 @@ def tilt(
     if isinstance(base, nn.Module):
         base = _shareable(base, model).to(device)
         distributed.broadcast_([*base.parameters(), *base.buffers()])
-    kernel, cond, values = _probe(base, scaled, shape, config, cond_sampler, device, dtype)
+    kernel, fine, cond, values = _probe(base, scaled, shape, config, cond_sampler, device, dtype)
     if model is None:
         model = trainable(original, shape, config.seed, cond=cond, dtype=dtype)
     model = distributed.unwrapped(model).to(device)
@@ -335,6 +344,7 @@ def tilt(
         kernel,
         shape=shape,
         config=config,
+        fine=fine,
         cond_sampler=cond_sampler,
         dtype=dtype,
     )
@@ -358,13 +368,13 @@ def tilt(
     judged = [_in_parts(v, config.micro_batch) for v in (base, field)]
     value = _reward_in_parts(scaled, config.reward_batch)
     before, after = (
-        certificate_of(v, judged[0], value, kernel, shape, config, cond_sampler, device, dtype)
+        certificate_of(v, judged[0], value, fine, shape, config, cond_sampler, device, dtype)
         for v in judged
     )
     log_z, error = _log_mean_exp(values)
     if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
-    return Tilted(field, base, kernel, after, before, shape, config, log_z, error, dtype)
+    return Tilted(field, base, fine, after, before, shape, config, log_z, error, dtype)
 
 
 def _fingerprint(base: VelocityField) -> str | None:

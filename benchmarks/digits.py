@@ -76,6 +76,10 @@ class BenchmarkConfig:
     """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
     variates: bool = False
     """Take from the adjoints the noise that the model knows (`adjoint.variates`)."""
+    refine: float = 0.0
+    """Fraction of the updates, the last ones, that minimise the variance of log w."""
+    refine_steps: int = 0
+    """Steps of the chain in those updates, and of what is judged; 0 is ``steps``."""
     min_ess: float = 0.2
     """Effective sample size / B from which trajectories are weighted."""
     base_iterations: int = 2000
@@ -111,6 +115,8 @@ class BenchmarkConfig:
             lr=self.lr,
             informed=self.informed,
             variates=self.variates,
+            refine=self.refine,
+            refine_steps=self.refine_steps,
             min_ess=self.min_ess,
             compile=self.compile,
             device=self.device,
@@ -184,6 +190,8 @@ def make_row(
         "lr": config.lr,
         "informed": config.informed,
         "variates": config.variates,
+        "refine": config.refine,
+        "refine_steps": config.refine_steps,
         "device": config.device,
         "base_samples": config.base_samples,
         "samples": config.samples,

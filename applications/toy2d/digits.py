@@ -60,6 +60,10 @@ class DigitsConfig:
     """Batches whose effective sample size / B is smaller go unweighted."""
     variates: bool = False
     """Take from the adjoints the noise that the model knows (`adjoint.variates`)."""
+    refine: float = 0.0
+    """Fraction of the updates, the last ones, that minimise the variance of log w."""
+    refine_steps: int = 0
+    """Steps of the chain in those updates, and of what is judged; 0 is ``steps``."""
     compile: bool = False
     """Compile the networks for the updates; for long trainings."""
     device: str = "cpu"
@@ -118,6 +122,8 @@ class DigitsConfig:
             importance=self.importance,
             min_ess=self.min_ess,
             variates=self.variates,
+            refine=self.refine,
+            refine_steps=self.refine_steps,
             compile=self.compile,
             graph=self.device != "cpu",
             ema_decay=0.99,

@@ -22,6 +22,7 @@ CONFIG = TiltConfig(
     replay=96,
     refresh=3,
     refine=0.4,
+    refine_steps=8,
     importance=True,
     clip_quantile=True,
     late=0.4,

@@ -143,6 +143,37 @@ def test_refinement_takes_the_last_part_of_the_updates():
     assert ["adjoint_norm" in names for names in watch.losses] == [True] * 7 + [False] * 3
 
 
+def test_refinement_on_a_finer_grid_rolls_out_and_certifies_that():
+    class Counting(Residual):
+        def forward(self, x, t, cond=None):
+            if t.numel() == 1 and not torch.is_grad_enabled():
+                seen.append(float(t))
+            return super().forward(x, t, cond)
+
+    class Watch(Callback):
+        def on_step(self, trainer, iteration, metrics):
+            grids.append(sorted({t for t in seen}))
+            seen.clear()
+
+    seen: list[float] = []
+    grids: list[list[float]] = []
+    problem = PROBLEMS["square"]
+    torch.manual_seed(0)
+    model = Counting(problem.base, MLPVelocity(2, hidden=(8,), zero_init=True))
+    config = replace(FAST, iterations=4, steps=5, refine=0.5, refine_steps=20)
+    config = replace(config, certificate_samples=64)
+    options = {"shape": (2,), "config": config}
+    tilted = tilt(problem.base, problem.reward, model=model, callbacks=[Watch()], **options)
+    assert [len(times) for times in grids[1:]] == [5, 20, 20]
+    assert tilted.kernel.steps == 20
+    assert sorted(set(seen)) == pytest.approx([k / 20 for k in range(20)])  # of the certificate
+    fine = tilt(
+        problem.base, problem.reward, shape=(2,), config=replace(FAST, iterations=1, steps=20)
+    )
+    torch.testing.assert_close(tilted.kernel.mean_v, fine.kernel.mean_v)
+    torch.testing.assert_close(tilted.kernel.std, fine.kernel.std, rtol=0.02, atol=0)
+
+
 def test_refinement_brings_log_weights_closer_to_constant():
     """Equal updates with and without, on a mixture with four modes."""
     problem = PROBLEMS["square"]
@@ -171,4 +202,7 @@ def test_refinement_brings_log_weights_closer_to_constant():
 def test_bad_options_are_refused():
     for options in ({"refine": 1.5}, {"refine": -0.1}, {"refine": 0.5, "batch_size": 1}):
         with pytest.raises(ValueError, match="refine must lie in"):
+            TiltConfig(**options)
+    for options in ({"refine_steps": 20}, {"refine": 0.5, "refine_steps": 1}):
+        with pytest.raises(ValueError, match="refine_steps must be 0, or at least 2 where refine"):
             TiltConfig(**options)

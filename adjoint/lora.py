@@ -243,6 +243,14 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
             weight.copy_(found[name])
 
 
+def prepare_dropout(model: nn.Module) -> None:
+    """Put ``model`` into evaluation mode but for the dropout of its adapters."""
+    model.eval()
+    for layer in _adapters(model).values():
+        if hasattr(layer, "lora_dropout"):
+            layer.lora_dropout.train()
+
+
 def _adapters(model: nn.Module) -> dict[str, Any]:
     """The layers of ``model`` with an adapter, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}

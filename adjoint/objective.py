@@ -11,6 +11,11 @@ the reward.  ``micro_batch`` and ``reward_batch`` bound how many states are in w
 B are, and ``offload`` keeps between them on the CPU what has been computed.  None of them changes
 the result beyond rounding.
 
+Modes.  The module is in evaluation mode in its trajectories and in the loss, like the base: what a
+network drops or normalises by its batch would be in v_θ and not in v_β.  Only the dropout of
+adapters (`adjoint.lora`) is on in the loss.  The module is left so, as a backward pass may evaluate
+it again.
+
 Several processes (`flows.distributed`).  Options count trajectories of all processes together, of
 which each takes its share, with noise of its own: R processes minimise what one does.  Importance
 weights, the variance of the refinement, and the metrics ``ess`` and ``log_weight_std`` are those of
@@ -31,6 +36,7 @@ from adjoint.certificate import path_log_ratio
 from adjoint.composite import total
 from adjoint.kernel import Kernel
 from adjoint.lean import Adjoint, lean_adjoint
+from adjoint.lora import prepare_dropout
 from adjoint.loss import (
     adjoint_matching_loss,
     importance_weights,
@@ -119,7 +125,6 @@ class TiltLoss:
             if repeats > 1:
                 cond = {name: c.repeat_interleave(repeats, 0) for name, c in cond.items()}
         noise = draw_noise(self.kernel, x0, generator=generator).to(self.home)
-        training = module.training
         module.eval()  # no dropout in the trajectories, no statistics from them
         trajectory = rollout(
             self._field(module),
@@ -131,7 +136,6 @@ class TiltLoss:
             micro_batch=self.config.micro_batch,
             device=self.device,
         )
-        module.train(training)
         return trajectory, rows_of(cond, slice(None), self.home)
 
     def _rewards(
@@ -200,7 +204,6 @@ class TiltLoss:
             assert gradient is not None
             return -gradient
 
-        training = module.training
         module.eval()
         found = control_variates(
             self._field(module),
@@ -213,7 +216,6 @@ class TiltLoss:
             micro_batch=self.config.micro_batch,
             device=self.device,
         )
-        module.train(training)
         return found
 
     def _batch(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -248,6 +250,7 @@ class TiltLoss:
         batch = self._batch(module, generator)
         steps = self._select(generator)
         cond = {n.removeprefix("cond."): c for n, c in batch.items() if n.startswith("cond.")}
+        prepare_dropout(module)
         v = self._velocity(self._field(module), batch["xs"], steps, cond or None)
         clip: Tensor | float | None = config.clip or None
         if config.clip_quantile:
@@ -290,6 +293,7 @@ class TiltLoss:
             terms, _ = self._rewards(trajectory.xs[-1], cond, gradient=False)
         value = total(terms)
         steps = self._select(generator)
+        prepare_dropout(module)
         v = self._velocity(self._field(module), trajectory.xs[:-1], steps, cond)
         if steps is not None:
             v = trajectory.v.index_copy(0, steps.to(v.device), v)

@@ -330,8 +330,8 @@ def test_double_precision_is_kept_where_no_model_is_named():
     assert found.sample(3).dtype == torch.float64
 
 
-def test_trajectories_are_rolled_out_without_dropout():
-    """At the base log w is the reward itself; a noisy model would spread it."""
+def test_trajectories_and_loss_are_without_dropout():
+    """At the base log w is the reward itself, and the control zero; noise would be in both."""
 
     class Noisy(torch.nn.Module):
         def __init__(self):
@@ -346,12 +346,32 @@ def test_trajectories_are_rolled_out_without_dropout():
     class Watch(Callback):
         def on_step(self, trainer, iteration, metrics):
             loss_metrics.update(metrics)
-            assert trainer.module.training
 
     flat = Reward(lambda x, c: 0 * x.sum(1))
     config = with_options(iterations=1, certificate_samples=0)
     tilt(BASE, flat, shape=(2,), config=config, model=Noisy(), callbacks=[Watch()])
     assert float(loss_metrics["log_weight_std"]) < 1e-6
+    assert float(loss_metrics["control_norm"]) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 16}, {"refine": 1.0}])
+def test_a_flat_reward_leaves_a_model_with_batch_statistics_where_it_is(options):
+    class Normalised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+        def forward(self, x, t, cond=None):
+            flat = x.reshape(-1, 2)
+            return BASE(x, t) + self.net(flat.float()).reshape(x.shape)
+
+    torch.manual_seed(0)
+    model = Normalised()
+    flat = Reward(lambda x, c: 0 * x.sum(1))
+    config = with_options(iterations=3, certificate_samples=64, **options)
+    found = tilt(model, flat, shape=(2,), config=config)
+    assert found.certificate.log_weight_std < 1e-5
+    assert int(found.field.net[1].num_batches_tracked) == 0
 
 
 def test_a_resume_on_another_base_is_refused(tmp_path):

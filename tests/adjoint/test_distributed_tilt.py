@@ -148,7 +148,7 @@ def test_a_checkpoint_of_two_processes_loads_in_one(tmp_path):
     saved = checkpoints.load(tmp_path / "c.pt")
     assert saved["iteration"] == 3
     assert saved["loss"]["calls"] % CONFIG.refresh  # the next update would have replayed
-    with pytest.warns(UserWarning, match="saved by 2 processes and goes on in 1"):
+    with pytest.warns(UserWarning, match="saved by 2 processes, not 1: random"):
         tilted = train(tmp_path)
     again = checkpoints.load(tmp_path / "c.pt")
     assert (again["iteration"], again["others"]) == (10, [])

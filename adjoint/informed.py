@@ -151,6 +151,6 @@ def informed(
         raise ValueError(f"cond_dims must not name {taken}, which the model adds itself")
     dims = {**(cond_dims or {}), **dict.fromkeys(FEATURES, dim)}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         correction = MLPVelocity(dim, hidden=hidden, cond_dims=dims, zero_init=True)
         return Informed(base, reward, correction)

@@ -121,7 +121,7 @@ def lora(
     base = SharedBase(copy_sharing(field, field.parameters()))
     model = copy_sharing(field, field.parameters())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for weight in _weights(model)[0].values():
         weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))

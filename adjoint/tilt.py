@@ -14,10 +14,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from adjoint.certificate import Certificate, certify
 from adjoint.covariance import MAX_DIM
@@ -29,7 +31,7 @@ from adjoint.rollout import chunks, rows_of, velocity_along
 from adjoint.tilt_config import TiltConfig
 from flows import distributed
 from flows import grid as grids
-from flows.callbacks import Callback
+from flows.callbacks import Callback, ProgressBar, check_callbacks
 from flows.checkpoint import ensure_writable
 from flows.field import Cond, Residual, VelocityField, check_velocity, frozen
 from flows.graphs import RecordedGradient
@@ -138,7 +140,7 @@ def trainable(
         )
     dims = {name: size[0] for name, size in sizes.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = MLPVelocity(shape[0], cond_dims=dims, zero_init=True)
         return Residual(base, network.to(dtype))
 
@@ -181,6 +183,37 @@ def _reward_in_parts(reward: Reward, size: int) -> ValueFunction:
     return value
 
 
+def _check_cond(cond: Cond, n: int) -> Cond:
+    """The conditions of ``n`` samples that a sampler gave.
+
+    Raises:
+        TypeError: it is no mapping of names to tensors.
+        ValueError: a tensor without the leading size n.
+    """
+    if not isinstance(cond, Mapping):
+        raise TypeError(
+            "cond_sampler(n, generator) must return a mapping of names to tensors of n conditions, "
+            f"got {type(cond).__name__}"
+        )
+    for name, c in cond.items():
+        if not isinstance(c, Tensor):
+            raise TypeError(f"cond_sampler must return tensors, got {type(c).__name__} as {name!r}")
+        if not c.ndim or len(c) != n:
+            raise ValueError(
+                f"cond_sampler must return {n} conditions {name!r}, got shape {tuple(c.shape)}"
+            )
+    return cond
+
+
+def _home(base: VelocityField, model: nn.Module | None) -> torch.device:
+    """Where the weights of the base are, or of the model; the CPU if they have none."""
+    for field in (base, model):
+        if isinstance(field, nn.Module):
+            for tensor in (*field.parameters(), *field.buffers()):
+                return tensor.device
+    return torch.device("cpu")
+
+
 @torch.no_grad()
 def _check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -> None:
     """Evaluate ``field`` at a scalar time and at times (B,).
@@ -190,13 +223,14 @@ def _check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) 
     """
     for t in (torch.tensor(0.5).to(x), torch.full(x.shape[:1], 0.5).to(x)):
         try:
-            v = check_velocity(field(x, t, cond), x, name)
-        except (RuntimeError, IndexError) as error:
+            v = field(x, t, cond)
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{name} fails for x of shape {tuple(x.shape)} and {x.dtype} at a time of shape "
-                f"{tuple(t.shape)}; times come as scalars and as (B,): {error}"
+                f"{tuple(t.shape)}, called as {name}(x, t, cond) with times as scalars and as (B,) "
+                f"and conditions {sorted(cond or {})}: {type(error).__name__}: {error}"
             ) from error
-        if not bool(torch.isfinite(v).all()):
+        if not bool(torch.isfinite(check_velocity(v, x, name)).all()):
             raise ValueError(f"{name} returned NaN or infinite velocities at t = 0.5 on noise")
 
 
@@ -206,8 +240,10 @@ def _probe(
     shape: tuple[int, ...],
     config: TiltConfig,
     cond_sampler: CondSampler | None,
-    device: torch.device | str,
+    device: torch.device,
     dtype: torch.dtype,
+    *,
+    progress: bool,
 ) -> tuple[Kernel, Kernel, Cond | None, Tensor]:
     """Check base and reward, and measure what the kernels need.
 
@@ -226,13 +262,13 @@ def _probe(
         )
     generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 1))
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
-    cond = None if cond_sampler is None else cond_sampler(n, generator)
+    cond = None if cond_sampler is None else _check_cond(cond_sampler(n, generator), n)
     few = slice(min(64, config.micro_batch or 64))
     _check_field(base, x0[few], rows_of(cond, few), "base")
     v_base = _in_parts(base, config.micro_batch)
     parts = [
         sample(v_base, x0[i], grid=50, method="midpoint", cond=rows_of(cond, i))
-        for i in chunks(n, size)
+        for i in tqdm(chunks(n, size), desc="probe", disable=not progress, leave=False)
     ]
     x1 = torch.cat(parts)
     if not bool(torch.isfinite(x1).all()):
@@ -273,7 +309,7 @@ def tilt(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     problem: Mapping[str, str | int | float | bool | None] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tilted:
     """Tilt ``base`` toward ``reward``: p*(x) ∝ p(x) exp(r(x) / temperature).
@@ -298,13 +334,15 @@ def tilt(
         model: module to train, a velocity field that should start at the base; by default a copy
             of the base, or a residual on it where the base has no parameters.
         cond_sampler: (n, generator) → mapping of n conditions, for a conditional flow.
-        callbacks: progress bar and loggers of `flows.callbacks`.
+        callbacks: progress bar and loggers of `flows.callbacks`.  With a progress bar, what comes
+            before and after training shows one too.
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
             leaves out the weights of the model that are not trained; a resume of a model with
             others, with adapters of another scale, or on another base is refused.
         problem: what identifies the run beside the options (names of base and reward, say); a
             checkpoint of another problem is refused.
-        device, dtype: of the SDE state; the reward must live on that device.
+        device, dtype: of the SDE state; by default where the base is, in float32.  The reward must
+            live on that device.
 
     Raises:
         TypeError, ValueError: base, model or reward return the wrong type or shape, are not finite,
@@ -314,10 +352,21 @@ def tilt(
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
     """
     config = TiltConfig() if config is None else config
+    if not isinstance(config, TiltConfig):
+        raise TypeError(f"config must be a TiltConfig, got {type(config).__name__}")
     if not isinstance(shape, tuple | list) or not all(isinstance(n, int) for n in shape):
         raise ValueError(f"shape must be a tuple of sizes such as (2,), got {shape!r}")
+    if not shape:
+        raise ValueError("shape must have a dimension, got (): numbers are vectors of shape (1,)")
+    if cond_sampler is not None and not callable(cond_sampler):
+        raise TypeError(
+            "cond_sampler must be a callable (n, generator) -> mapping of n conditions, got "
+            f"{type(cond_sampler).__name__}"
+        )
+    check_callbacks(callbacks)
     shape = tuple(shape)
-    if config.graph and torch.device(device).type != "cuda":
+    device = _home(base, model) if device is None else torch.device(device)
+    if config.graph and device.type != "cuda":
         raise ValueError(f"graph must be False on device {device}: it needs cuda")
     distributed.start()
     if config.graph and distributed.size() > 1:
@@ -330,7 +379,10 @@ def tilt(
     if isinstance(base, nn.Module):
         base = _shareable(base, model).to(device)
         distributed.broadcast_([*base.parameters(), *base.buffers()])
-    kernel, fine, cond, values = _probe(base, scaled, shape, config, cond_sampler, device, dtype)
+    progress = distributed.rank() == 0 and any(isinstance(c, ProgressBar) for c in callbacks)
+    kernel, fine, cond, values = _probe(
+        base, scaled, shape, config, cond_sampler, device, dtype, progress=progress
+    )
     if model is None:
         model = trainable(original, shape, config.seed, cond=cond, dtype=dtype)
     model = distributed.unwrapped(model).to(device)
@@ -367,10 +419,8 @@ def tilt(
     field = trainer.fit(resume=resume, backward=RecordedGradient(trainer) if config.graph else None)
     judged = [_in_parts(v, config.micro_batch) for v in (base, field)]
     value = _reward_in_parts(scaled, config.reward_batch)
-    before, after = (
-        certificate_of(v, judged[0], value, fine, shape, config, cond_sampler, device, dtype)
-        for v in judged
-    )
+    judge = partial(certificate_of, device=device, dtype=dtype, progress=progress)
+    before, after = (judge(v, judged[0], value, fine, shape, config, cond_sampler) for v in judged)
     log_z, error = _log_mean_exp(values)
     if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
@@ -378,9 +428,11 @@ def tilt(
 
 
 def _fingerprint(base: VelocityField) -> str | None:
-    """What tells the base's weights from others; None if it has none."""
-    weights = dict(base.named_parameters()) if isinstance(base, nn.Module) else {}
-    return fingerprint(distributed.whole(weights)) if weights else None
+    """What tells the base's weights and buffers from others; None if it has none."""
+    if not isinstance(base, nn.Module):
+        return None
+    held = dict(base.named_parameters()) | dict(base.named_buffers())
+    return fingerprint(distributed.whole(held)) if held else None
 
 
 def _log_mean_exp(values: Tensor) -> tuple[float, float]:
@@ -411,8 +463,10 @@ def certificate_of(
     shape: tuple[int, ...],
     config: TiltConfig,
     cond_sampler: CondSampler | None,
-    device: torch.device | str,
+    device: torch.device,
     dtype: torch.dtype,
+    *,
+    progress: bool = False,
 ) -> Certificate | None:
     """Certificate with noise that depends only on the seed; None if no samples are asked for."""
     n = distributed.share(config.certificate_samples)
@@ -430,4 +484,5 @@ def certificate_of(
         cond=cond,
         batch_size=config.max_batch,
         generator=generator,
+        progress=progress,
     )

@@ -116,7 +116,7 @@ def flow_samples(v: VelocityField, dim: int, n: int) -> Tensor:
 def make_model(problem: Problem, width: int = 64) -> nn.Module:
     """The network of every run: a zero-initialised residual on the base."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return Residual(problem.base, MLPVelocity(problem.dim, hidden=[width] * 3, zero_init=True))
 
 

@@ -17,7 +17,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -50,6 +50,20 @@ class Callback:
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last iteration, and also when training stops by an error."""
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Refuse what is no callback before it is called in a training.
+
+    Raises:
+        TypeError: no sequence, or one that holds something else.
+    """
+    for callback in callbacks if isinstance(callbacks, Sequence) else [callbacks]:
+        if isinstance(callback, type) or not hasattr(callback, "on_step"):
+            got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)
+            raise TypeError(f"callbacks must be a sequence of flows.callbacks.Callback, got {got}")
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(f"callbacks must be a sequence, got {callbacks!r}")
 
 
 class ProgressBar(Callback):

@@ -62,7 +62,7 @@ from torch import Tensor, nn
 
 from flows import checkpoint as checkpoints
 from flows import distributed
-from flows.callbacks import Callback
+from flows.callbacks import Callback, check_callbacks
 from flows.checkpoint import CheckpointError
 from flows.trainer_config import TrainerConfig, learning_rate
 from flows.weights import copy_sharing, fingerprint, frozen_weights
@@ -120,6 +120,7 @@ class Trainer:
         self.module = module = distributed.unwrapped(module)
         self.loss = loss
         self.config = config
+        check_callbacks(callbacks)
         first = distributed.rank() == 0
         self.callbacks = tuple(c for c in callbacks if first or not getattr(c, "writes", False))
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -143,6 +144,7 @@ class Trainer:
                 "some parameters that require a gradient are sharded and others are not: call "
                 "fully_shard on the whole module after its parts"
             )
+        _warn_of_half_precision(named)
         self._device = self._parameters[0].device
         self.generator = torch.Generator(device=self._device)
         self.generator.manual_seed(distributed.seed_of(config.seed))
@@ -473,6 +475,19 @@ class Trainer:
                 f"{path} does not fit this trainer: {type(error).__name__}: {error}"
             ) from error
         self._saved_at = self.iteration
+
+
+def _warn_of_half_precision(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Warn that weights in half precision do not keep what a small rate adds to them."""
+    half = [name for name, p in named if p.is_floating_point() and p.element_size() < 4]
+    if half:
+        warnings.warn(
+            f"{len(half)} of {len(named)} trained parameters are in half precision, {half[0]} for "
+            "one: steps below a few thousandths of a weight are lost, and so is most of a training "
+            "at a small rate. Train in float32 (module.float(), with autocast=True for speed), or "
+            "train adapters beside them (adjoint.lora)",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()

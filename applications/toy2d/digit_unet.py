@@ -55,7 +55,7 @@ def make_flow(
     covariance = torch.cov(x.T) + NOISE**2 * torch.eye(x.shape[1], dtype=torch.float64)
     gaussian = GaussianMixture(torch.ones(1), x.mean(0)[None].float(), covariance[None].float())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = UNetVelocity(
             PATCH**2, widths=widths, classes=CLASSES if labelled else 0, zero_init=True
         )
@@ -123,7 +123,7 @@ class Correction(nn.Module):
 def with_correction(base: nn.Module, *, labelled: bool, seed: int = 0) -> Residual:
     """A frozen copy of ``base`` plus a `Correction` to be trained."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return Residual(base, Correction(labelled=labelled))
 
 

@@ -160,7 +160,7 @@ def fit_classifier(
         return value, {"accuracy": accuracy}
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = Classifier()
     config = TrainerConfig(iterations=iterations, lr=3e-3, ema_decay=0.99, seed=seed)
     trainer = Trainer(
@@ -182,7 +182,7 @@ def make_flow(images: Tensor, *, width: int = 256, depth: int = 3, seed: int = 0
     covariance = torch.cov(x.T) + NOISE**2 * torch.eye(DIM, dtype=torch.float64)
     gaussian = GaussianMixture(torch.ones(1), x.mean(0)[None].float(), covariance[None].float())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return Residual(gaussian, MLPVelocity(DIM, hidden=[width] * depth, zero_init=True))
 
 

@@ -179,7 +179,7 @@ def make_base(config: RunConfig, target: Target) -> VelocityField:
         return copy.deepcopy(target.mixture).float()
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         network = MLPVelocity(2)
     data = target.sample(100_000, generator)
     return fit_flow(

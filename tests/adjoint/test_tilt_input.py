@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from linear_tilt import FAST, SLOPES, Shift, Slope, run, with_options
+from torch import nn
 
-from adjoint.tilt import TiltConfig, tilt
+from adjoint.tilt import TiltConfig, _home, tilt
 from flows import checkpoint as checkpoints
-from flows.callbacks import CSVLogger
+from flows.callbacks import CSVLogger, ProgressBar
 from flows.checkpoint import CheckpointError
 from flows.field import batch_time
 from flows.networks import MLPVelocity
@@ -72,6 +73,76 @@ def test_a_conditional_base_without_conditions_is_refused():
     base = MLPVelocity(2, hidden=(4,), cond_dims={"c": 1})
     with pytest.raises(ValueError, match=r"cond must name \['c'\]"):
         tilt(base, Slope(), shape=(2,), config=FAST)
+
+
+def sampler_of(*values):
+    return lambda n, generator: values[0] if len(values) == 1 else dict([values])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "error", "match"),
+    [
+        ({"c": torch.zeros(3, 1)}, TypeError, "cond_sampler must be a callable .*, got dict"),
+        (sampler_of(torch.zeros(3, 1)), TypeError, "a mapping of names to tensors .*got Tensor"),
+        (sampler_of("c", [0, 1]), TypeError, "must return tensors, got list as 'c'"),
+        (sampler_of("c", torch.tensor(1.0)), ValueError, r"8192 conditions 'c', got shape \(\)"),
+        (sampler_of("c", torch.zeros(3, 1)), ValueError, r"conditions 'c', got shape \(3, 1\)"),
+    ],
+)
+def test_what_is_no_sampler_of_conditions_is_refused(sampler, error, match):
+    base = MLPVelocity(2, hidden=(4,), cond_dims={"c": 1})
+    with pytest.raises(error, match=match):
+        tilt(base, Slope(), shape=(2,), config=FAST, cond_sampler=sampler)
+
+
+def of_no_condition(x, t, cond=None):
+    return x * cond["y"]
+
+
+@pytest.mark.parametrize(
+    ("base", "match"),
+    [
+        (of_no_condition, r"conditions \[\]: TypeError: 'NoneType'"),
+        (lambda x, t: -x, r"called as base\(x, t, cond\).*TypeError: .* takes 2 positional"),
+    ],
+)
+def test_a_base_that_cannot_be_called_so_is_refused(base, match):
+    with pytest.raises(ValueError, match=match):
+        tilt(base, Slope(), shape=(2,), config=FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"config": {"steps": 5}}, TypeError, "config must be a TiltConfig, got dict"),
+        ({"shape": ()}, ValueError, r"shape must have a dimension, got \(\)"),
+        ({"callbacks": [CSVLogger]}, TypeError, "Callback, got the class CSVLogger"),
+        ({"callbacks": ProgressBar()}, TypeError, "callbacks must be a sequence, got <flows"),
+        ({"callbacks": [print]}, TypeError, "Callback, got <built-in function print>"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_any_work(options, error, match):
+    def base(x, t, cond=None):
+        raise AssertionError("work has begun")
+
+    with pytest.raises(error, match=match):
+        tilt(base, Slope(), **{"shape": (2,), "config": FAST, **options})
+
+
+def test_the_device_is_that_of_the_base_where_none_is_named():
+    there = nn.Linear(2, 2, device="meta")
+    assert _home(there, None) == torch.device("meta")
+    assert _home(lambda x, t, cond: x, there) == torch.device("meta")
+    assert _home(lambda x, t, cond: x, None) == torch.device("cpu")
+
+
+def test_a_progress_bar_is_shown_before_and_after_training_too(capsys):
+    config = replace(FAST, iterations=2, certificate_samples=16)
+    run(config)
+    assert capsys.readouterr().err == ""
+    run(config, callbacks=[ProgressBar("tilt")])
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("probe: ", "tilt: ", "certificate: "))
 
 
 def test_a_closed_form_of_images_needs_a_model():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -209,6 +210,15 @@ def test_without_averaging_the_module_itself_comes_back():
     trained = Trainer(module, regression, PLAIN).fit()
     assert trained is module
     assert not module.training
+
+
+def test_training_weights_in_half_precision_warns():
+    with pytest.warns(UserWarning, match=r"4 of 4 trained parameters .*precision, 0.weight for"):
+        Trainer(network().bfloat16(), regression, TrainerConfig(iterations=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frozen = network().bfloat16().requires_grad_(False)
+        Trainer(nn.Sequential(frozen, nn.Linear(1, 1)), regression, TrainerConfig(iterations=1))
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_weights():

@@ -51,5 +51,5 @@ def make_agent(
             f"got {type(config).__name__}"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return agent_class(config, observation_dim, action_dim)

@@ -111,7 +111,10 @@ def _check(name: str, array: NDArray[Any], rows: int, source: str) -> NDArray[An
         raise DataError(f"{source}: {name} has NaN or infinity in row {row}: {array[row]}")
     if name == "actions" and (np.abs(array) > 1.0 + ACTION_TOLERANCE).any():
         row = int((np.abs(array) > 1.0 + ACTION_TOLERANCE).any(1).argmax())
-        raise DataError(f"{source}: actions must be in [-1, 1], got {array[row]} in row {row}")
+        raise DataError(
+            f"{source}: actions must be in [-1, 1], got {array[row]} in row {row}; rescale them by "
+            "2 * (action - low) / (high - low) - 1, with the bounds of the environment's actions"
+        )
     if name in _FLAGS and not np.isin(array, (0.0, 1.0)).all():
         row = int((~np.isin(array, (0.0, 1.0))).argmax())
         raise DataError(f"{source}: {name} must be 0 or 1, got {array[row]} in row {row}")

@@ -200,7 +200,7 @@ def load_npz(path: Path) -> Dataset:
     trajectory.  Without, the layout is OGBench's: the row with terminal 1 is the state that a
     trajectory ends in, and its action and reward are ignored.  ``masks`` is 0 where an episode
     truly ended; without it, every terminal counts as a true end, so give it if episodes are cut by
-    a time limit.
+    a time limit.  What is assumed for want of either is said on the standard error stream.
 
     Arguments:
         path: the file.  Actions must be in [−1, 1]: rescale them as

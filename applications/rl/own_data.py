@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,33 @@ from applications.rl.manifest import DataError
 def npz_arrays(path: Path) -> Arrays:
     """The transitions of an npz file with rewards; see `applications.rl.dataset.load_npz`.
 
+    What is assumed for want of an optional array is one line on the standard error stream.
+
     Raises:
         DataError: the file is damaged or does not hold this.
         FileNotFoundError: there is no such file.
     """
     required = ("observations", "actions", "rewards", "terminals")
     arrays = read_arrays(path, required, ("masks", "next_observations"))
-    if "next_observations" not in arrays:
+    ends, assumed = arrays["terminals"], []
+    by_state = "next_observations" not in arrays
+    if "masks" not in arrays:
+        ended = np.append(ends[1:], np.float32(0.0)) if by_state else ends
+        arrays["masks"] = 1.0 - ended
+        assumed.append(f"no masks, so its {ends.sum():.0f} terminals are true ends, no time limits")
+    if by_state:
         arrays = transitions(arrays, str(path))
+        assumed.append(
+            f"no next_observations, so its {len(ends)} rows are states, the last of each "
+            f"trajectory only where it ends: {len(arrays['rewards'])} transitions"
+        )
     if arrays["next_observations"].shape != arrays["observations"].shape:
         raise DataError(
             f"{path}: next_observations has the shape {arrays['next_observations'].shape}, "
             f"expected that of observations, {arrays['observations'].shape}"
         )
-    arrays.setdefault("masks", 1.0 - arrays["terminals"])
+    if assumed:
+        print(f"note: {path} has {'; '.join(assumed)}", file=sys.stderr)
     # Whatever the last row says, the next transition of a replay is not its continuation.
     arrays["terminals"] = np.append(arrays["terminals"][:-1], np.float32(1.0))
     return arrays

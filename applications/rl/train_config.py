@@ -40,7 +40,9 @@ class TrainConfig:
     """Learn from the task's data; without, from what comes online alone."""
     data: Path | None = None
     """Folder of the data, $OGBENCH_DATA or ~/.ogbench/data if not given; or an .npz file of your
-    own (observations, actions, rewards, terminals)."""
+    own: observations, actions in [-1, 1], rewards, terminals (1 at the last row of an episode),
+    masks (0 where it truly ended; without, every terminal is a true end, also of a time limit) and
+    next_observations (without, rows are states, and the last of an episode is only its end)."""
     shard_every: int = 1000
     """Where the data are shards: updates after which the next one takes the place of the last."""
     eval_every: int = 50_000

@@ -340,6 +340,28 @@ def test_own_data_by_state(tmp_path):
     assert (data.rewards, data.masks, data.terminals) == (0.0, 1.0, 1.0)
 
 
+def test_what_is_assumed_of_own_data_is_said_with_its_numbers(tmp_path, capsys):
+    path = own(tmp_path / "own.npz", masks=np.ones(3))
+    load_npz(path)
+    assert capsys.readouterr().err == ""
+    load_npz(own(path))
+    masks = "no masks, so its 1 terminals are true ends, no time limits"
+    assert capsys.readouterr().err == f"note: {path} has {masks}\n"
+    load_npz(own(path, next_observations=None))
+    states = "no next_observations, so its 3 rows are states, the last of each trajectory only "
+    states += "where it ends: 1 transitions"
+    assert capsys.readouterr().err == f"note: {path} has {masks}; {states}\n"
+
+
+def test_the_end_of_own_data_by_state_is_a_true_end_only_if_it_is_terminal(tmp_path):
+    ends = {"next_observations": None, "terminals": np.array([False, False, False])}
+    data = load_npz(own(tmp_path / "cut.npz", **ends))
+    np.testing.assert_array_equal(data.masks, [1, 1])
+    np.testing.assert_array_equal(data.terminals, [0, 1])
+    ends["terminals"] = np.array([False, False, True])
+    np.testing.assert_array_equal(load_npz(own(tmp_path / "end.npz", **ends)).masks, [1, 0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -348,7 +370,10 @@ def test_own_data_by_state(tmp_path):
         ({"rewards": np.array(["a", "b", "c"])}, "rewards has the type <U1, expected numbers"),
         ({"masks": np.array([0.0, 0.5, 1.0])}, "masks must be 0 or 1, got 0.5 in row 1"),
         ({"next_observations": np.ones((3, 3))}, r"next_observations has the shape \(3, 3\)"),
-        ({"actions": np.array([[0.0], [-1.1], [0.0]])}, r"actions must be in \[-1, 1\]"),
+        (
+            {"actions": np.array([[0.0], [-1.1], [0.0]])},
+            r"actions must be in \[-1, 1\], .* in row 1; .*\(action - low\) / \(high - low\)",
+        ),
     ],
 )
 def test_damaged_own_data_are_refused(tmp_path, changes, message):

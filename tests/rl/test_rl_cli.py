@@ -90,7 +90,9 @@ def test_usage(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "--help"])
     assert end.value.code == 0
-    assert "--inverse-temperature" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    for word in ("--inverse-temperature", "[-1,", "masks", "next_observations"):
+        assert word in text
 
 
 def test_list_names_what_there_is(capsys):

@@ -23,6 +23,7 @@ class Group:
 
     Attributes:
         task, agent, label: What it is; the label is unique within the task.
+        preset: Presets of its runs, as a text.
         seeds: (N,) in order.
         steps: (T,), not decreasing.
         phases: Name of the phase at each step (T,).
@@ -33,6 +34,7 @@ class Group:
     task: str
     agent: str
     label: str
+    preset: str
     seeds: tuple[int, ...]
     steps: np.ndarray
     phases: tuple[str, ...]
@@ -98,6 +100,7 @@ def grouped(
                 task=task,
                 agent=str(runs[0].settings["agent"]),
                 label=label,
+                preset=", ".join(sorted({str(r.settings.get("preset", "unknown")) for r in runs})),
                 seeds=tuple(sorted(seeds)),
                 steps=np.array([step for step, _ in common]),
                 phases=tuple(PHASES[phase] for _, phase in common),

@@ -28,6 +28,8 @@ from applications.rl.tasks import find_task
 OFFLINE_STEPS = 1_000_000
 """The step at which the published runs go online."""
 SEEDS = 12
+PRESET = "published"
+"""The preset of the published runs, see `applications.rl.presets`."""
 PUBLISHED = (
     *("QAM", "QAM-E", "QAM-F", "BAM", "FQL", "ReBRAC"),
     *("IFQL", "FEdit", "DSRL", "FAWAC", "FBRAC", "CGQL", "CGQL-M", "CGQL-L", "QSM", "DAC", "RLPD"),

@@ -20,6 +20,7 @@ from applications.rl.curves import Curve, learning_curves
 from applications.rl.groups import Group, grouped
 from applications.rl.official import (
     OFFLINE_STEPS,
+    PRESET,
     PUBLISHED,
     SEEDS,
     PublishedCurve,
@@ -131,6 +132,7 @@ def draw_task(
     if counts != [1]:
         subtitle += "; bands: 95% bootstrap intervals over seeds"
     names = ", ".join(curve.method for curve in published)
+    other = "" if {group.preset for group in groups} == {PRESET} else "; runs of another preset"
     return learning_curves(
         path,
         [Curve(g.label, g.steps, g.success) for g in groups],
@@ -138,7 +140,7 @@ def draw_task(
         online_from=online_from,
         title=groups[0].task,
         subtitle=subtitle,
-        note=f"dashed: published {names}, {SEEDS} seeds" if published else "",
+        note=f"dashed: published {names}, {SEEDS} seeds{other}" if published else "",
     )
 
 

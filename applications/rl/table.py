@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from applications.rl.groups import Group
-from applications.rl.official import published_curves
+from applications.rl.official import PRESET, published_curves
 from applications.rl.results import PHASES
 from applications.rl.statistics import (
     Statistic,
@@ -39,6 +39,7 @@ class Line:
         mean, mean_low, mean_high: Mean and its interval, None where there is none.
         iqm, iqm_low, iqm_high: Interquartile mean and its interval, None where there is none.
         over: What the intervals are over: seeds, or episodes where each task has a single seed.
+        preset: Presets of the runs; what is published is of `applications.rl.official.PRESET`.
         published: Published mean of the same agent at the same step, where there is one.
     """
 
@@ -55,6 +56,7 @@ class Line:
     iqm_low: float | None
     iqm_high: float | None
     over: str
+    preset: str
     published: float | None = None
 
 
@@ -111,7 +113,7 @@ def format_table(lines: Sequence[Line]) -> str:
             f"{line.seeds}{_mark(line)}",
             interval(line.mean, line.mean_low, line.mean_high),
             interval(line.iqm, line.iqm_low, line.iqm_high),
-            "" if line.published is None else f"{100 * line.published:.1f}",
+            "" if line.published is None else f"{100 * line.published:.1f}{_other(line)}",
         )
         for line in lines
     ]
@@ -129,7 +131,14 @@ def format_table(lines: Sequence[Line]) -> str:
         text.append("* one seed: the interval is Wilson's over its episodes")
     if "**" in marks:
         text.append("** one seed of each task: Wilson's interval over all episodes, where it holds")
+    others = sorted({line.preset for line in lines if line.published is not None and _other(line)})
+    if others:
+        text.append(f"+ of the preset {PRESET}, beside runs of: {', '.join(others)}")
     return "\n".join(text)
+
+
+def _other(line: Line) -> str:
+    return "" if line.preset == PRESET else "+"
 
 
 def _mark(line: Line) -> str:
@@ -173,5 +182,6 @@ def _line(tasks: Sequence[tuple[Group, int]], phase: str) -> Line:
         float(interquartile_mean(pooled)),
         *interval(interquartile_mean),
         over,
+        ", ".join(sorted({g.preset for g, _ in tasks})),
         published,
     )

@@ -363,6 +363,20 @@ def test_a_published_rate_is_quoted_in_its_own_phase_only(tmp_path):
     assert online.published is None  # there the published runs were offline still
 
 
+def test_published_figures_beside_runs_of_another_preset_are_marked(tmp_path, drawn):
+    write_run(tmp_path / "a", rates={50_000: 0.5}, preset="published")
+    same = run_report(config(tmp_path, tmp_path / "a")).lines
+    write_run(tmp_path / "b", agent="qam-f", rates={50_000: 0.5})  # preset small
+    report = run_report(config(tmp_path, tmp_path))
+    assert [line.preset for line in report.lines] == ["published", "small"]
+    assert "+" not in format_table(same)
+    rows = format_table(report.lines).splitlines()
+    assert [row.endswith("+") for row in rows[1:3]] == [False, True]
+    assert rows[-1] == "+ of the preset published, beside runs of: small"
+    assert "runs of another preset" not in texts(drawn[0])
+    assert "dashed: published QAM, QAM-F, 12 seeds; runs of another preset" in texts(drawn[1])
+
+
 def test_the_printed_table_is_aligned(tmp_path):
     write_run(tmp_path / "a", rates={10: 1.0})
     write_run(tmp_path / "b", agent="qam-f", rates={10: 0.0})

@@ -11,7 +11,8 @@ OGBench puts them.  There, the dataset ``puzzle-4x4-play-v0`` is either one file
 ``puzzle-4x4-play-v0.npz``, or a folder of shards: ``puzzle-4x4-play-v0/``,
 ``puzzle-4x4-play-100m-v0/``, or the given folder itself, with files like
 ``puzzle-4x4-play-v0-000.npz``.  The 100M data are too large for memory, so that `load_shards`
-reads one shard at a time.
+reads one shard at a time.  Where there are several of these, the first in this order is taken; but
+for the datasets in `LARGE`, whose published figures are of the 100M data, those come first.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from applications.rl.wrappers import Standard
 
 CLIP = 1.0 - 1e-5
 """Dataset actions are clipped to ±CLIP."""
+LARGE = ("cube-quadruple-play-v0", "puzzle-4x4-play-v0")
+"""Datasets of which the published runs had the 100M shards."""
 
 Split = Literal["train", "val"]
 
@@ -155,14 +158,15 @@ def load_shards(
 
 
 def find_files(task: Task, *, folder: Path | None = None, split: Split = "train") -> list[Path]:
-    """The files of a task's data that are in the folder, in order; empty if there are none."""
+    """The files of a task's data that are in the folder, in order; empty if there are none.
+
+    Which ones are taken where there are several is said in the module docstring.
+    """
     place, name = data_folder(folder), task.dataset_name
-    single = place / _file_name(task, split)
-    if single.is_file():
-        return [single]
-    large = name.replace("-v0", "-100m-v0")
-    for shards, pattern in ((name, "*"), (large, "*"), (".", f"{name}-*")):
-        found = sorted((place / shards).glob(f"{pattern}.npz"))
+    large = f"{name.replace('-v0', '-100m-v0')}/*.npz"
+    patterns = [_file_name(task, split), f"{name}/*.npz", large, f"{name}-*.npz"]
+    for pattern in [large, *patterns] if name in LARGE else patterns:
+        found = [path for path in sorted(place.glob(pattern)) if path.is_file()]
         found = [path for path in found if path.stem.endswith("-val") == (split == "val")]
         if found:
             return found

@@ -166,6 +166,32 @@ def test_shards(data, place):
         shards[3]
 
 
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("cube-quadruple-play-v0", "large"),
+        ("puzzle-4x4-sparse-play-singletask-task1-v0", "large"),
+        ("puzzle-4x4-noisy-v0", "single"),
+        ("cube-triple-play-v0", "single"),
+    ],
+)
+def test_data_of_the_published_runs_come_first(tmp_path, name, first):
+    task = find_task(name)
+    large = tmp_path / task.dataset_name.replace("-v0", "-100m-v0")
+    large.mkdir()
+    shards = [large / f"{task.dataset_name}-{index:03d}.npz" for index in range(2)]
+    files = {"single": [tmp_path / f"{task.dataset_name}.npz"], "large": shards}
+    for path in (path for paths in files.values() for path in paths):
+        path.touch()
+        path.with_name(f"{path.stem}-val.npz").touch()
+    assert find_files(task, folder=tmp_path) == files[first]
+    held_out = find_files(task, folder=tmp_path, split="val")
+    assert held_out == [path.with_name(f"{path.stem}-val.npz") for path in files[first]]
+    for path in files[first]:
+        path.unlink()
+    assert find_files(task, folder=tmp_path) == files["large" if first == "single" else "single"]
+
+
 def test_missing_data_are_one_error_that_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("ogbench.utils.DATASET_URL", "http://127.0.0.1:9/nothing")
     with pytest.raises(DataError) as error:

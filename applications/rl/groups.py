@@ -29,6 +29,7 @@ class Group:
         phases: Name of the phase at each step (T,).
         success: Rates (N, T) in [0, 1].
         episodes: Episodes behind each of them (N, T).
+        returns: Mean returns (N, T), NaN where they were not recorded.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Group:
     phases: tuple[str, ...]
     success: np.ndarray
     episodes: np.ndarray
+    returns: np.ndarray
 
     @property
     def online_from(self) -> int | None:
@@ -106,6 +108,7 @@ def grouped(
                 phases=tuple(PHASES[phase] for _, phase in common),
                 success=pairs[..., 0],
                 episodes=pairs[..., 1].astype(int),
+                returns=np.array([[run.returns[point] for point in common] for run in runs]),
             )
         )
     return groups, remarks

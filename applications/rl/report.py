@@ -83,6 +83,12 @@ def run_report(config: ReportConfig) -> Report:
     if unknown:
         raise ValueError(f"tasks: no run of {unknown[0]!r}; there are {', '.join(known)}")
     groups = [g for g in groups if not config.tasks or g.task in config.tasks]
+    remarks += [
+        f"{g.label} on {g.task}: no episode succeeded; where an environment does not tell success, "
+        "compare the return"
+        for g in groups
+        if g.task.startswith(("gym:", "minari:")) and not g.success.any()
+    ]
     ensure_writable(config.folder / "table.csv", "folder")
     files = []
     for task in [t for t in known if not config.tasks or t in config.tasks]:

@@ -4,7 +4,7 @@ A run folder holds ``config.json`` (``agent``, ``task``, ``seed``, options) and 
 (``step``, ``phase``, ``success``, ``episodes`` and more, one row an evaluation).  Steps count
 offline updates and online environment steps together.  A JSON file instead holds a list of flat
 rows with ``task``, ``agent``, ``seed``, ``step``, ``phase``, ``success``, ``episodes``, such as
-benchmarks write.
+benchmarks write.  Both may have ``return``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import csv
 import glob
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,13 @@ class Result:
         source: The folder or file it was read from.
         settings: Everything known of it, flat, with dotted names; has agent, task and seed.
         rates: Success rate and number of episodes by (step, index of the phase).
+        returns: Mean return likewise, NaN where it was not recorded.
     """
 
     source: str
     settings: Mapping[str, Any]
     rates: Mapping[Point, tuple[float, int]]
+    returns: Mapping[Point, float]
 
 
 def read_results(patterns: Sequence[str]) -> list[Result]:
@@ -92,8 +95,9 @@ def read_folder(folder: Path) -> Result:
     missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
     if missing and complete:
         raise ValueError(f"{path} must have the columns {', '.join(NEEDED)}, got none of {missing}")
-    rates = dict(_rate(row, f"{path}, line {reader.line_num}") for row in reader)
-    return Result(str(folder), settings, rates)
+    found = [_evaluation(row, f"{path}, line {reader.line_num}") for row in reader]
+    rates, returns = {p: rate for p, rate, _ in found}, {p: value for p, _, value in found}
+    return Result(str(folder), settings, rates, returns)
 
 
 def read_rows(path: Path) -> list[Result]:
@@ -106,7 +110,7 @@ def read_rows(path: Path) -> list[Result]:
     rows = _json(path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of rows, got a {type(rows).__name__}")
-    runs: dict[tuple[tuple[str, str], ...], tuple[dict[str, Any], dict]] = {}
+    runs: dict[tuple[tuple[str, str], ...], tuple[dict[str, Any], dict, dict]] = {}
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
         if not isinstance(row, dict):
@@ -115,9 +119,9 @@ def read_rows(path: Path) -> list[Result]:
         settings = {k: v for k, v in row.items() if k not in (*NEEDED, "hours", "device")}
         settings = {k: v for k, v in settings.items() if k not in ("return", "length")}
         key = tuple(sorted((k, str(v)) for k, v in settings.items()))
-        point, rate = _rate(row, where)
-        runs.setdefault(key, (settings, {}))[1][point] = rate
-    return [Result(str(path), settings, rates) for settings, rates in runs.values()]
+        _, rates, returns = runs.setdefault(key, (settings, {}, {}))
+        point, rates[point], returns[point] = _evaluation(row, where)
+    return [Result(str(path), *run) for run in runs.values()]
 
 
 def _json(path: Path) -> Any:
@@ -154,8 +158,8 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: seed must be an integer, got {settings['seed']!r}")
 
 
-def _rate(row: Mapping[str, Any], where: str) -> tuple[Point, tuple[float, int]]:
-    """The evaluation in a row, whose values are numbers or their text."""
+def _evaluation(row: Mapping[str, Any], where: str) -> tuple[Point, tuple[float, int], float]:
+    """Place, rate and return of the evaluation in a row, whose values are numbers or their text."""
 
     def number(name: str) -> float:
         try:
@@ -172,4 +176,5 @@ def _rate(row: Mapping[str, Any], where: str) -> tuple[Point, tuple[float, int]]
         raise ValueError(f"{where}: episodes must be a whole number >= 1, got {row['episodes']!r}")
     if row.get("phase") not in PHASES:
         raise ValueError(f"{where}: phase must be offline or online, got {row.get('phase')!r}")
-    return (int(step), PHASES.index(row["phase"])), (success, int(episodes))
+    value = math.nan if row.get("return") is None else number("return")
+    return (int(step), PHASES.index(row["phase"])), (success, int(episodes)), value

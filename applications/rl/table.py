@@ -38,6 +38,8 @@ class Line:
         episodes: Episodes behind the line, of all seeds together.
         mean, mean_low, mean_high: Mean and its interval, None where there is none.
         iqm, iqm_low, iqm_high: Interquartile mean and its interval, None where there is none.
+        mean_return, return_low, return_high: Mean return of one task and its interval over seeds,
+            None where it was not recorded or there is none.
         over: What the intervals are over: seeds, or episodes where each task has a single seed.
         preset: Presets of the runs; what is published is of `applications.rl.official.PRESET`.
         published: Published mean of the same agent at the same step, where there is one.
@@ -55,6 +57,9 @@ class Line:
     iqm: float
     iqm_low: float | None
     iqm_high: float | None
+    mean_return: float | None
+    return_low: float | None
+    return_high: float | None
     over: str
     preset: str
     published: float | None = None
@@ -80,6 +85,7 @@ def curve_rows(groups: Sequence[Group]) -> list[dict[str, str | int | float | No
     for group in groups:
         low, high = bootstrap_interval([group.success])
         columns = (mean(group.success), low, high, interquartile_mean(group.success))
+        returns = mean(group.returns)
         several = len(group.seeds) > 1
         for i, step in enumerate(group.steps):
             row: dict[str, str | int | float | None] = {
@@ -91,19 +97,22 @@ def curve_rows(groups: Sequence[Group]) -> list[dict[str, str | int | float | No
             }
             names = ("mean", "mean_low", "mean_high", "iqm")
             values = {n: float(c[i]) for n, c in zip(names, columns, strict=True)}
-            rows.append(row | values | ({} if several else {"mean_low": None, "mean_high": None}))
+            row |= values | ({} if several else {"mean_low": None, "mean_high": None})
+            rows.append(row | {"return": float(returns[i]) if np.isfinite(returns[i]) else None})
     return rows
 
 
 def format_table(lines: Sequence[Line]) -> str:
     """The table for a terminal, in percent."""
 
-    def interval(value: float, low: float | None, high: float | None) -> str:
+    def interval(value: float | None, low: float | None, high: float | None, unit: float) -> str:
+        if value is None:
+            return ""
         if low is None or high is None:
-            return f"{100 * value:5.1f}"
-        return f"{100 * value:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
+            return f"{unit * value:5.1f}"
+        return f"{unit * value:5.1f} [{unit * low:5.1f}, {unit * high:5.1f}]"
 
-    head = ("task", "agent", "phase", "step", "seeds", "mean %", "IQM %", "published %")
+    head = ("task", "agent", "phase", "step", "seeds", "mean %", "IQM %", "return", "published %")
     cells = [
         (
             line.task,
@@ -111,14 +120,15 @@ def format_table(lines: Sequence[Line]) -> str:
             line.phase,
             "last" if line.step is None else str(line.step),
             f"{line.seeds}{_mark(line)}",
-            interval(line.mean, line.mean_low, line.mean_high),
-            interval(line.iqm, line.iqm_low, line.iqm_high),
+            interval(line.mean, line.mean_low, line.mean_high, 100),
+            interval(line.iqm, line.iqm_low, line.iqm_high, 100),
+            interval(line.mean_return, line.return_low, line.return_high, 1),
             "" if line.published is None else f"{100 * line.published:.1f}{_other(line)}",
         )
         for line in lines
     ]
     widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
-    left = (0, 1, 2, 5, 6)
+    left = (0, 1, 2, 5, 6, 7)
     text = [
         "  ".join(
             cell.ljust(width) if i in left else cell.rjust(width)
@@ -145,6 +155,16 @@ def _mark(line: Line) -> str:
     if line.over == "seeds":
         return ""
     return "*" if line.seeds == 1 else "**"
+
+
+def _returns(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    """Mean of the returns of seeds, and its interval."""
+    if not np.isfinite(values).all():
+        return None, None, None
+    if len(values) == 1:
+        return float(values[0]), None, None
+    low, high = bootstrap_interval([values])
+    return float(mean(values)), float(low), float(high)
 
 
 def _line(tasks: Sequence[tuple[Group, int]], phase: str) -> Line:
@@ -181,6 +201,7 @@ def _line(tasks: Sequence[tuple[Group, int]], phase: str) -> Line:
         *interval(mean),
         float(interquartile_mean(pooled)),
         *interval(interquartile_mean),
+        *(_returns(group.returns[:, i]) if len(tasks) == 1 else (None, None, None)),
         over,
         ", ".join(sorted({g.preset for g, _ in tasks})),
         published,

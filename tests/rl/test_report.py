@@ -24,13 +24,15 @@ MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 HEADER = "step,phase,success,episodes,return,length\n"
 
 
-def write_run(folder, agent="qam", task=CUBE, seed=0, rates=None, online=None, **config):
+def write_run(
+    folder, agent="qam", task=CUBE, seed=0, rates=None, online=None, value=-1.5, **config
+):
     """A run folder whose rates are given by step."""
     folder.mkdir(parents=True, exist_ok=True)
     known = {"agent": agent, "task": task, "seed": seed, "preset": "small", "versions": {"t": "1"}}
     (folder / "config.json").write_text(json.dumps(known | config))
-    lines = [f"{step},offline,{r},50,-1.5,80\n" for step, r in (rates or {}).items()]
-    lines += [f"{step},online,{r},50,-1.5,80\n" for step, r in (online or {}).items()]
+    lines = [f"{step},offline,{r},50,{value},80\n" for step, r in (rates or {}).items()]
+    lines += [f"{step},online,{r},50,{value},80\n" for step, r in (online or {}).items()]
     (folder / "evaluation.csv").write_text(HEADER + "".join(lines))
     return folder
 
@@ -215,6 +217,7 @@ def test_settings_tell_curves_apart_when_asked_to(tmp_path):
         ("inf,offline,0.5,50,0,0", "line 2: step must be a whole number >= 0, got 'inf'"),
         ("10,training,0.5,50,0,0", "line 2: phase must be offline or online, got 'training'"),
         ("10,offline,0.5,0,0,0", "line 2: episodes must be a whole number >= 1, got '0'"),
+        ("10,offline,0.5,50,much,0", "line 2: return must be a number, got 'much'"),
     ],
 )
 def test_a_malformed_evaluation_is_one_clear_line(tmp_path, row, message):
@@ -375,6 +378,31 @@ def test_published_figures_beside_runs_of_another_preset_are_marked(tmp_path, dr
     assert rows[-1] == "+ of the preset published, beside runs of: small"
     assert "runs of another preset" not in texts(drawn[0])
     assert "dashed: published QAM, QAM-F, 12 seeds; runs of another preset" in texts(drawn[1])
+
+
+def test_the_return_is_told_where_no_success_is(tmp_path):
+    for agent, returns in (("bc", (-900.0, -700.0)), ("qam", (-200.0,))):
+        for seed, value in enumerate(returns):
+            folder = tmp_path / f"{agent}{seed}"
+            write_run(folder, agent, "gym:Pendulum-v1", seed, {10: 0.0}, value=value)
+    report = run_report(config(tmp_path, tmp_path))
+    two, one = report.lines
+    assert (two.mean_return, two.return_low, two.return_high) == (-800.0, -900.0, -700.0)
+    assert (one.mean_return, one.return_low, one.return_high) == (-200.0, None, None)
+    rows = format_table(report.lines).splitlines()
+    assert rows[0].index("return") == rows[1].index("-800.0 [-900.0, -700.0]")
+    assert rows[2].split()[-1] == "-200.0"
+    assert [row["return"] for row in read_csv(tmp_path / "report" / "curves.csv")] == [
+        "-800.0",
+        "-200.0",
+    ]
+    assert report.remarks[0].startswith("bc on gym:Pendulum-v1: no episode succeeded; where an env")
+    write_run(tmp_path / "other", rates={10: 0.0})
+    rows = {"task": MAZE, "agent": "qam", "seed": 0, "step": 10, "phase": "offline"}
+    (tmp_path / "rl.json").write_text(json.dumps([rows | {"success": 0, "episodes": 5}]))
+    report = run_report(config(tmp_path, tmp_path / "other", tmp_path / "rl.json"))
+    assert report.remarks == ()  # these tasks tell success
+    assert [line.mean_return for line in report.lines] == [-1.5, None, None]  # and not over tasks
 
 
 def test_the_printed_table_is_aligned(tmp_path):

@@ -241,8 +241,8 @@ def test_rows_of_finished_runs_are_collected_and_reported(tmp_path):
     steps = [(row["seed"], row["step"]) for row in own]
     assert steps == [(seed, step) for seed in (0, 1) for step in range(20, 101, 20)]
     recorded = json.loads((Path(__file__).parents[2] / "benchmarks/results/rl.json").read_text())
-    assert {*own[0]} <= {*recorded[0]} | {"device", "preset"}
-    assert {"hours", "device", "preset"} <= {*own[0]}
+    assert {*own[0]} <= {*recorded[0]} | {"return", "device", "preset"}
+    assert {"return", "hours", "device", "preset"} <= {*own[0]}
     assert all(row["hours"] > 0 and row["device"] == "cpu" for row in own)
     hours = own[0]["hours"]
     report = run_report(ReportConfig((str(config.results),), folder=tmp_path / "report"))

@@ -13,6 +13,7 @@ handed to training, which continues it, finds it done, or refuses it as one of o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def rows(run: Run) -> list[Row]:
             "phase": PHASES[phase],
             "success": success,
             "episodes": episodes,
+            "return": returns if math.isfinite(returns := result.returns[step, phase]) else None,
             "hours": read_json(run.folder / FINISHED).get("hours"),
             "device": result.settings.get("device"),
             "preset": result.settings.get("preset"),

@@ -10,6 +10,7 @@ import tyro
 
 from applications.rl.agent import AgentConfig
 from applications.rl.objective import Schedule
+from applications.rl.seeds import SEEDS
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class TrainConfig:
     preset: str = "published"
     """Where the agent's options come from: published (by domain), or small (for a small machine).
     """
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"])] = (0,)
-    """Seeds, each a run of its own in a folder of its own."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"]), SEEDS] = (0,)
+    """Seeds, numbers or ranges such as 0-11, each a run of its own in a folder of its own."""
     together: int = 0
     """Seeds trained at a time, by one evaluation of their losses; 0 is all of them on a GPU and one
     on a CPU, which has no time to gain.  Changes results by rounding only."""

@@ -51,6 +51,14 @@ def test_options_of_an_agent_are_those_of_its_preset_unless_given():
 
 
 @pytest.mark.parametrize(
+    ("words", "seeds"),
+    [("", (0,)), ("--seeds 0-2", (0, 1, 2)), ("--seeds 3 0 1", (3, 0, 1)), ("--seed=5-6", (5, 6))],
+)
+def test_seeds_of_train_are_numbers_and_ranges_as_those_of_sweep(words, seeds):
+    assert train_config("--task", TASK, *words.split()).seeds == seeds
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train"], "error: task: name one, such as --task"),
@@ -58,6 +66,8 @@ def test_options_of_an_agent_are_those_of_its_preset_unless_given():
         (["train", "--task", TASK, "--agent", "sac"], "error: agent must be one of"),
         (["train", "--task", TASK, "--preset", "huge"], "error: preset must be one of"),
         (["train", "--task", TASK, "--eval-every", "-1"], "eval_every must be at least 0, got -1"),
+        (["train", "--task", TASK, "--seeds", "2-0"], "seeds: the range '2-0' is empty"),
+        (["train", "--task", TASK, "--seeds", "0-2", "1"], "seeds must be different numbers"),
         (["train", "--task", TASK, "--horizon", "0"], "horizon must be at least 1"),
         (["evaluate", "nowhere"], "error: checkpoint: there is no 'nowhere'"),
         (["evaluate"], "error: runs: name at least one"),

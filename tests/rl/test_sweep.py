@@ -21,6 +21,7 @@ from applications.rl import official
 from applications.rl.errors import RunError
 from applications.rl.manifest import DataError
 from applications.rl.report import ReportConfig, run_report
+from applications.rl.seeds import parse_seeds
 from applications.rl.sweep import describe, folders, worker
 from applications.rl.sweep.config import Setting, SweepConfig
 from applications.rl.sweep.cost import cost, measure
@@ -30,7 +31,6 @@ from applications.rl.sweep.plan import (
     State,
     duration,
     makespan,
-    parse_seeds,
     published_tasks,
     slots,
 )

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from applications.rl.errors import RunError
+from applications.rl.seeds import parse_seeds
 from applications.rl.sweep.config import SweepConfig
 from applications.rl.sweep.cost import cost, measure
 from applications.rl.sweep.folders import Work, collect, updates_done
-from applications.rl.sweep.plan import Job, Run, State, parse_seeds
+from applications.rl.sweep.plan import Job, Run, State
 from applications.rl.sweep.ray import engine, execute, room
 from applications.rl.sweep.table import Table
 from applications.rl.sweep.worker import Train, train_task

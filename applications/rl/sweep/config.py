@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from applications.rl.agent import AgentConfig
-from applications.rl.sweep.plan import Plan, make_plan, parse_seeds
+from applications.rl.seeds import parse_seeds
+from applications.rl.sweep.plan import Plan, make_plan
 from applications.rl.train_config import TrainConfig
 
 RESULTS = "results.json"

@@ -111,27 +111,6 @@ def published_tasks() -> tuple[str, ...]:
     )
 
 
-def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
-    """Seeds from numbers and ranges: ``("0-3", "7")`` is 0, 1, 2, 3, 7.
-
-    Raises:
-        ValueError: a word is neither, a range is empty, or a seed is there twice.
-    """
-    seeds: list[int] = []
-    for word in words:
-        first, dash, last = word.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
-            raise ValueError(f"seeds must be numbers or ranges such as 0-11, got {word!r}")
-        found = range(int(first), int(last if dash else first) + 1)
-        if not found:
-            raise ValueError(f"seeds: the range {word!r} is empty")
-        seeds += found
-    twice = [seed for seed in seeds if seeds.count(seed) > 1]
-    if not seeds or twice:
-        raise ValueError(f"seeds must be different numbers, got {' '.join(words) or 'none'}")
-    return tuple(seeds)
-
-
 def make_plan(
     setting: TrainConfig,
     *,

@@ -25,7 +25,7 @@ from applications.rl.agent import Agent
 from applications.rl.errors import RunError
 from applications.rl.evaluation import Evaluation, Evaluator
 from applications.rl.randomness import episode_seed
-from applications.rl.runs import TrainedAgent, load_agent
+from applications.rl.runs import TrainedAgent, load_agent, run_folders
 from applications.rl.tasks import Task, find_task, make_environment, prepare_mujoco
 from flows.checkpoint import ensure_writable, replacing
 from flows.device import choose_device
@@ -44,7 +44,7 @@ class EvaluateConfig:
     """Play episodes with trained agents and report success with its 95% interval."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs, or checkpoints."""
+    """Run folders, searched to any depth, or checkpoints."""
     episodes: int = 50
     """Episodes of each."""
     seed: int = 0
@@ -89,12 +89,13 @@ def show_evaluate(config: EvaluateConfig) -> None:
         torch.set_num_threads(config.threads)
     prepare_mujoco(render=config.gif is not None)
     device = choose_device(config.device)
-    trained = [load_agent(path, device) for path in config.runs]
+    paths = [run for path in config.runs for run in run_folders(path) or [path]]
+    trained = [load_agent(path, device) for path in paths]
     if config.gif is not None:
         ensure_writable(config.gif, "gif")
         for one in trained:
             _require_renderer(find_task(one.task))
-    for path, one in zip(config.runs, trained, strict=True):
+    for path, one in zip(paths, trained, strict=True):
         result = evaluate_trained(one, config)
         print(f"{path} ({one.name} on {one.task}, {one.updates} updates)\n  {result}")
     if config.gif is not None:

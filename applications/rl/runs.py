@@ -100,17 +100,24 @@ def describe_problem(
     }
 
 
+def run_folders(path: Path) -> list[Path]:
+    """The folders with a checkpoint at ``path`` and below, in order."""
+    return sorted(file.parent for file in path.rglob(CHECKPOINT))
+
+
 def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedAgent:
     """The agent in a checkpoint, or in the checkpoint of a run folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none; the message names runs in folders below.
         CheckpointError: the file is damaged, or is no checkpoint of an agent.
     """
-    path = Path(path)
+    folder = path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}")
+        below = run_folders(folder)
+        hint = f"; name a run below it, such as {below[0]}" if below else ""
+        raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}{hint}")
     state = checkpoints.load(path)
     try:
         problem = state["problem"]

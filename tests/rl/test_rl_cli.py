@@ -153,9 +153,11 @@ def test_training_and_evaluating_from_the_command_line(tmp_path, capsys):
     assert cli.main([*arguments, "--resume"]) == 0  # finished: nothing to do
     capsys.readouterr()
 
-    assert cli.main(["evaluate", *map(str, runs), "--episodes", "2", "--device", "cpu"]) == 0
+    played = ["--episodes", "2", "--device", "cpu"]
+    assert cli.main(["evaluate", str(tmp_path), str(runs[0] / "checkpoint.pt"), *played]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("qam on gym:Pendulum-v1, 21 updates") == 2
+    assert printed.count("qam on gym:Pendulum-v1, 21 updates") == 3
+    assert [printed.count(f"{run} (qam on") for run in runs] == [1, 1]  # found below the folder
     assert "success 0.0% [0.0%, 65.8%] of 2 episodes" in printed
     assert "length 200" in printed
 

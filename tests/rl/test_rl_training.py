@@ -249,6 +249,8 @@ def test_an_agent_is_read_back_from_its_run(tmp_path):
         assert_equal_weights(trained.agent, run.agent, **EXACT)
     with pytest.raises(FileNotFoundError, match="checkpoint: there is no"):
         load_agent(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"name a run below it, such as .*seed0$"):
+        load_agent(tmp_path)
     checkpoints.save(tmp_path / "other.pt", {"problem": {"target": "ring"}, "module": {}})
     with pytest.raises(CheckpointError, match="no checkpoint of an agent"):
         load_agent(tmp_path / "other.pt")

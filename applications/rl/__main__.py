@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import tyro
@@ -87,13 +87,14 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Callable[[Any], obj
 
     Raises:
         ImportError: a package is missing.
-        ValueError: an unknown task, agent or preset.
+        ValueError: an unknown task, agent or preset, or an option of other agents.
     """
     config, function = COMMANDS[name].load()
     program = f"{PROGRAM} {name}"
     if name != "train":
         return tyro.cli(config, args=arguments, prog=program), function
     default = _train_default(config, arguments)
+    _check_options(default, arguments)
     return tyro.cli(config, args=arguments, prog=program, default=default), function
 
 
@@ -113,6 +114,28 @@ def _train_default(config: type, arguments: Sequence[str]) -> Any:
             raise ValueError(f"task: name one, such as --task {example}; `{PROGRAM} list` has all")
         return replace(default, options=preset(default.agent, find_task(example), default.preset))
     return replace(default, options=preset(default.agent, find_task(default.task), default.preset))
+
+
+def _check_options(default: Any, arguments: Sequence[str]) -> None:
+    """Refuse an option that other agents have, and name these.
+
+    Raises:
+        ValueError: there is one.
+    """
+    from applications.rl.agents import AGENTS
+
+    owners: dict[str, list[str]] = {}
+    for agent, (config, _) in AGENTS.items():
+        for field in fields(config):
+            owners.setdefault(field.name, []).append(agent)
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+        agents = owners.get(name, [default.agent])
+        if option.startswith("--") and default.agent not in agents:
+            raise ValueError(
+                f"agent {default.agent!r} has no option {option}; it is one of {', '.join(agents)}"
+            )
 
 
 def describe(error: OSError) -> str:

@@ -247,7 +247,9 @@ def _unknown(name: str) -> str:
         )
     if "-sparse-" in name and name.replace("-sparse-", "-") in _tasks():
         return f"task {name!r}: rewards of mazes are sparse already; leave 'sparse' out"
-    near = difflib.get_close_matches(name, _tasks(), n=4, cutoff=0.5)
+    near = [task for task in _tasks() if name and task.startswith(name)]
+    near += difflib.get_close_matches(name, _tasks(), n=4, cutoff=0.5)
+    near = [*dict.fromkeys(near)][:4]
     hint = f"did you mean {', '.join(near)}?" if near else "a name is like cube-single-play-v0"
     return f"unknown task {name!r}; {hint}"
 

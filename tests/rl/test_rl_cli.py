@@ -64,6 +64,11 @@ def test_seeds_of_train_are_numbers_and_ranges_as_those_of_sweep(words, seeds):
         (["train"], "error: task: name one, such as --task"),
         (["train", "--task", "scene-play-singletask-task7-v0"], "did you mean scene-play"),
         (["train", "--task", TASK, "--agent", "sac"], "error: agent must be one of"),
+        (
+            ["train", "--task", TASK, "--agent", "bc", "--inverse-temperature=3"],
+            "agent 'bc' has no option --inverse-temperature; it is one of qam, qam-e, qam-f, bam",
+        ),
+        (["train", "--task", TASK, "--agent", "bc", "--no-such-thing"], "Unrecognized"),
         (["train", "--task", TASK, "--preset", "huge"], "error: preset must be one of"),
         (["train", "--task", TASK, "--eval-every", "-1"], "eval_every must be at least 0, got -1"),
         (["train", "--task", TASK, "--seeds", "2-0"], "seeds: the range '2-0' is empty"),

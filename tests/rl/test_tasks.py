@@ -71,6 +71,10 @@ def test_protocol(name, horizon, discount):
     ("name", "message"),
     [
         ("scene-play-singletask-task7-v0", "did you mean scene-play-singletask-task"),
+        (
+            "cube-single",
+            "did you mean cube-single-play-singletask-v0, cube-single-play-singletask-t",
+        ),
         ("cube-sinlge-play-v0", "did you mean cube-single-play-singletask-v0"),
         ("antmaze-giant-explore-singletask-v0", "unknown task"),
         ("antmaze-large-sparse-navigate-singletask-v0", "sparse already"),

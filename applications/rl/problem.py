@@ -73,7 +73,7 @@ class Problem:
         """What exchanges the parts in ``replay``; None if there is only one."""
         if len(self.shards) < 2:
             return None
-        return Rotation(replay, self.shards, self.config.shard_every, self.config.offline_steps)
+        return Rotation(replay, self.shards, self.config.shard_every)
 
     def describe(self, seed: int, spaces: Spaces) -> dict[str, Any]:
         """Content of config.json, see `applications.rl.runs`."""
@@ -172,20 +172,21 @@ def _check_folder(path: Path | None) -> None:
 class Rotation:
     """Puts one shard of the data after the other into a replay, as a function of the update.
 
+    Online too, as the published code does: the rows that were collected stay.
+
     Arguments:
         replay: with the first shard.
         shards: by number.
         every: updates that each one stays.
-        until: last update at which one is exchanged.
     """
 
-    def __init__(self, replay: Replay, shards: Shards, every: int, until: int) -> None:
-        self.replay, self.shards, self.every, self.until = replay, shards, every, until
+    def __init__(self, replay: Replay, shards: Shards, every: int) -> None:
+        self.replay, self.shards, self.every = replay, shards, every
         self.current = 0
 
     def __call__(self, update: int) -> None:
         """Have the shard of ``update`` in the replay."""
-        wanted = min(update, self.until) // self.every % len(self.shards)
+        wanted = update // self.every % len(self.shards)
         if wanted != self.current:
             self.replay.replace_offline(self.shards[wanted])
             self.current = wanted

@@ -168,15 +168,15 @@ def test_learning_online_without_data(tmp_path):
 def test_shards_take_turns_and_a_resumed_run_finds_its_own(tmp_path):
     shards = [corridor_data(rows=60, seed=seed) for seed in range(3)]
     replay = Replay.from_dataset(shards[0])
-    rotation, seen = Rotation(replay, shards, every=4, until=14), []
+    rotation, seen = Rotation(replay, shards, every=4), []
     for update in range(1, 19):
         rotation(update)
         first = replay.windows(torch.tensor([0]), horizon=1, discount=1.0).observations[0].numpy()
         seen.append(
             next(i for i, s in enumerate(shards) if np.array_equal(s.observations[0], first))
         )
-    assert seen == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0]
-    again = Rotation(Replay.from_dataset(shards[0]), shards, every=4, until=14)
+    assert seen == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1, 1]
+    again = Rotation(Replay.from_dataset(shards[0]), shards, every=4)
     again(9)
     assert again.current == 2
 

@@ -146,7 +146,8 @@ def _recognise(network: nn.Module, scheduler: object) -> Convention:
         f"{with_scheduler}.  Known by class are the models of diffusers, azula, torchcfm, EDM and "
         "k-diffusion, score_sde and FQL; known by scheduler= are models of any class trained with "
         "flow_matching, torchcfm, diffusers or score_sde.  If yours is called like one of these, "
-        f"say so: convention= one of {', '.join(CONVENTIONS)}.  If not, give a Convention, or wrap "
-        "it by hand: flows.OnCanonicalPath(lambda z, tau, cond: model(z, tau), schedule, "
-        "prediction) with a schedule of flows.schedule"
+        f"say so: convention= one of {', '.join(CONVENTIONS)}.  If not, say how it is called: "
+        'convention=Convention("mine", lambda network, x, t, extras: network(x, t), schedule, '
+        'prediction, own=("x", "t")), with a schedule of flows.schedule, a prediction of '
+        "flows.path and in own the names that forward has for state and time"
     )

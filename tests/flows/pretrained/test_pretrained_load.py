@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pretrained_fakes as fakes
 import pytest
@@ -134,8 +135,26 @@ class TestRefusals:
     def test_an_unknown_class_hears_what_is_known_and_what_to_do(self):
         with pytest.raises(ValueError, match="no convention is known for") as raised:
             load(nn.Linear(2, 2))
-        for part in ("torch.nn.modules.linear.Linear", *CONVENTIONS, "OnCanonicalPath"):
+        for part in ("torch.nn.modules.linear.Linear", *CONVENTIONS, "Convention("):
             assert part in str(raised.value)
+
+    def test_what_an_unknown_class_hears_to_do_leads_to_a_field_that_tilt_trains(self):
+        class Net(nn.Linear):  # its time must be (B,)
+            def forward(self, x, t):
+                return super().forward(x) * t[:, None]
+
+        network = Net(2, 2)
+        with pytest.raises(ValueError, match="no convention is known for") as raised:
+            load(network)
+        advice = re.search(r"convention=(Convention\(.*\)), with", str(raised.value)).group(1)
+        known = {"Convention": Convention, "schedule": Cosine(), "prediction": "noise"}
+        field = load(network, convention=eval(advice, known), quiet=True)
+        config = TiltConfig(
+            iterations=2, steps=3, batch_size=4, probe_samples=64, certificate_samples=0
+        )
+        trained = tilt(field, lambda x, cond: x.sum(1), shape=(2,), config=config).field.network
+        assert isinstance(trained, Net)
+        assert not torch.equal(trained.weight, network.weight)
 
     @pytest.mark.parametrize(
         ("network", "expected"),

@@ -34,7 +34,7 @@ def downloads(monkeypatch):
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def test_a_pipeline(downloads):
@@ -60,5 +60,12 @@ def test_a_network_of_ones_own(capsys):
     assert "log_weight_std" in capsys.readouterr().out
 
 
-def test_an_adapter_of_ones_own():
-    assert run(BLOCKS[4])["v"].shape == (5, 2)
+def test_an_adapter_of_ones_own_and_the_same_by_hand():
+    names = run(BLOCKS[4] + BLOCKS[5])
+    field, by_hand, x = names["field"], names["by_hand"], torch.randn(5, 2)
+    label = {"label": torch.arange(5.0)}
+    assert names["v"].shape == (5, 2)
+    for t in (torch.tensor(0.3), torch.rand(5)):
+        torch.testing.assert_close(by_hand(x, t, label), field(x, t, label), rtol=0, atol=0)
+    held = {id(p) for p in by_hand.parameters()}
+    assert held == {id(p) for p in field.network.parameters()}  # what tilt will train

@@ -1,5 +1,6 @@
 """The page on pretrained models: its Python runs, with tiny models for those it would download."""
 
+import math
 import re
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def downloads(monkeypatch):
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_a_pipeline(downloads):
@@ -60,8 +61,33 @@ def test_a_network_of_ones_own(capsys):
     assert "log_weight_std" in capsys.readouterr().out
 
 
+def velocity_from_noise(network, x, time, share):
+    """x̂1 - x̂0 at ᾱ = ``share``, and the canonical time: from z = α x1 + σ x0 alone."""
+    alpha, sigma = math.sqrt(share), math.sqrt(1 - share)
+    z = (alpha + sigma) * x
+    noise = network(z, x.new_full(x.shape[:1], time))
+    return (z - sigma * noise) / alpha - noise, x.new_tensor(alpha / (alpha + sigma))
+
+
+def test_a_ddpm_of_ones_own():
+    """At whole steps and at times of the continuous path, by ᾱ from its definition."""
+    names, x = run(BLOCKS[4]), torch.randn(5, 2, dtype=torch.float64)
+    table, vp = names["field"].double(), names["continuous"].double()
+    share = 1.0
+    for k in range(1000):
+        share *= 1 - (1e-4 + k * (0.02 - 1e-4) / 999)
+        if k in (0, 10, 500, 999):
+            v, t = velocity_from_noise(table.network, x, k, share)
+            torch.testing.assert_close(table(x, t), v, rtol=1e-7, atol=1e-7)
+    for s in (0.05, 0.5, 1.0):
+        share = math.exp(-(0.1 * s + (20 - 0.1) * s**2 / 2))
+        v, t = velocity_from_noise(vp.network, x, s, share)
+        torch.testing.assert_close(vp(x, t), v, rtol=1e-7, atol=1e-7)
+    assert f"here {table.t_min:.4f} and {vp.t_min:.4f}," in PAGE
+
+
 def test_an_adapter_of_ones_own_and_the_same_by_hand():
-    names = run(BLOCKS[4] + BLOCKS[5])
+    names = run(BLOCKS[5] + BLOCKS[6])
     field, by_hand, x = names["field"], names["by_hand"], torch.randn(5, 2)
     label = {"label": torch.arange(5.0)}
     assert names["v"].shape == (5, 2)

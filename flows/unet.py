@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flows.field import Cond
+from flows.field import Cond, transforming
 from flows.networks import TimeEmbedding
 
 
@@ -70,7 +70,9 @@ class UNetVelocity(nn.Module):
             between two of them.
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         classes: number of classes; ``cond["label"]`` must be (B,) integers, 0 to ``classes``, the
-            last of which stands for no label.  0 is a network without labels.
+            last of which stands for no label.  On a CPU their range is checked, outside of compiled
+            functions and transforms; a GPU would have to be waited for, and fails an assertion of
+            its own.  0 is a network without labels.
         images: name and channels of each image among the conditions; ``cond[name]`` must be
             (B, channels, H, W).
         time_dim: size of the embedding of time and label, even.
@@ -132,9 +134,10 @@ class UNetVelocity(nn.Module):
         """Velocity of the shape of ``x`` at ``x`` and ``t`` (scalar or (B,)).
 
         Raises:
+            TypeError: the labels are not integers.
             ValueError: ``x`` has another number of channels, or a height or width that cannot be
                 halved often enough; ``t`` is neither scalar nor (B,); a condition is missing or
-                unknown, the labels are not (B,), or an image has another shape.
+                unknown, the labels are not (B,) or out of range, or an image has another shape.
         """
         if x.ndim != 4 or x.shape[1] != self.channels or any(n % self.factor for n in x.shape[2:]):
             raise ValueError(
@@ -167,12 +170,22 @@ class UNetVelocity(nn.Module):
             raise ValueError(f"cond must name {names}, got {sorted(cond)}")
         e = self.embed(self.time(t.reshape(-1)))
         if self.classes:
-            if cond["label"].shape != (batch,):
-                raise ValueError(
-                    f"cond['label'] must have shape ({batch},), got {tuple(cond['label'].shape)}"
-                )
-            e = e + self.label(cond["label"].long())
+            e = e + self.label(self._labels(cond["label"], batch))
         return functional.silu(e)
+
+    def _labels(self, label: Tensor, batch: int) -> Tensor:
+        """The labels, of type int64; where that needs no waiting for a GPU, of the right range."""
+        if label.shape != (batch,):
+            raise ValueError(f"cond['label'] must have shape ({batch},), got {tuple(label.shape)}")
+        if label.is_floating_point() or label.is_complex():
+            raise TypeError(f"cond['label'] must be integers, got {label.dtype}")
+        if label.device.type == "cpu" and not transforming():
+            wrong = label[(label < 0) | (label > self.classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"cond['label'] must be from 0 to {self.classes}, got {wrong[0].item()}"
+                )
+        return label.long()
 
     def _shown(self, x: Tensor, cond: Cond) -> list[Tensor]:
         """The images among the conditions, in the order of ``images`` and the dtype of ``x``."""

@@ -122,6 +122,31 @@ def test_bad_inputs(change, message):
 
 
 @pytest.mark.parametrize(
+    ("label", "error", "message"),
+    [
+        ([0.2, 3.7], TypeError, r"cond\['label'\] must be integers, got torch.float32"),
+        ([1j, 0], TypeError, "must be integers, got torch.complex64"),
+        ([0, 4], ValueError, r"cond\['label'\] must be from 0 to 3, got 4"),
+        ([-1, 0], ValueError, "must be from 0 to 3, got -1"),
+    ],
+)
+def test_bad_labels(label, error, message):
+    x, t, _ = inputs(2)
+    with pytest.raises(error, match=message):
+        network()(x, t, {"label": torch.tensor(label)})
+
+
+def test_labels_of_any_integer_type_and_in_compiled_functions_without_a_look_at_their_range():
+    net, (x, t, cond) = network(widths=(4,)), inputs()
+    v = net(x, t, cond)
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(net(x, t, {"label": cond["label"].to(dtype)}), v)
+    assert net(x[:0], t[:0], {"label": cond["label"][:0]}).shape == (0, 2, 8, 12)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")  # the look would break the graph
+    torch.testing.assert_close(compiled(x, t, cond), v)
+
+
+@pytest.mark.parametrize(
     "options", [{"widths": ()}, {"widths": (4, 0)}, {"blocks": 0}, {"classes": -1}]
 )
 def test_bad_sizes(options):

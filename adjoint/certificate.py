@@ -13,6 +13,10 @@ done.  What the certificate cannot see is what the model never visits, and the d
 of the base chain itself.  With conditions, log w at the optimum is log Z(c): its spread over the
 conditions remains, so judge a conditional tilt one condition at a time.
 
+Where few samples carry all the weight, their spread says nothing about the error: it vanishes when
+one is left.  Standard errors are therefore infinite below `ENOUGH` effective samples, ``ess`` · N,
+and those of up to about a hundred are still too small where the weights have heavy tails.
+
 Sources: Girsanov's theorem in discrete time; Nüsken and Richter 2005.05409 (log-variance as a
 measure of optimality); self-normalised importance sampling as in Owen's "Monte Carlo theory".
 
@@ -33,6 +37,9 @@ from adjoint.reward import Reward, ValueFunction, as_reward
 from adjoint.rollout import Trajectory, draw_noise, rollout
 from flows import distributed
 from flows.field import Cond, VelocityField
+
+ENOUGH = 10
+"""Effective samples below which standard errors are infinite."""
 
 
 def path_log_ratio(
@@ -106,7 +113,12 @@ class Certificate:
 
     @property
     def log_z_stderr(self) -> float:
-        """Standard error of log Z by the delta method: the relative standard error of mean w."""
+        """Standard error of log Z by the delta method: the relative standard error of mean w.
+
+        Infinite below `ENOUGH` effective samples.
+        """
+        if self._too_few:
+            return math.inf
         relative = self.weights * len(self.weights)
         return float(relative.std() / math.sqrt(len(relative)))
 
@@ -114,6 +126,11 @@ class Certificate:
     def ess(self) -> float:
         """Effective sample size divided by N, in (0, 1]."""
         return float(1 / (len(self.weights) * self.weights.square().sum()))
+
+    @property
+    def _too_few(self) -> bool:
+        """Whether standard errors would say nothing."""
+        return self.ess * len(self.log_weights) < ENOUGH
 
     @property
     def path_kl(self) -> float:
@@ -126,10 +143,15 @@ class Certificate:
         return float(self.rewards.double().mean())
 
     def weighted_mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Expectation of ``values`` (N, ...) under the exact tilt, and its standard error (...)."""
+        """Expectation of ``values`` (N, ...) under the exact tilt, and its standard error (...).
+
+        The error is infinite below `ENOUGH` effective samples: then do not trust the mean either.
+        """
         values = values.double()
         weights = self.weights.reshape(-1, *([1] * (values.ndim - 1)))
         mean = (weights * values).sum(0)
+        if self._too_few:
+            return mean, torch.full_like(mean, math.inf)
         return mean, (weights * (values - mean)).square().sum(0).sqrt()
 
     def resample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -155,7 +177,7 @@ class Certificate:
         return self.samples[index[torch.randperm(n, generator=generator, device=device)]]
 
     def summary(self) -> dict[str, float]:
-        """The numbers of a report, flat."""
+        """The numbers of a report, flat; ``log_z_stderr`` may be infinite, which JSON has not."""
         return {
             "reward": self.reward,
             "log_z": self.log_z,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 
-from adjoint.certificate import certify
+from adjoint.certificate import Certificate, certify
 from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
 from flows import grid as grids
 
@@ -74,6 +74,32 @@ def test_weighted_means_are_right_from_the_untilted_model(problem):
     reward, error = found.weighted_mean(found.rewards)
     draws = problem.reward(tilted.sample(200_000, generator=torch.Generator().manual_seed(0)))
     assert abs(float(reward) - float(draws.mean())) < 3 * float(error) + 0.01
+
+
+@pytest.mark.parametrize("slope", [20.0, 60.0])
+def test_error_bars_are_infinite_where_a_sample_or_two_carry_all_the_weight(slope):
+    """Their spread would be small, and the mean is far from the exact one."""
+    base = gaussian()
+    found = certificate(base, base, lambda x, cond: slope * x[:, 0], "moment_matched", 20)
+    assert found.ess * 4096 < 5
+    mean, error = found.weighted_mean(found.samples)
+    spread = (found.weights[:, None] * (found.samples - mean)).square().sum(0).sqrt()
+    assert float((M + slope * S2 - mean) / spread) > 50
+    assert torch.equal(error, torch.full_like(mean, math.inf))
+    assert found.weighted_mean(found.rewards)[1] == math.inf
+    assert found.summary()["log_z_stderr"] == math.inf
+
+
+@pytest.mark.parametrize(("n", "given"), [(1, False), (9, False), (11, True)])
+def test_error_bars_of_few_samples(n, given):
+    """Of as few as are not enough there are none, even where all have the same weight."""
+    x = torch.linspace(-1, 1, n, dtype=torch.float64)
+    few = Certificate(x[:, None], x, torch.zeros_like(x), torch.zeros_like(x))
+    assert math.isfinite(few.log_z_stderr) == given
+    assert math.isfinite(few.weighted_mean(x)[1]) == given
+    if given:
+        expected = float(x.std(correction=0)) / math.sqrt(n)
+        assert float(few.weighted_mean(x)[1]) == pytest.approx(expected)
 
 
 def test_resampled_samples_follow_the_exact_tilt():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adjoint.certificate import Certificate, certify
+from adjoint.certificate import ENOUGH, Certificate, certify
 from adjoint.covariance import MAX_DIM
 from adjoint.kernel import MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.lora import adapter_scales
@@ -436,14 +436,16 @@ def _fingerprint(base: VelocityField) -> str | None:
 
 
 def _log_mean_exp(values: Tensor) -> tuple[float, float]:
-    """log mean e^values and its standard error by the delta method."""
-    weights = torch.softmax(values, 0) * len(values)
+    """log mean e^values and its standard error, infinite below `ENOUGH` effective samples."""
+    weights = torch.softmax(values, 0)
     log_z = float(torch.logsumexp(values, 0)) - math.log(len(values))
-    return log_z, float(weights.std(correction=0)) / math.sqrt(len(values))
+    if 1 / float(weights.square().sum()) < ENOUGH:
+        return log_z, math.inf
+    return log_z, float(weights.std(correction=0)) * math.sqrt(len(values))
 
 
 def _compare_log_z(log_z: float, error: float, chain: Certificate) -> None:
-    """Warn where ODE and chain of the base disagree about log Z."""
+    """Warn where ODE and chain of the base disagree about log Z, and both know it."""
     gap = abs(log_z - chain.log_z)
     if gap > max(0.1, 5 * math.hypot(error, chain.log_z_stderr)):
         warnings.warn(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import platform
@@ -145,11 +146,25 @@ def write_json(
 ) -> None:
     """Write ``content`` as JSON, atomically; what JSON does not know, such as paths, as strings.
 
+    Numbers that are not finite become null.
+
     Raises:
         OSError: the file cannot be written; the message starts with ``name``.
     """
     with replacing(path, name) as file:
-        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+        text = json.dumps(_finite(content), indent=2, default=str, allow_nan=False)
+        file.write((text + "\n").encode())
+
+
+def _finite(content: object) -> object:
+    """``content`` with None for every float in it that is not finite."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
 
 
 def ensure_writable(path: str | Path, name: str = "path") -> Path:

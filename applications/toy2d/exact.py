@@ -25,6 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from adjoint.certificate import ENOUGH
 from applications.toy2d.distances import mode_tv, sliced_wasserstein, w2_ratio
 from applications.toy2d.targets import nearest
 
@@ -167,7 +168,8 @@ class ResampledTilt:
         rewards: r at the samples (N,), float64.
         weights: w (N,), float64, summing to one.
         log_z: log Z estimated by the mean of exp(r).
-        log_z_stderr: Its standard error (delta method).
+        log_z_stderr: Its standard error (delta method); as that of ``mean``, infinite below
+            `adjoint.certificate.ENOUGH` effective samples.
         ess: Effective sample size divided by N, in (0, 1].
     """
 
@@ -195,6 +197,8 @@ class ResampledTilt:
         """
         values = (self.samples if values is None else values).double()
         mean = torch.tensordot(self.weights, values, dims=1)
+        if self.ess * len(self.samples) < ENOUGH:
+            return mean, torch.full_like(mean, math.inf)
         variance = torch.tensordot(self.weights.square(), (values - mean).square(), dims=1)
         return mean, variance.sqrt()
 
@@ -222,13 +226,15 @@ def resample_tilt(samples: Tensor, reward: RewardFunction) -> ResampledTilt:
     _check_finite(rewards, "reward")
     log_sum = rewards.logsumexp(0)
     weights = (rewards - log_sum).exp()
+    effective = 1 / float(weights.square().sum())
+    error = float((n * weights).std()) / math.sqrt(n)
     return ResampledTilt(
         samples=samples,
         rewards=rewards,
         weights=weights,
         log_z=float(log_sum) - math.log(n),
-        log_z_stderr=float((n * weights).std()) / math.sqrt(n),
-        ess=1 / (n * float(weights.square().sum())),
+        log_z_stderr=math.inf if effective < ENOUGH else error,
+        ess=effective / n,
     )
 
 

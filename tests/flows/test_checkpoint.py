@@ -1,5 +1,7 @@
 """Checkpoints: what is written comes back, atomically, and what is foreign is refused."""
 
+import json
+import math
 import os
 import pickle
 import random
@@ -11,7 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from flows.checkpoint import CheckpointError, ensure_writable, load, replacing, save, versions
+from flows.checkpoint import (
+    CheckpointError,
+    ensure_writable,
+    load,
+    replacing,
+    save,
+    versions,
+    write_json,
+)
 
 
 class Evil:
@@ -233,6 +243,19 @@ def test_the_new_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatc
     assert synced[0] == b"old"  # the file, before the rename
     assert path.read_bytes() == b"new"
     assert len(synced) == (2 if os.name == "posix" else 1)  # and the folder after it
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    inner = {
+        "a": math.nan,
+        "b": [np.float64(math.inf), 1.5, (-math.inf,)],
+        "c": True,
+        "d": tmp_path,
+    }
+    write_json(tmp_path / "r.json", [inner])
+    text = (tmp_path / "r.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == [{"a": None, "b": [None, 1.5, [None]], "c": True, "d": str(tmp_path)}]
 
 
 def test_versions_name_what_numbers_depend_on():

@@ -159,6 +159,15 @@ def test_standard_errors_of_resampling_are_calibrated():
     assert means.std(0).tolist() == pytest.approx([1, 1], abs=0.2)
 
 
+def test_errors_of_resampling_are_infinite_where_few_samples_carry_all_weight():
+    x = torch.randn(1000, 2, generator=seeded())
+    few, many = (resample_tilt(x, lambda x, cond, s=s: s * x[:, 0]) for s in (20.0, 1.0))
+    assert few.ess * 1000 < 10 < many.ess * 1000
+    assert few.log_z_stderr == few.mean()[1].min() == math.inf
+    assert many.log_z_stderr < 0.1
+    assert float(many.mean()[1].max()) < 0.2
+
+
 def test_resampling_a_constant_reward_changes_nothing():
     x = torch.randn(1000, 3, 2, generator=seeded())  # and rows of any shape
     estimate = resample_tilt(x, lambda x, cond: torch.full_like(x[:, 0, 0], 700.0))

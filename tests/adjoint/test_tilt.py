@@ -369,7 +369,7 @@ def test_a_flat_reward_leaves_a_model_with_batch_statistics_where_it_is(options)
     torch.manual_seed(0)
     model = Normalised()
     flat = Reward(lambda x, c: 0 * x.sum(1))
-    config = with_options(iterations=3, certificate_samples=64, **options)
+    config = with_options(iterations=3, probe_samples=64, certificate_samples=64, **options)
     found = tilt(model, flat, shape=(2,), config=config)
     assert found.certificate.log_weight_std < 1e-5
     assert int(found.field.net[1].num_batches_tracked) == 0

@@ -88,7 +88,7 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL of the command line itself, in the middle of the tilt."""
-    config = small(tmp_path / "killed", iterations=1500)
+    config = small(tmp_path / "killed", iterations=800)
     command = [sys.executable, "-m", "applications.toy2d", *arguments(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoint = config.path / "tilt.pt"
@@ -97,9 +97,9 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoints.load(checkpoint)["iteration"] < 1500
+    assert checkpoints.load(checkpoint)["iteration"] < 800
     assert not (config.path / "report.json").exists()
-    undisturbed = small(tmp_path / "undisturbed", iterations=1500)
+    undisturbed = small(tmp_path / "undisturbed", iterations=800)
     for rest in (arguments(config, "--resume"), arguments(undisturbed)):
         subprocess.run([*command[:3], *rest], check=True, capture_output=True)
     a, b = (checkpoints.load(c.path / "tilt.pt") for c in (config, undisturbed))

@@ -38,7 +38,7 @@ def check(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     missing = [name for name in TOY if name not in report]
     assert not missing, f"report.json lacks {missing}"
-    bad = [k for k, v in report.items() if isinstance(v, float) and not math.isfinite(v)]
+    bad = [k for k, v in report.items() if v is None or (type(v) is float and not math.isfinite(v))]
     assert not bad, f"report.json has values that are not finite: {bad}"
     assert report["reward_tilted"] > report["reward_base"], "the tilt did not raise the reward"
     assert report["log_weight_std"] < report["log_weight_std_base"], "the certificate did not fall"

@@ -42,6 +42,20 @@ ENOUGH = 10
 """Effective samples below which standard errors are infinite."""
 
 
+def log_mean_exp(values: Tensor) -> tuple[float, float, float]:
+    """log mean e^values of values (N,), its standard error, and the effective sample size / N.
+
+    The error is by the delta method, the relative standard error of the mean; infinite below
+    `ENOUGH` effective samples.
+    """
+    n = len(values)
+    weights = torch.softmax(values.double(), 0)
+    log_mean = float(torch.logsumexp(values.double(), 0)) - math.log(n)
+    effective = 1 / float(weights.square().sum())
+    error = math.inf if effective < ENOUGH else float(weights.std()) * math.sqrt(n)
+    return log_mean, error, effective / n
+
+
 def path_log_ratio(
     trajectory: Trajectory, v_base: Tensor, kernel: Kernel, v: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -108,8 +122,7 @@ class Certificate:
     @property
     def log_z(self) -> float:
         """Estimate of log Z = log E_β[e^r]."""
-        log_w = self.log_weights.double()
-        return float(torch.logsumexp(log_w, 0) - math.log(len(log_w)))
+        return log_mean_exp(self.log_weights)[0]
 
     @property
     def log_z_stderr(self) -> float:
@@ -117,20 +130,12 @@ class Certificate:
 
         Infinite below `ENOUGH` effective samples.
         """
-        if self._too_few:
-            return math.inf
-        relative = self.weights * len(self.weights)
-        return float(relative.std() / math.sqrt(len(relative)))
+        return log_mean_exp(self.log_weights)[1]
 
     @property
     def ess(self) -> float:
         """Effective sample size divided by N, in (0, 1]."""
-        return float(1 / (len(self.weights) * self.weights.square().sum()))
-
-    @property
-    def _too_few(self) -> bool:
-        """Whether standard errors would say nothing."""
-        return self.ess * len(self.log_weights) < ENOUGH
+        return log_mean_exp(self.log_weights)[2]
 
     @property
     def path_kl(self) -> float:
@@ -150,7 +155,7 @@ class Certificate:
         values = values.double()
         weights = self.weights.reshape(-1, *([1] * (values.ndim - 1)))
         mean = (weights * values).sum(0)
-        if self._too_few:
+        if self.ess * len(values) < ENOUGH:
             return mean, torch.full_like(mean, math.inf)
         return mean, (weights * (values - mean)).square().sum(0).sqrt()
 

@@ -244,10 +244,10 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
 
 
 def prepare_dropout(model: nn.Module) -> None:
-    """Put ``model`` into evaluation mode but for the dropout of its adapters."""
+    """Put ``model`` into evaluation mode but for the dropout of adapters that are trained."""
     model.eval()
     for layer in _adapters(model).values():
-        if hasattr(layer, "lora_dropout"):
+        if hasattr(layer, "lora_dropout") and any(p.requires_grad for p in layer.parameters()):
             layer.lora_dropout.train()
 
 

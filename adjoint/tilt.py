@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adjoint.certificate import ENOUGH, Certificate, certify
+from adjoint.certificate import Certificate, certify, log_mean_exp
 from adjoint.covariance import MAX_DIM
 from adjoint.kernel import MATCHED, Kernel, make_kernel, measure_mmse
 from adjoint.lora import adapter_scales
@@ -421,7 +421,7 @@ def tilt(
     value = _reward_in_parts(scaled, config.reward_batch)
     judge = partial(certificate_of, device=device, dtype=dtype, progress=progress)
     before, after = (judge(v, judged[0], value, fine, shape, config, cond_sampler) for v in judged)
-    log_z, error = _log_mean_exp(values)
+    log_z, error, _ = log_mean_exp(values)
     if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
     return Tilted(field, base, fine, after, before, shape, config, log_z, error, dtype)
@@ -433,15 +433,6 @@ def _fingerprint(base: VelocityField) -> str | None:
         return None
     held = dict(base.named_parameters()) | dict(base.named_buffers())
     return fingerprint(distributed.whole(held)) if held else None
-
-
-def _log_mean_exp(values: Tensor) -> tuple[float, float]:
-    """log mean e^values and its standard error, infinite below `ENOUGH` effective samples."""
-    weights = torch.softmax(values, 0)
-    log_z = float(torch.logsumexp(values, 0)) - math.log(len(values))
-    if 1 / float(weights.square().sum()) < ENOUGH:
-        return log_z, math.inf
-    return log_z, float(weights.std(correction=0)) * math.sqrt(len(values))
 
 
 def _compare_log_z(log_z: float, error: float, chain: Certificate) -> None:

@@ -87,7 +87,8 @@ class TiltConfig(TrainerConfig):
     @property
     def chain_steps(self) -> int:
         """Steps of the chain that training ends with, and that the certificate is of."""
-        return self.refine_steps or self.steps
+        refining = self.restart is not None and self.restart < self.iterations
+        return self.refine_steps if self.refine_steps and refining else self.steps
 
     @property
     def restart(self) -> int | None:

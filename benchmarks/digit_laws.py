@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adjoint.certificate import Certificate, certify
+from adjoint.certificate import Certificate, certify, log_mean_exp
 from adjoint.kernel import Kernel
 from adjoint.reward import Reward
 from applications.toy2d.digit_judge import Comparison, compare
@@ -102,12 +102,10 @@ def certificate_summary(drawn: Drawn) -> dict[str, float]:
     """What the weights of a chain say, averaged over the labels: std, ESS / N and log Z."""
     parts = [part.log_weights for part in drawn.by_label()]
     logs = [part.double() for part in parts if part is not None]
-    weights = [torch.softmax(log_w, 0) for log_w in logs]
-    log_z = [float(w.logsumexp(0)) - math.log(len(w)) for w in logs]
-    errors = [float((w * len(w)).std()) / math.sqrt(len(w)) for w in weights]
+    log_z, errors, ess = zip(*map(log_mean_exp, logs), strict=True)
     return {
         "log_weight_std": average([float(w.std()) for w in logs]),
-        "ess": average([1 / (len(w) * float(w.square().sum())) for w in weights]),
+        "ess": average(ess),
         "log_z": average(log_z),
         "log_z_stderr": math.hypot(*errors) / len(errors),
     }

@@ -222,7 +222,7 @@ def summary(rows: list[Row]) -> str:
                     continue
                 cells = []
                 for m in metrics:
-                    values = [float(r[m]) for r in chosen]
+                    values = [float("nan") if r[m] is None else float(r[m]) for r in chosen]
                     worst = min(values) if m == "ess" else max(values)
                     cells.append(f"{statistics.median(values):>15.3f} /{worst:>7.3f}")
                 lines.append(f"{kernel:<26}{steps:>4}" + "".join(cells))

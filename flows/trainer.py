@@ -486,7 +486,7 @@ def _warn_of_half_precision(named: Sequence[tuple[str, Tensor]]) -> None:
             "one: steps below a few thousandths of a weight are lost, and so is most of a training "
             "at a small rate. Train in float32 (module.float(), with autocast=True for speed), or "
             "train adapters beside them (adjoint.lora)",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -130,7 +130,7 @@ def load_dataset(
     if len(shards) > 1:
         raise DataError(
             f"the data of {task.name!r} are in {len(shards)} shards in {shards.paths[0].parent}; "
-            "load them one at a time by load_shards"
+            "load them one at a time by load_shards, or name a folder that holds a single file"
         )
     return shards[0]
 

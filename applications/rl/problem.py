@@ -145,7 +145,7 @@ def prepare(
     if config.graph and len(shards) > 1:
         raise ValueError(
             f"graph must be 0 where the data are shards, which the host exchanges, got "
-            f"{config.graph}"
+            f"{config.graph}; --data names a folder that holds a single file"
         )
     if first is not None and len(first) < options.horizon:
         raise ValueError(

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter1d
 
+from adjoint.certificate import log_mean_exp
 from applications.pictures import style
 from applications.pictures.arrays import Array, checked
 
@@ -73,7 +75,7 @@ def certificate_histogram(
         ax.stairs(counts, edges, fill=True, color=hues[name], alpha=0.9)
         ax.set(xlim=(low - pad, high + pad), ylim=(0, 1.12 * counts.max()))
         ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        log_z, error, ess = _evidence(log_w)
+        log_z, error, ess = log_mean_exp(torch.from_numpy(log_w))
         ax.axvline(log_z, color=hues[name], lw=1.2, alpha=0.9)
         if log_z_exact is not None:
             ax.axvline(log_z_exact, color=style.EXACT, lw=1.2, ls=(0, (4, 3)))
@@ -171,15 +173,6 @@ def training_curves(
     for ax in axes.flat[max(0, len(wanted) - across) : len(wanted)]:
         ax.set_xlabel("iteration", color=style.MUTED, fontsize=9)
     return style.save(figure, path)
-
-
-def _evidence(log_w: np.ndarray) -> tuple[float, float, float]:
-    """log mean w, its standard error, and ESS/N."""
-    w = np.exp(log_w - log_w.max())
-    relative = w / w.mean()
-    error = float(relative.std(ddof=1) / math.sqrt(len(w)))
-    log_z = float(log_w.max() + math.log(w.mean()))
-    return log_z, error, float(1 / np.mean(relative**2))
 
 
 def _span(x: np.ndarray, least: float) -> tuple[float, float]:

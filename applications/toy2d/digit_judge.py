@@ -40,10 +40,14 @@ class Comparison:
 
     @property
     def z(self) -> Tensor:
-        """Differences of tilted and exact in standard errors, (10,); 0 where both are certain."""
+        """Differences of tilted and exact in standard errors, (10,); 0 where both are certain.
+
+        NaN, which is within nothing, where an error is infinite.
+        """
         error = (self.tilted_error.square() + self.exact_error.square()).sqrt()
         difference = self.tilted - self.exact
-        return torch.where(difference == 0, 0.0, difference / error)
+        z = torch.where(difference == 0, 0.0, difference / error)
+        return torch.where(error.isinf(), torch.nan, z)
 
     @property
     def total_variation(self) -> float:

@@ -125,7 +125,7 @@ class DigitsConfig:
             refine=self.refine,
             refine_steps=self.refine_steps,
             compile=self.compile,
-            graph=self.device != "cpu",
+            graph=torch.device(self.device).type == "cuda",
             ema_decay=0.99,
             seed=self.seed,
             certificate_samples=self.samples,

@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adjoint.certificate import ENOUGH
+from adjoint.certificate import ENOUGH, log_mean_exp
 from applications.toy2d.distances import mode_tv, sliced_wasserstein, w2_ratio
 from applications.toy2d.targets import nearest
 
@@ -224,17 +224,14 @@ def resample_tilt(samples: Tensor, reward: RewardFunction) -> ResampledTilt:
         raise ValueError(f"samples must hold at least 2 rows, got {n}")
     rewards = _evaluate(lambda x: reward(x, None), samples, "reward")
     _check_finite(rewards, "reward")
-    log_sum = rewards.logsumexp(0)
-    weights = (rewards - log_sum).exp()
-    effective = 1 / float(weights.square().sum())
-    error = float((n * weights).std()) / math.sqrt(n)
+    log_z, error, ess = log_mean_exp(rewards)
     return ResampledTilt(
         samples=samples,
         rewards=rewards,
-        weights=weights,
-        log_z=float(log_sum) - math.log(n),
-        log_z_stderr=math.inf if effective < ENOUGH else error,
-        ess=effective / n,
+        weights=torch.softmax(rewards, 0),
+        log_z=log_z,
+        log_z_stderr=error,
+        ess=ess,
     )
 
 

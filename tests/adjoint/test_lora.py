@@ -363,6 +363,9 @@ def test_dropout_of_adapters_is_for_training_only(trained):
     prepare_dropout(model)  # as the loss of a tilt does
     assert not torch.equal(velocity_along(model, xs, t), velocity_along(model, xs, t))
     assert not model.training
+    second = Residual(model.requires_grad_(False), MLPVelocity(2, zero_init=True))
+    prepare_dropout(second)  # not the adapters of a base
+    assert torch.equal(velocity_along(second, xs, t), velocity_along(second, xs, t))
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -203,6 +203,9 @@ def test_bad_options_are_refused():
     for options in ({"refine": 1.5}, {"refine": -0.1}, {"refine": 0.5, "batch_size": 1}):
         with pytest.raises(ValueError, match="refine must lie in"):
             TiltConfig(**options)
+    short = TiltConfig(iterations=30, refine=0.01, refine_steps=100)  # of no update
+    assert (short.chain_steps, replace(short, iterations=50).chain_steps) == (20, 20)
+    assert replace(short, iterations=100).chain_steps == 100
     for options in ({"refine_steps": 20}, {"refine": 0.5, "refine_steps": 1}):
         with pytest.raises(ValueError, match="refine_steps must be 0, or at least 2 where refine"):
             TiltConfig(**options)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from applications.toy2d import digits, handwriting
-from applications.toy2d.digit_judge import compare, distances, nearest_distance
+from applications.toy2d.digit_judge import Comparison, compare, distances, nearest_distance
 from applications.toy2d.digits import DigitsConfig
 from applications.toy2d.exact import resample_tilt
 from applications.toy2d.handwriting import Classifier, DigitReward
@@ -237,3 +237,11 @@ def test_bad_options_of_the_tilt_are_refused_before_anything_else(tmp_path, opti
 def test_bad_options_of_a_run_are_refused(option):
     with pytest.raises(ValueError, match=f"{option} must be .* got -1"):
         replace(TINY, **{option: -1})
+
+
+def test_what_an_infinite_error_judges_is_within_nothing():
+    few = resample_tilt(torch.randn(100, 2), lambda x, cond: 60 * x[:, 0])
+    certain, gap = torch.zeros(10), torch.eye(10)[0] - torch.eye(10)[9]
+    unknown = torch.full((10,), few.log_z_stderr)
+    judged = Comparison(certain, certain + gap, certain, certain, unknown, few)
+    assert int((judged.z.abs() <= 2).sum()) == 0

@@ -14,8 +14,8 @@ of the base chain itself.  With conditions, log w at the optimum is log Z(c): it
 conditions remains, so judge a conditional tilt one condition at a time.
 
 Where few samples carry all the weight, their spread says nothing about the error: it vanishes when
-one is left.  Standard errors are therefore infinite below `ENOUGH` effective samples, ``ess`` · N,
-and those of up to about a hundred are still too small where the weights have heavy tails.
+one is left.  Standard errors are therefore infinite below `ENOUGH` effective samples, ``ess`` · N;
+not far above they are still too small where the weights have heavy tails.
 
 Sources: Girsanov's theorem in discrete time; Nüsken and Richter 2005.05409 (log-variance as a
 measure of optimality); self-normalised importance sampling as in Owen's "Monte Carlo theory".

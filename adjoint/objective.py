@@ -13,8 +13,8 @@ the result beyond rounding.
 
 Modes.  The module is in evaluation mode in its trajectories and in the loss, like the base: what a
 network drops or normalises by its batch would be in v_θ and not in v_β.  Only the dropout of
-adapters (`adjoint.lora`) is on in the loss.  The module is left so, as a backward pass may evaluate
-it again.
+trained adapters (`adjoint.lora`) is on in the loss.  The module is left so, as a backward pass may
+evaluate it again.
 
 Several processes (`flows.distributed`).  Options count trajectories of all processes together, of
 which each takes its share, with noise of its own: R processes minimise what one does.  Importance
@@ -204,8 +204,7 @@ class TiltLoss:
             assert gradient is not None
             return -gradient
 
-        module.eval()
-        found = control_variates(
+        return control_variates(
             self._field(module),
             self.base,
             self.kernel,
@@ -216,7 +215,6 @@ class TiltLoss:
             micro_batch=self.config.micro_batch,
             device=self.device,
         )
-        return found
 
     def _batch(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh trajectories, or replayed ones when the buffer says so."""

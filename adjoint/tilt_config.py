@@ -34,8 +34,8 @@ class TiltConfig(TrainerConfig):
     ``importance``, ``variates`` and ``replay`` are of the other updates."""
     refine_steps: int = 0
     """With refine: steps of the chain that those updates roll out, and that is certified; 0 is
-    ``steps``.  More than ``steps`` cost less there than before, as no adjoint is needed, and what
-    is left of the variance of log w near the optimum is mostly the error of the grid."""
+    ``steps``.  No adjoint is needed there, and near the optimum part of the variance of log w is
+    the error of the grid, which falls with the number of steps."""
     temperature: float = 1.0
     """The target is p(x) exp(r(x) / temperature)."""
     batch_size: int = 256

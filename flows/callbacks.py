@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from torch import Tensor
 from tqdm import tqdm
 
-from flows.checkpoint import ensure_writable, replacing
+from flows.checkpoint import ensure_writable, finite, replacing
 
 if TYPE_CHECKING:
     from flows.trainer import Trainer
@@ -58,12 +57,12 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     Raises:
         TypeError: no sequence, or one that holds something else.
     """
-    for callback in callbacks if isinstance(callbacks, Sequence) else [callbacks]:
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(f"callbacks must be a sequence, got {callbacks!r}")
+    for callback in callbacks:
         if isinstance(callback, type) or not hasattr(callback, "on_step"):
             got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)
             raise TypeError(f"callbacks must be a sequence of flows.callbacks.Callback, got {got}")
-    if not isinstance(callbacks, Sequence):
-        raise TypeError(f"callbacks must be a sequence, got {callbacks!r}")
 
 
 class ProgressBar(Callback):
@@ -193,8 +192,8 @@ class JSONLLogger(Callback):
         """Append a line once in ``every`` iterations and at the end."""
         if self._file is None or not _due(trainer, iteration, self.every):
             return
-        numbers = {k: v if math.isfinite(v) else None for k, v in _numbers(metrics).items()}
-        self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
+        row = finite({"iteration": iteration, **_numbers(metrics)})
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()  # before the checkpoint of this iteration
 
     def on_end(self, trainer: Trainer) -> None:

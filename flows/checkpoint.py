@@ -152,18 +152,18 @@ def write_json(
         OSError: the file cannot be written; the message starts with ``name``.
     """
     with replacing(path, name) as file:
-        text = json.dumps(_finite(content), indent=2, default=str, allow_nan=False)
+        text = json.dumps(finite(content), indent=2, default=str, allow_nan=False)
         file.write((text + "\n").encode())
 
 
-def _finite(content: object) -> object:
-    """``content`` with None for every float in it that is not finite."""
+def finite(content: object) -> object:
+    """``content`` with None for every float in it that is not finite, as JSON has it."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {name: _finite(value) for name, value in content.items()}
+        return {name: finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return content
 
 

@@ -212,9 +212,18 @@ def test_without_averaging_the_module_itself_comes_back():
     assert not module.training
 
 
-def test_training_weights_in_half_precision_warns():
+def in_half(module, generator):
+    x = torch.randn(16, 3, generator=generator)
+    return (module(x.bfloat16()).float() - 1).square().mean(), {}
+
+
+def test_training_weights_in_half_precision_warns_as_small_steps_are_lost():
     with pytest.warns(UserWarning, match=r"4 of 4 trained parameters .*precision, 0.weight for"):
-        Trainer(network().bfloat16(), regression, TrainerConfig(iterations=1))
+        trainer = Trainer(network().bfloat16(), in_half, TrainerConfig(iterations=20, lr=1e-5))
+    before = copy.deepcopy(trainer.module)
+    trainer.fit()
+    same = [p == q for p, q in zip(before.parameters(), trainer.module.parameters(), strict=True)]
+    assert torch.cat([s.flatten() for s in same]).double().mean() > 0.9
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frozen = network().bfloat16().requires_grad_(False)

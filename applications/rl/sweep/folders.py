@@ -13,7 +13,6 @@ handed to training, which continues it, finds it done, or refuses it as one of o
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ def rows(run: Run) -> list[Row]:
             "phase": PHASES[phase],
             "success": success,
             "episodes": episodes,
-            "return": returns if math.isfinite(returns := result.returns[step, phase]) else None,
+            "return": result.returns[step, phase],
             "hours": read_json(run.folder / FINISHED).get("hours"),
             "device": result.settings.get("device"),
             "preset": result.settings.get("preset"),

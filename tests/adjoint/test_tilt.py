@@ -299,12 +299,13 @@ def outcome(found):
     return torch.cat([*weights, found.certificate.log_weights.double()])
 
 
-def test_the_seed_determines_the_result_and_the_global_generator_plays_no_part():
+def test_the_seed_determines_the_result_and_the_global_generator_plays_no_part(monkeypatch):
     torch.manual_seed(1)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's stream"))
     state = torch.get_rng_state()
     first = outcome(small_tilt())
     assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     assert torch.equal(outcome(small_tilt()), first)
     assert not torch.equal(outcome(small_tilt(seed=1)), first)
 

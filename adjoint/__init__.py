@@ -18,6 +18,7 @@ from adjoint.loss import (
     select_steps,
 )
 from adjoint.objective import TiltLoss
+from adjoint.rejection import sample_exact
 from adjoint.reward import Reward
 from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
 from adjoint.tilt import Tilted, tilt
@@ -50,6 +51,7 @@ __all__ = [
     "own_time_kernel",
     "path_log_ratio",
     "rollout",
+    "sample_exact",
     "scalar_adjoint",
     "select_steps",
     "tilt",

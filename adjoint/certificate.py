@@ -26,7 +26,8 @@ Of several processes each runs its own trajectories, and every one gets the cert
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from adjoint.kernel import Kernel
 from adjoint.reward import Reward, ValueFunction, as_reward
-from adjoint.rollout import Trajectory, draw_noise, rollout
+from adjoint.rollout import Trajectory, chunks, draw_noise, rollout, rows_of
 from flows import distributed
 from flows.field import Cond, VelocityField
 
@@ -193,7 +194,6 @@ class Certificate:
         }
 
 
-@torch.no_grad()
 def certify(
     field: VelocityField,
     base: VelocityField,
@@ -218,22 +218,41 @@ def certify(
         generator: of the step noise, on the device of x0.
         progress: show a bar.
     """
-    reward = as_reward(reward)
-    parts: list[tuple[Tensor, ...]] = []
-    starts = range(0, len(x0), batch_size)
-    for i in tqdm(starts, desc="certificate", disable=not progress, leave=False):
-        chunk = x0[i : i + batch_size]
-        some = None if cond is None else {n: c[i : i + batch_size] for n, c in cond.items()}
-        noise = draw_noise(kernel, chunk, generator=generator)
-        trajectory = rollout(field, base, kernel, chunk, noise, some)
-        if field is base:
-            v_base = trajectory.v
-        else:
-            times, states = kernel.t.to(chunk.dtype), trajectory.xs[:-1]
-            v_base = torch.stack([base(x, times[k], some) for k, x in enumerate(states)])
-            v_base = v_base.to(chunk.dtype)
-        log_ratio, kl = path_log_ratio(trajectory, v_base, kernel)
-        value = reward(trajectory.xs[-1], some)
-        parts.append((trajectory.xs[-1], value, value + log_ratio, kl))
-    whole = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Certificate(*(distributed.gather(part) for part in whole))
+    starts = chunks(len(x0), batch_size)
+    parts = [
+        certify_batch(field, base, reward, kernel, x0[i], rows_of(cond, i), generator=generator)
+        for i in tqdm(starts, desc="certificate", disable=not progress, leave=False)
+    ]
+    whole = joined(parts)
+    return Certificate(*(distributed.gather(getattr(whole, f.name)) for f in fields(whole)))
+
+
+@torch.no_grad()
+def certify_batch(
+    field: VelocityField,
+    base: VelocityField,
+    reward: Reward | ValueFunction,
+    kernel: Kernel,
+    x0: Tensor,
+    cond: Cond | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Certificate:
+    """`certify`, from all starts at once and in this process alone."""
+    noise = draw_noise(kernel, x0, generator=generator)
+    trajectory = rollout(field, base, kernel, x0, noise, cond)
+    if field is base:
+        v_base = trajectory.v
+    else:
+        times, states = kernel.t.to(x0.dtype), trajectory.xs[:-1]
+        v_base = torch.stack([base(x, times[k], cond) for k, x in enumerate(states)]).to(x0.dtype)
+    log_ratio, kl = path_log_ratio(trajectory, v_base, kernel)
+    value = as_reward(reward)(trajectory.xs[-1], cond)
+    return Certificate(trajectory.xs[-1], value, value + log_ratio, kl)
+
+
+def joined(parts: Sequence[Certificate]) -> Certificate:
+    """Certificates of one tilt as one."""
+    return Certificate(
+        *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Certificate))
+    )

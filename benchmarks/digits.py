@@ -6,7 +6,10 @@ classes are held against importance-resampled samples of the base, for three kin
 ``ode``       the tilted ODE, against samples of the base's ODE;
 ``chain``     the tilted memoryless chain, against samples of the base's chain;
 ``weighted``  the tilted chain with the weights of its certificate, as `Certificate.resample` draws
-              from it, against the base's chain.
+              from it, against the base's chain;
+``accepted``  as many samples again of the exact tilt as `Tilted.sample_exact` draws them: of new
+              trajectories of the tilted chain, those that their weights accept (column
+              ``acceptance``), against the base's chain.
 
 The base's two laws differ (column ``law_gap``, the total variation between the classes of their
 exact tilts), so that each is compared with its own.  z is the difference over the joint standard
@@ -34,6 +37,7 @@ import tyro
 from torch import Tensor, nn
 
 from adjoint.certificate import certify
+from adjoint.rejection import CUT, acceptance
 from adjoint.tilt import Tilted
 from applications.pictures import style
 from applications.toy2d import handwriting
@@ -51,7 +55,7 @@ from flows.device import choose_device
 from flows.process import prepare_process
 
 Row = dict[str, str | int | float]
-LAWS = ("ode", "chain", "weighted")
+LAWS = ("ode", "chain", "weighted", "accepted")
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,10 @@ def judge(
     chain = chain_samples(tilted, reward, config.base_samples, 1000 * config.seed + 13)
     seed = 1000 * config.seed + 12
     ode = ode_samples(tilted.field, config.samples, seed=seed, device=config.device)
-    samples = {"ode": ode, "chain": after.samples, "weighted": after.samples}
+    generator = torch.Generator(tilted.kernel.t.device).manual_seed(1000 * config.seed + 14)
+    accepted = tilted.sample_exact(config.samples, generator=generator, progress=True)
+    chained = dict.fromkeys(("chain", "weighted"), after.samples)
+    samples = {"ode": ode, **chained, "accepted": accepted}
     found = {
         law: compare(
             classifier,
@@ -212,6 +219,7 @@ def make_row(
         "log_weight_std": after.log_weight_std,
         "ess_base": before.ess,
         "ess": after.ess,
+        "acceptance": acceptance(after.log_weights, CUT),
         "path_kl": after.path_kl,
         **nearest,
     }
@@ -288,7 +296,8 @@ def line(row: Row) -> str:
     text = (
         "T {temperature:<4g} {law:<9} fraction {fraction_tilted:.4f} exact {fraction_exact:.4f} "
         "± {fraction_exact_stderr:.4f}  TV {class_tv:.4f}  within {within}/10  log Z {log_z:.4f} "
-        "± {log_z_stderr:.4f} exact {log_z_exact:.4f} ± {log_z_exact_stderr:.4f}  ESS {ess:.3f}"
+        "± {log_z_stderr:.4f} exact {log_z_exact:.4f} ± {log_z_exact_stderr:.4f}  ESS {ess:.3f}  "
+        "acceptance {acceptance:.3f}"
     )
     return text.format_map(row)
 

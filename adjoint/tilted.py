@@ -1,0 +1,156 @@
+"""What a tilt returns: the tilted flow with its certificates, and samples of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adjoint.certificate import Certificate, certify
+from adjoint.kernel import Kernel
+from adjoint.objective import CondSampler
+from adjoint.parts import field_in_parts, reward_in_parts
+from adjoint.rejection import CUT, sample_exact
+from adjoint.reward import Reward, ValueFunction
+from adjoint.tilt_config import TiltConfig
+from flows import distributed
+from flows.field import Cond, VelocityField
+from flows.sampling import sample
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """A tilted flow and how good it is.
+
+    Attributes:
+        field: tilted velocity field (the averaged weights, in evaluation mode).
+        base: the frozen base.
+        reward: what it was tilted toward, r / temperature.
+        kernel: chain it was trained and certified on.
+        certificate: after; None if certificate_samples is 0.
+        certificate_base: before: the untilted base judged as the tilt.
+        shape: of one sample.
+        config: options of the run.
+        log_z_ode, log_z_ode_stderr: log mean e^r over ODE samples of the base.  It must agree with
+            the certificates' log_z, up to the error of the grid, if the base is the flow that the
+            method assumes; see `tilt`.
+        dtype: of the state, which weights of half the precision do not have.
+    """
+
+    field: nn.Module
+    base: VelocityField
+    reward: Reward
+    kernel: Kernel
+    certificate: Certificate | None
+    certificate_base: Certificate | None
+    shape: tuple[int, ...]
+    config: TiltConfig
+    log_z_ode: float
+    log_z_ode_stderr: float
+    dtype: torch.dtype
+
+    def sample(
+        self,
+        n: int,
+        *,
+        grid: Tensor | int = 100,
+        method: str = "midpoint",
+        cond: Cond | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """``n`` samples (n, *) by the ODE of the tilted flow; see `flows.sampling.sample`.
+
+        The certificate judges the chain; its own samples are ``certificate.samples``, and those of
+        the exact tilt `sample_exact`.
+        """
+        home = next(self.field.parameters()).device
+        device = home if generator is None else generator.device
+        x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
+        field = field_in_parts(self.field, self.config.micro_batch)
+        return sample(field, x0.to(home), grid=grid, method=method, cond=cond)
+
+    def sample_exact(
+        self,
+        n: int,
+        *,
+        cut: float = CUT,
+        cond: Cond | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """``n`` independent samples (n, *) of the exact tilt of the base's chain, by rejection.
+
+        Trajectories of the tilted chain are accepted by their weights (`adjoint.rejection`): the
+        better the tilt, the more of them.  ``adjoint.rejection.acceptance`` of the certificate's
+        log-weights says how many.
+
+        Arguments:
+            cut: largest total variation between the law of the samples and the exact tilt.
+            cond: for a conditional flow, one condition, of leading size 1.
+            generator: on the device of the model.
+            progress: show a bar.
+
+        Raises:
+            ValueError: ``n`` or ``cut`` out of range, several conditions, weights too uneven.
+        """
+        config = self.config
+        return sample_exact(
+            field_in_parts(self.field, config.micro_batch),
+            field_in_parts(self.base, config.micro_batch),
+            reward_in_parts(self.reward, config.reward_batch),
+            self.kernel,
+            n,
+            like=torch.empty(self.shape, dtype=self.dtype, device=self.kernel.t.device),
+            pilot=self.certificate if cond is None else None,
+            cut=cut,
+            cond=cond,
+            batch_size=config.max_batch,
+            generator=generator,
+            progress=progress,
+        )
+
+    def __str__(self) -> str:
+        """The two certificates as a table."""
+        if self.certificate is None or self.certificate_base is None:
+            return f"tilted flow, kernel {self.kernel.name}, {self.kernel.steps} steps"
+        before, after = self.certificate_base.summary(), self.certificate.summary()
+        for column in (before, after):
+            column["reward"] *= self.config.temperature
+        rows = [f"{name:<18}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
+        error = f"± {self.log_z_ode_stderr:.4f}"
+        check = f"{'log_z by ODE':<18}{self.log_z_ode:>12.4f}{error:>12}"
+        return "\n".join([f"{'':<18}{'base':>12}{'tilted':>12}", *rows, check])
+
+
+def certificate_of(
+    field: VelocityField,
+    base: VelocityField,
+    reward: Reward | ValueFunction,
+    kernel: Kernel,
+    shape: tuple[int, ...],
+    config: TiltConfig,
+    cond_sampler: CondSampler | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    progress: bool = False,
+) -> Certificate | None:
+    """Certificate with noise that depends only on the seed; None if no samples are asked for."""
+    n = distributed.share(config.certificate_samples)
+    if not n:
+        return None
+    generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 2))
+    x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
+    cond = None if cond_sampler is None else cond_sampler(n, generator)
+    return certify(
+        field,
+        base,
+        reward,
+        kernel,
+        x0,
+        cond=cond,
+        batch_size=config.max_batch,
+        generator=generator,
+        progress=progress,
+    )

@@ -1,0 +1,233 @@
+"""Exact samples by rejection: against closed forms, quadrature of the ceiling, and enumeration."""
+
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from linear_tilt import BASE, SLOPES, Slope
+from problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
+from test_certificate import certificate, kernel_for
+
+from adjoint.certificate import Certificate
+from adjoint.rejection import acceptance, log_ceiling, sample_exact
+from adjoint.reward import as_reward
+from adjoint.tilt import tilt
+from adjoint.tilt_config import TiltConfig
+
+LIKE = torch.zeros(1, dtype=torch.float64)
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def pilot_of(log_weights):
+    x = torch.zeros(len(log_weights), dtype=torch.float64)
+    return Certificate(x[:, None], x, log_weights, x)
+
+
+# --- the ceiling ---------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.floats(-8, 8), min_size=1, max_size=30),
+    st.floats(0, 0.99),
+    st.floats(-1000, 1000),
+)
+def test_the_mass_above_the_ceiling_is_the_cut(heights, cut, shift):
+    log_w = torch.tensor(heights, dtype=torch.float64) + shift
+    ratio = (log_w - log_ceiling(log_w, cut)).exp()
+    assert float((ratio - 1).clamp_min(0).sum() / ratio.sum()) == pytest.approx(cut, abs=1e-9)
+    kept = ratio.clamp_max(1).mean()
+    assert acceptance(log_w, cut) == pytest.approx(float(kept), rel=1e-12)
+
+
+def test_the_ceiling_of_no_cut_is_the_largest_weight():
+    log_w = torch.tensor([0.3, 2.5, -1.0])
+    assert log_ceiling(log_w, 0.0) == pytest.approx(2.5)
+    equal = torch.full((5,), 7.0)
+    assert acceptance(equal, 0.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("cut", [-0.1, 1.0, math.nan])
+def test_a_cut_out_of_range_is_refused(cut):
+    with pytest.raises(ValueError, match=r"cut must lie in \[0, 1\), got"):
+        log_ceiling(torch.zeros(3), cut)
+
+
+# --- the samples ---------------------------------------------------------------------------------
+
+
+def test_samples_of_an_untilted_model_follow_the_exact_tilt():
+    """By their quantiles; from proposals whose law is far off; no sample twice."""
+    problem = PROBLEMS["C"]
+    tilted, _ = problem.exact()
+    pilot = certificate(
+        problem.base, problem.base, problem.reward, "covariance_matched", 100, n=20_000
+    )
+    kernel, n = kernel_for(problem.base, "covariance_matched", 100), 5000
+    drawn = sample_exact(
+        problem.base,
+        problem.base,
+        problem.reward,
+        kernel,
+        n,
+        like=LIKE,
+        pilot=pilot,
+        generator=seeded(),
+    )
+    assert drawn.shape == (n, 1)
+    assert len(drawn.unique()) == n
+    exact = tilted.sample(200_000, generator=seeded(0)).flatten()
+    untilted = []
+    for q in (0.1, 0.3, 0.5, 0.7, 0.9):
+        error = math.sqrt(q * (1 - q) / n)
+        below = (drawn <= exact.quantile(q)).double().mean()
+        assert abs(float(below) - q) < 3.5 * error + 0.001
+        untilted.append(abs(float((pilot.samples <= exact.quantile(q)).double().mean()) - q))
+    assert max(untilted) > 0.1
+
+
+def test_a_large_cut_samples_the_law_that_was_promised():
+    """p_L ∝ p min(w, L), and no farther from the exact tilt than the cut."""
+    base, n, cut = gaussian(), 20_000, 0.3
+    weights = certificate(base, base, linear, "moment_matched", 10, n=100_000)
+    drawn = sample_exact(
+        base,
+        base,
+        linear,
+        kernel_for(base, "moment_matched", 10),
+        n,
+        like=LIKE,
+        pilot=weights,
+        cut=cut,
+        generator=seeded(),
+    )
+    capped = (weights.log_weights - log_ceiling(weights.log_weights, cut)).exp().clamp_max(1)
+    for threshold in (0.5, 1.0, 1.5):
+        below = (weights.samples[:, 0] <= threshold).double()
+        promised, exact = (capped @ below) / capped.sum(), weights.weights @ below
+        found = (drawn <= threshold).double().mean()
+        error = math.sqrt(0.25 * (1 / n + 1 / 100_000))
+        assert abs(float(found - promised)) < 3.5 * error
+        assert abs(float(promised - exact)) <= cut
+    assert abs(float(promised - exact)) > 0.05
+
+
+def test_all_trajectories_of_the_optimum_are_accepted():
+    base, optimum = gaussian(), gaussian(M + LAMBDA * S2)
+    found = certificate(optimum, base, linear, "moment_matched", 10)
+    assert acceptance(found.log_weights, 0.001) > 0.98
+    assert acceptance(certificate(base, base, linear, "moment_matched", 10).log_weights, 0.01) < 0.4
+
+
+@pytest.fixture(scope="module")
+def short():
+    """A tilt that was hardly trained."""
+    config = TiltConfig(iterations=5, steps=10, batch_size=64, certificate_samples=8192, seed=3)
+    return tilt(BASE, Slope(), shape=(2,), config=config)
+
+
+def test_a_tilt_draws_exact_samples_however_short_its_training(short):
+    exact, n = M + S2 * SLOPES, 20_000
+    x = short.sample_exact(n, generator=seeded()).double()
+    assert x.shape == (n, 2)
+    error = (S2 / n) ** 0.5
+    assert float((x.mean(0) - exact).abs().max()) < 4 * error + 0.001
+    assert float((short.certificate.samples.double().mean(0) - exact).abs().max()) > 20 * error
+    torch.testing.assert_close(x.var(0), torch.full_like(exact, S2), rtol=0.04, atol=0)
+    again = short.sample_exact(50, generator=seeded())
+    assert torch.equal(again, short.sample_exact(50, generator=seeded()))
+
+
+def test_exact_samples_do_not_depend_on_the_parts(short):
+    whole = short.sample_exact(300, generator=seeded())
+    config = dataclasses.replace(short.config, micro_batch=100, reward_batch=64)
+    parts = dataclasses.replace(short, config=config).sample_exact(300, generator=seeded())
+    torch.testing.assert_close(parts, whole)
+
+
+def test_without_a_certificate_a_pilot_is_drawn(short):
+    bare = dataclasses.replace(short, certificate=None)
+    x = bare.sample_exact(5000, generator=seeded()).double()
+    assert float((x.mean(0) - (M + S2 * SLOPES)).abs().max()) < 4 * (S2 / 5000) ** 0.5 + 0.001
+
+
+# --- conditions ----------------------------------------------------------------------------------
+
+
+def shifted(x, t, cond=None):
+    """The flow of N(c, S2): that of N(M, S2), moved by t (c - M)."""
+    offset = cond["c"] - M
+    return gaussian()(x - torch.as_tensor(t) * offset, t) + offset
+
+
+def test_under_one_condition_the_samples_are_of_its_tilt():
+    """N(c, S2) tilted by λ x is N(c + λ S2, S2), whatever the pilot of another condition says."""
+    kernel, n = kernel_for(gaussian(), "moment_matched", 10), 4000
+    for c in (-1.0, 2.0):
+        cond = {"c": torch.tensor([[c]], dtype=torch.float64)}
+        x = sample_exact(
+            shifted, shifted, linear, kernel, n, like=LIKE, cond=cond, generator=seeded()
+        )
+        assert float((x.mean() - (c + LAMBDA * S2)).abs()) < 4 * (S2 / n) ** 0.5 + 0.002
+    cond = {"c": torch.zeros(3, 1, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"cond must be one condition, .* got .*\{'c': 3\}"):
+        sample_exact(shifted, shifted, linear, kernel, 10, like=LIKE, cond=cond)
+
+
+def test_the_certificate_of_a_tilt_is_no_pilot_for_one_condition(short):
+    """Its weights are of all conditions: here of one far away, with a log Z lower by six."""
+    kernel = kernel_for(gaussian(), "moment_matched", 10)
+    far = certificate(gaussian(-3.0), gaussian(-3.0), linear, "moment_matched", 10)
+    found = dataclasses.replace(
+        short,
+        field=shifted,
+        base=shifted,
+        reward=as_reward(linear),
+        kernel=kernel,
+        certificate=far,
+        shape=(1,),
+        dtype=torch.float64,
+    )
+    n, cond = 4000, {"c": torch.full((1, 1), 3.0, dtype=torch.float64)}
+    x = found.sample_exact(n, cond=cond, generator=seeded())
+    assert float((x.mean() - (3 + LAMBDA * S2)).abs()) < 4 * (S2 / n) ** 0.5 + 0.002
+
+
+# --- what is refused, what is warned of ----------------------------------------------------------
+
+
+def draw(n=10, reward=linear, **options):
+    base = gaussian()
+    kernel = kernel_for(base, "moment_matched", 4)
+    return sample_exact(base, base, reward, kernel, n, like=LIKE, generator=seeded(), **options)
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        draw(0)
+
+
+def test_weights_that_are_too_uneven_are_refused():
+    with pytest.raises(ValueError, match=r"10 effective samples or more, got [1-9]\.\d"):
+        draw(reward=lambda x, cond: 40 * x[:, 0])
+
+
+def test_rewards_that_become_nan_are_named():
+    pilot = pilot_of(torch.zeros(100, dtype=torch.float64))
+    with pytest.raises(ValueError, match="weights that are NaN: look at the reward"):
+        draw(reward=lambda x, cond: x[:, 0] * math.nan, pilot=pilot)
+
+
+def test_a_tail_that_the_pilot_has_not_seen_is_warned_of():
+    low = pilot_of(torch.zeros(100, dtype=torch.float64))
+    with pytest.warns(UserWarning, match=r"0\.\d+ of the tilt's mass lies above the ceiling"):
+        draw(1000, pilot=low)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(1000)

@@ -232,6 +232,13 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process holds of tensors that are all sharded or all plain, without gradients."""
+    if tensors and is_sharded(tensors[0]):
+        return [local(t.detach()) for t in tensors]
+    return list(tensors)
+
+
 def whole(value: Any) -> Any:
     """Nested dicts with DTensors made whole, on the CPU of the first process, empty in others."""
     if isinstance(value, dict):

@@ -62,10 +62,11 @@ from torch import Tensor, nn
 
 from flows import checkpoint as checkpoints
 from flows import distributed
+from flows.average import WeightAverage
 from flows.callbacks import Callback, check_callbacks
 from flows.checkpoint import CheckpointError
 from flows.trainer_config import TrainerConfig, learning_rate
-from flows.weights import copy_sharing, fingerprint, frozen_weights
+from flows.weights import fingerprint, frozen_weights
 
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Problem = Mapping[str, str | int | float | bool | list | None]
@@ -157,17 +158,8 @@ class Trainer:
             fused=True if fused else None,
         )
 
-        self.ema = module
-        self._averages: list[Tensor] = []
-        self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
-        if config.ema_decay and self._sharded:
-            self._averages = [p.detach().clone() for p in self._parameters]
-        elif config.ema_decay:
-            held = [p for p in module.parameters() if not p.requires_grad]
-            self.ema = copy_sharing(module, held).eval().requires_grad_(False)
-            averaged = dict(self.ema.named_parameters())
-            self._averages = [averaged[name] for name, _ in named]
-            self._buffers = (list(self.ema.buffers()), list(module.buffers()))
+        self._average = WeightAverage(module, named) if config.ema_decay else None
+        self.ema = self._average.module if self._average else module
         module.train()
 
     def step(self) -> dict[str, Tensor]:
@@ -241,7 +233,9 @@ class Trainer:
         if hasattr(self.loss, "before_step"):
             self.loss.before_step(self.module)
         self._optimizer.step()
-        self._average()
+        if self._average:
+            done, _ = self.config.stage(self.iteration)
+            self._average.update(min(self.config.ema_decay, (1 + done) / (10 + done)))
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -294,7 +288,8 @@ class Trainer:
                 callback.on_end(self)
         if self._sharded:
             distributed.reshard(self.module)
-            self._take_average()
+            if self._average:
+                self._average.take()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next iteration depends on, as tensors and plain data; see ``save_frozen``.
@@ -304,14 +299,15 @@ class Trainer:
         loss = self.loss.state_dict() if hasattr(self.loss, "state_dict") else None
         own = {"generator": self.generator.get_state(), "loss": loss}
         first, *others = distributed.to_first(own) or [own]
-        weights = self.module.state_dict()
-        averages = self.ema.state_dict() | self._sharded_averages()
-        for name in self._left_out():
-            del weights[name], averages[name]
+        left_out = self._left_out()
+
+        def kept(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return distributed.whole({n: w for n, w in weights.items() if n not in left_out})
+
         return {
             "iteration": self.iteration,
-            "module": distributed.whole(weights),
-            "ema": distributed.whole(averages) if self.config.ema_decay else None,
+            "module": kept(self.module.state_dict()),
+            "ema": kept(self._average.state_dict()) if self._average else None,
             "optimizer": distributed.whole(self._optimizer.state_dict()["state"]),
             **first,
             "others": others,
@@ -325,11 +321,8 @@ class Trainer:
         """
         left_out = self._left_out()
         distributed.load_whole(self.module, state["module"], left_out)
-        if self._sharded:
-            for name, average in self._sharded_averages().items():
-                average.copy_(distributed.sharded_like(state["ema"][name], average))
-        elif self.config.ema_decay:
-            self.ema.load_state_dict(state["ema"] | left_out)
+        if self._average:
+            self._average.load_state_dict({**state["ema"], **left_out})
         groups = self._optimizer.state_dict()["param_groups"]
         moments = {
             index: {
@@ -364,14 +357,6 @@ class Trainer:
         if hasattr(self.loss, "load_state_dict"):
             self.loss.load_state_dict(own["loss"])
 
-    def _sharded_averages(self) -> dict[str, Tensor]:
-        """The averages of a sharded module under the names of its state dict; else none."""
-        if not (self._sharded and self._averages):
-            return {}
-        of = {id(p): average for p, average in zip(self._parameters, self._averages, strict=True)}
-        named = self.module.named_parameters(remove_duplicate=False)
-        return {name: of[id(p)] for name, p in named if id(p) in of}
-
     def _left_out(self) -> dict[str, Tensor]:
         """The parameters that checkpoints leave out."""
         return {} if self.save_frozen else frozen_weights(self.module)
@@ -384,20 +369,11 @@ class Trainer:
             return self.problem
         return {**(self.problem or {}), "frozen_weights": fingerprint(left_out)}
 
-    @torch.no_grad()
     def _restart(self) -> None:
         """Continue from the average with a fresh optimiser."""
-        self._take_average()
+        if self._average:
+            self._average.take()
         self._optimizer.state.clear()
-
-    @torch.no_grad()
-    def _take_average(self) -> None:
-        if self.config.ema_decay:
-            torch._foreach_copy_(self._local(self._parameters), self._local(self._averages))
-
-    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
-        """What this process holds of them."""
-        return [distributed.local(t.detach()) for t in tensors] if self._sharded else tensors
 
     def autocast(self) -> AbstractContextManager:
         """The precision in which losses are evaluated."""
@@ -406,17 +382,6 @@ class Trainer:
         # Before it was mended, PyTorch's cache of cast weights lost their gradients when a loss
         # evaluated the module first without gradients (a rollout) and then with them.
         return torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False)
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        if not self.config.ema_decay:
-            return
-        done, _ = self.config.stage(self.iteration)
-        decay = min(self.config.ema_decay, (1 + done) / (10 + done))
-        averages, weights = self._local(self._averages), self._local(self._parameters)
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        if self._buffers[0]:
-            torch._foreach_copy_(*self._buffers)
 
     def _check_finite(self) -> None:
         """Wait for the device and look at every loss and gradient norm not yet looked at."""
@@ -439,7 +404,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_finite()
-        finite = torch.stack([p.isfinite().all() for p in self._local(self._parameters)]).all()
+        weights = distributed.shards(self._parameters)
+        finite = torch.stack([p.isfinite().all() for p in weights]).all()
         distributed.average_([found := finite.float()])
         if found < 1:
             raise self._diverged(f"a weight is not finite after iteration {self.iteration}")

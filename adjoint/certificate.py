@@ -171,11 +171,13 @@ class Certificate:
             generator: on the device of the samples.
 
         Raises:
-            ValueError: ``n`` is not positive.
+            ValueError: ``n`` is not positive, or log-weights are NaN or infinite.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         weights = self.weights
+        if not bool(weights.isfinite().all()):
+            raise ValueError("log-weights are NaN or infinite: look at the reward at the samples")
         device = weights.device
         start = torch.rand(1, generator=generator, dtype=weights.dtype, device=device)
         ticks = (torch.arange(n, dtype=weights.dtype, device=device) + start) / n

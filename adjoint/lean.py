@@ -151,7 +151,8 @@ def scalar_adjoint(
     cond: Cond | None = None,
 ) -> Adjoint:
     """Scalar adjoint, c_k = -∇r(x_K) at every step; arguments as for `lean_adjoint`."""
-    scale = (kernel.t / kernel.adjoint_scale).to(xs.dtype)
+    own_time = kernel.adjoint_scale[0] < 1  # there λ is c, elsewhere t c
+    scale = torch.where(own_time, 1.0, kernel.t).to(xs.dtype)
     values = scale.reshape(-1, *([1] * terminal.ndim)) * terminal.detach()
     with torch.no_grad():
         v_base = velocity_along(base, xs[:-1], kernel.t[:-1], cond).to(xs.dtype)
@@ -167,6 +168,8 @@ def full_adjoint(
     cond: Cond | None = None,
 ) -> Adjoint:
     """Full adjoint of the tilted chain, in the variable λ of the kernel.
+
+    At t = 0, where a = t c vanishes whatever c is, it is 0 for the own-time kernels too.
 
     Raises:
         ValueError: the kernel's adjoint is not the Jacobian of its own mean, or its noise has a

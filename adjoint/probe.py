@@ -46,12 +46,16 @@ def check_cond(cond: Cond, n: int) -> Cond:
 
 @torch.no_grad()
 def check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -> None:
-    """Evaluate ``field`` at a scalar time and at times (B,).
+    """Evaluate ``field`` at scalar times and at times (B,).
 
     Raises:
-        TypeError, ValueError: wrong type or shape, or not finite.
+        TypeError, ValueError: wrong type or shape, not finite, or another velocity at one of B
+            times than at that time alone.
     """
-    for t in (torch.tensor(0.5).to(x), torch.full(x.shape[:1], 0.5).to(x)):
+    early, late = torch.tensor(0.3).to(x), torch.tensor(0.7).to(x)
+    mixed = torch.where(torch.arange(len(x), device=x.device) == 0, early, late)
+    found: list[Tensor] = []
+    for t in (early, late, mixed):
         try:
             v = field(x, t, cond)
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
@@ -61,7 +65,16 @@ def check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -
                 f"and conditions {sorted(cond or {})}: {type(error).__name__}: {error}"
             ) from error
         if not bool(torch.isfinite(check_velocity(v, x, name)).all()):
-            raise ValueError(f"{name} returned NaN or infinite velocities at t = 0.5 on noise")
+            raise ValueError(f"{name} returned NaN or infinite velocities at t = 0.3 or 0.7")
+        found.append(v.flatten(1).float())
+    alone = torch.cat([found[0][:1], found[1][1:]])
+    gap = float((found[2] - alone).norm(dim=1).amax() / alone.norm(dim=1).amax().clamp_min(1e-30))
+    if gap > 0.1:
+        raise ValueError(
+            f"{name} must evaluate each state at its own time where times are of shape (B,): for "
+            f"one state at t = 0.3 and {len(x) - 1} at 0.7 velocities are off by {gap:.0%} of what "
+            "they are at a scalar time"
+        )
 
 
 def probe(

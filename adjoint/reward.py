@@ -240,9 +240,12 @@ def cap_norm(gradient: Tensor, max_norm: float | None) -> Tensor:
     """``gradient`` (B, *) with the Euclidean norm of each sample capped; itself without a cap."""
     if max_norm is None:
         return gradient
-    norm = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
-    shrink = (max_norm / norm).clamp_max(1.0)
-    return gradient * shrink.reshape(-1, *([1] * (gradient.ndim - 1)))
+    flat = gradient.flatten(1)
+    # Of the largest entry first: its square may overflow, and the norm be infinite.
+    largest = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+    unit = flat / largest
+    norm = unit.norm(dim=1, keepdim=True).clamp_min(1.0)
+    return (unit * torch.minimum(largest, max_norm / norm)).reshape(gradient.shape)
 
 
 def _check_cap(max_norm: float | None) -> None:

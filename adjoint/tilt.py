@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adjoint.certificate import Certificate, log_mean_exp
 from adjoint.lora import adapter_scales
@@ -98,6 +98,25 @@ def _shareable(base: nn.Module, model: nn.Module | None) -> nn.Module:
     return base.eval().requires_grad_(False)
 
 
+def _check_apart(base: VelocityField, model: nn.Module, x: Tensor, cond: Cond | None) -> None:
+    """Refuse a base whose velocities depend on the weights of the model that are trained.
+
+    Raises:
+        ValueError: it would follow the model, and the tilt have no base.
+    """
+    with torch.enable_grad():
+        v = base(x, torch.tensor(0.5).to(x), cond)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not (v.requires_grad and trained):
+            return
+        slopes = torch.autograd.grad(v.sum(), trained, allow_unused=True)
+    if any(slope is not None for slope in slopes):
+        raise ValueError(
+            "base must not change while model is trained, but is a callable that evaluates weights "
+            "of the model: give the module itself, or a copy, as the base"
+        )
+
+
 def _home(base: VelocityField, model: nn.Module | None) -> torch.device:
     """Where the weights of the base are, or of the model; the CPU if they have none."""
     for field in (base, model):
@@ -136,8 +155,9 @@ def tilt(
     must make the same call.
 
     Arguments:
-        base: velocity field on the canonical path; it is copied (but for the weights that one of
-            `adjoint.lora` shares with its model) and never changed.
+        base: velocity field on the canonical path.  A module is copied (but for the weights that
+            one of `adjoint.lora` shares with its model) and never changed; another callable must
+            not depend on what is trained.
         reward: callable (x, cond) → (B,) or a `Reward`.
         shape: of one sample, without the batch.
         config: options.
@@ -200,6 +220,8 @@ def tilt(
     x0 = torch.randn((4, *shape), generator=generator, dtype=dtype, device=device)
     few = slice(min(4, config.micro_batch or 4))
     check_field(model.eval(), x0[few], rows_of(cond, few), "model")
+    if not isinstance(base, nn.Module):  # modules are copies by now
+        _check_apart(base, model, x0[few], rows_of(cond, few))
     loss = TiltLoss(
         base,
         scaled,

@@ -86,7 +86,8 @@ class Tilted:
         log-weights says how many.
 
         Arguments:
-            cut: largest total variation between the law of the samples and the exact tilt.
+            cut: largest total variation between the law of the samples and the exact tilt, as far
+                as the certificate's weights tell; a warning says where they do not.
             cond: for a conditional flow, one condition, of leading size 1.
             generator: on the device of the model.
             progress: show a bar.

@@ -1,7 +1,7 @@
 """Is the tilt right on real data?  Handwritten digits at several temperatures.
 
 A flow of scikit-learn's digits is tilted toward log P(digit | x) / T.  The frequencies of the ten
-classes are held against importance-resampled samples of the base, for three kinds of sample:
+classes are held against importance-resampled samples of the base, for four kinds of sample:
 
 ``ode``       the tilted ODE, against samples of the base's ODE;
 ``chain``     the tilted memoryless chain, against samples of the base's chain;

@@ -191,20 +191,24 @@ class GaussianMixture(nn.Module):
                 f"got {tuple(A.shape)} and {tuple(b.shape)}"
             )
         S, m = self.covariances.double(), self.means.double()
-        A64, b64 = A.to(m), b.to(m)
+        A64, b64 = 0.5 * (A + A.mT).to(m), b.to(m)
         precision = torch.linalg.inv(S)
-        tilted_precision = 0.5 * (precision + precision.mT + A64 + A64.mT)
-        smallest = torch.linalg.eigvalsh(tilted_precision)[:, 0]
+        smallest = torch.linalg.eigvalsh(0.5 * (precision + precision.mT) + A64)[:, 0]
         _require_positive(smallest, "A must keep S_k⁻¹ + A positive definite")
-        tilted_S = torch.linalg.inv(tilted_precision)
-        h = torch.einsum("kij,kj->ki", precision, m)
-        tilted_m = torch.einsum("kij,kj->ki", tilted_S, h + b64)
+        # About each mean, r(m + y) = r(m) + gᵀy - ½ yᵀA y, so that nothing large cancels where S is
+        # narrow: with M = (S⁻¹ + A)⁻¹ = (I + S A)⁻¹ S the mean moves by M g.
+        spread = torch.eye(dim, dtype=m.dtype, device=m.device) + S @ A64
+        M = torch.linalg.solve(spread, S)
+        tilted_S = 0.5 * (M + M.mT)
+        g = b64 - m @ A64
+        moved = torch.einsum("kij,kj->ki", tilted_S, g)
+        tilted_m = m + moved
         log_w = (
             self.log_weights[:, 0].double()
-            - 0.5 * torch.logdet(tilted_precision)
-            - 0.5 * torch.logdet(S)
-            + 0.5 * (tilted_m * (h + b64)).sum(1)
-            - 0.5 * (m * h).sum(1)
+            + m @ b64
+            - 0.5 * ((m @ A64) * m).sum(1)
+            + 0.5 * (g * moved).sum(1)
+            - 0.5 * torch.linalg.slogdet(spread)[1]
         )
         log_z = log_w.logsumexp(0)
         dtype = self.means.dtype

@@ -51,8 +51,8 @@ def sample(
             steps on it; an adaptive one chooses its own steps and uses it for the output only.
         method: one of ``FIXED`` or ``ADAPTIVE``.
         cond: conditions of leading size B.
-        rtol: relative tolerance of the adaptive methods.
-        atol: absolute tolerance of the adaptive methods.
+        rtol, atol: relative and absolute tolerance of the adaptive methods, of the root mean square
+            over each sample's entries; the worst sample of the batch sets the steps of all.
         trajectory: return the states at all times of the grid.
 
     Returns:
@@ -96,8 +96,7 @@ def log_likelihood(
         probes: random sign vectors per point for "hutchinson".
         cond: conditions of leading size B.
         generator: for the sign vectors.
-        rtol: relative tolerance of the adaptive methods.
-        atol: absolute tolerance of the adaptive methods.
+        rtol, atol: as for `sample`.
 
     Returns:
         log p(x1), shape (B,), and x0, shape (B, *); no gradient.
@@ -188,7 +187,12 @@ def _integrate(
         # The search for a first step may look beyond the end, where a field need not be defined.
         return velocity(t.clamp(low, high).to(x.dtype), x)
 
-    options = {"step_t": times[-1:]}  # the last step ends on the last time instead of beyond it
+    def worst(error: Tensor) -> Tensor:
+        # torchdiffeq's own norm is over the batch, where the many hide what the few lack.
+        return error.flatten(1).square().mean(1).amax().sqrt()
+
+    # the last step ends on the last time instead of beyond it
+    options = {"step_t": times[-1:], "norm": worst}
     try:
         return odeint(inside, start, output, method=method, rtol=rtol, atol=atol, options=options)
     except AssertionError as error:  # how torchdiffeq reports it

@@ -127,6 +127,14 @@ def test_resampled_samples_follow_the_exact_tilt():
         found.resample(0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_samples_are_not_drawn_by_weights_that_are_none(bad):
+    x = torch.arange(6.0)
+    log_w = torch.tensor([0.0, 0.0, bad, 0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="log-weights are NaN or infinite"):
+        Certificate(x[:, None], x, log_w, x).resample(5)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_mean_weight_is_the_partition_function_of_the_chain_for_any_model(name):
     """E[w] does not depend on the model: base and tilted velocity give one log Z on one chain."""

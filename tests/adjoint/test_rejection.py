@@ -226,8 +226,31 @@ def test_rewards_that_become_nan_are_named():
 
 def test_a_tail_that_the_pilot_has_not_seen_is_warned_of():
     low = pilot_of(torch.zeros(100, dtype=torch.float64))
-    with pytest.warns(UserWarning, match=r"0\.\d+ of the tilt's mass lies above the ceiling"):
+    with pytest.warns(UserWarning, match=r"[1-9]\d\.\d% of the tilt's mass lies above the ceiling"):
         draw(1000, pilot=low)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw(1000)
+
+
+def test_one_trajectory_that_holds_most_of_the_tilt_is_warned_of():
+    """Met once or twice in ten thousand, it is no significant number, but nearly all the mass."""
+    base = gaussian(0.0, 1.0)
+    kernel = kernel_for(base, "ancestral", 20)
+
+    def step(x, cond):
+        return 14 * torch.sigmoid(50 * (x[:, 0] - 3.6))
+
+    with pytest.warns(UserWarning, match=r"99\.\d% of the tilt's mass lies above the ceiling"):
+        x = sample_exact(base, base, step, kernel, 10_000, like=LIKE, generator=seeded(6))
+    assert int((x > 3.6).sum()) <= 2
+
+
+@pytest.mark.parametrize(("std", "warned"), [(0.5, False), (2.5, True)])
+def test_a_pilot_too_small_for_its_tail_is_warned_of_before_anything_is_drawn(std, warned):
+    """Lognormal weights; of how little is drawn nothing can be seen."""
+    pilot = pilot_of(std * torch.randn(4096, generator=seeded(), dtype=torch.float64))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(5, reward=lambda x, cond: 0 * x[:, 0], pilot=pilot)
+    assert bool(caught) == warned

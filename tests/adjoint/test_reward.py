@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adjoint.reward import Reward, as_reward, check_reward
+from adjoint.reward import Reward, as_reward, cap_norm, check_reward
 
 
 def quartic(x, cond=None):
@@ -169,3 +169,12 @@ def test_capped_is_the_cap_of_the_constructor():
     torch.testing.assert_close(free, -4 * x**3)
     with pytest.raises(ValueError, match="max_norm"):
         Reward(quartic).capped(-1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_cap_of_a_gradient_whose_square_overflows(dtype):
+    big = 0.1 * torch.finfo(dtype).max
+    rows = [[big, 0.0], [0.3 * big, 0.4 * big], [0.0, 0.0], [0.3, 0.4]]
+    gradient = torch.tensor(rows, dtype=dtype)
+    expected = torch.tensor([[2.0, 0.0], [1.2, 1.6], [0.0, 0.0], [0.3, 0.4]], dtype=dtype)
+    torch.testing.assert_close(cap_norm(gradient, 2.0), expected)

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_tilt import FAST, SLOPES, Shift, Slope, run, with_options
+from linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
 from torch import nn
 
 from adjoint.tilt import TiltConfig, _home, tilt
 from flows import checkpoint as checkpoints
 from flows.callbacks import CSVLogger, ProgressBar
 from flows.checkpoint import CheckpointError
-from flows.field import batch_time
+from flows.field import Residual, batch_time
 from flows.mixture import GaussianMixture
 from flows.networks import MLPVelocity
 from flows.training import TrainingDiverged
@@ -68,6 +68,27 @@ def test_bad_rewards_are_refused_before_training(reward, error, match):
 def test_bad_bases_are_refused_before_training(base, error, match):
     with pytest.raises(error, match=match):
         tilt(base, Slope(), shape=(2,), config=FAST, model=Untouched())
+
+
+@pytest.mark.parametrize("one", [lambda t: t[0], lambda t: t[-1], lambda t: t.mean()])
+def test_a_base_that_takes_one_time_for_all_states_is_refused(one):
+    """It is right wherever all times of a batch are equal, so in samples, and wrong in the loss."""
+
+    def careless(x, t, cond=None):
+        return BASE(x, t if t.ndim == 0 else one(t).expand(len(t)))
+
+    with pytest.raises(ValueError, match=r"base must evaluate each state at its own time .* \d+%"):
+        tilt(careless, Slope(), shape=(2,), config=FAST, model=Untouched())
+
+
+def test_a_base_that_follows_the_model_is_refused():
+    model = MLPVelocity(2, hidden=(4,))
+    with pytest.raises(ValueError, match="base must not change while model is trained"):
+        tilt(lambda x, t, c=None: model(x, t), Slope(), shape=(2,), config=FAST, model=model)
+    frozen_part = MLPVelocity(2, hidden=(4,))
+    residual = Residual(frozen_part, model)  # its trained part is not in the base
+    frozen_part.requires_grad_(False)
+    tilt(lambda x, t, c=None: frozen_part(x, t), Slope(), shape=(2,), config=FAST, model=residual)
 
 
 def test_a_conditional_base_without_conditions_is_refused():

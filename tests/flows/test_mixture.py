@@ -298,3 +298,20 @@ def test_bad_arguments():
         mixture.tilt(torch.eye(3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\], got 1.5"):
         mixture.marginal(1.5)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e-6, 1e-9])
+def test_tilt_of_narrow_components(std):
+    """In the limit weights are w exp r(m), and log Z = log Σ w exp r(m): no digits cancel."""
+    means = torch.tensor([[3.0, -7.0], [-2.0, 4.0]], dtype=F64)
+    A, b = (torch.tensor(v, dtype=F64) for v in ([[0.3, 0.1], [0.1, 0.2]], [0.5, -0.2]))
+    law = GaussianMixture.isotropic(means, std)
+    tilted, log_z = law.tilt(A, b)
+    r = means @ b - 0.5 * ((means @ A) * means).sum(1)
+    # to second order of std, about a mean: E exp(gᵀy - ½ yᵀA y) = 1 + ½ std² (|g|² - tr A)
+    r = r + 0.5 * std**2 * ((b - means @ A).square().sum(1) - A.trace())
+    assert float(log_z) == pytest.approx(float((r + math.log(0.5)).logsumexp(0)), abs=1e-10)
+    torch.testing.assert_close(tilted.weights, r.softmax(0), rtol=0, atol=1e-10)
+    moved = (tilted.means - means) / std**2
+    digits = 1e-15 / std**2 * 10  # of a mean that moves by std²
+    torch.testing.assert_close(moved, b - means @ A, rtol=1e-4, atol=digits)

@@ -225,6 +225,16 @@ def test_bad_arguments(function):
         function(lambda x, t, cond: x / 0, NOISE, method="dopri5")
 
 
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+def test_a_likelihood_does_not_depend_on_the_points_beside_it(method):
+    """A point between two narrow modes, which needs short steps, beside many that do not."""
+    law = GaussianMixture.isotropic(torch.tensor([[-3.0], [3.0]], dtype=F64), 0.1)
+    hard = torch.tensor([[0.05]], dtype=F64)
+    beside = torch.cat([hard, law.sample(2000, generator=torch.Generator().manual_seed(0))])
+    found = log_likelihood(law, beside, method=method)[0][:1]
+    assert float(found - law.log_prob(hard)) == pytest.approx(0, abs=0.1)
+
+
 def test_bad_arguments_of_the_likelihood():
     with pytest.raises(ValueError, match="grid must start at 0"):
         log_likelihood(GAUSSIAN, NOISE, grid=torch.tensor([0.5, 1.0]))

@@ -26,7 +26,6 @@ Of several processes each runs its own trajectories, and every one gets the cert
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -225,8 +224,11 @@ def certify(
         certify_batch(field, base, reward, kernel, x0[i], rows_of(cond, i), generator=generator)
         for i in tqdm(starts, desc="certificate", disable=not progress, leave=False)
     ]
-    whole = joined(parts)
-    return Certificate(*(distributed.gather(getattr(whole, f.name)) for f in fields(whole)))
+
+    def joined(name: str) -> Tensor:
+        return distributed.gather(torch.cat([getattr(part, name) for part in parts]))
+
+    return Certificate(*(joined(f.name) for f in fields(Certificate)))
 
 
 @torch.no_grad()
@@ -251,10 +253,3 @@ def certify_batch(
     log_ratio, kl = path_log_ratio(trajectory, v_base, kernel)
     value = as_reward(reward)(trajectory.xs[-1], cond)
     return Certificate(trajectory.xs[-1], value, value + log_ratio, kl)
-
-
-def joined(parts: Sequence[Certificate]) -> Certificate:
-    """Certificates of one tilt as one."""
-    return Certificate(
-        *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Certificate))
-    )

@@ -6,33 +6,46 @@ A trajectory of the tilted chain comes with its weight w = p*(path) Z / p_θ(pat
     p_L ∝ p_θ min(w, L),        p* = (1 - m) p_L + m p_cut,    m = E[(w - L)₊] / E[w],
 
 so that the total variation between p_L and p* is at most m, the mass of the tilt that lies above
-the ceiling L.  Given m, the smallest L that holds it follows from any sample of the weights; a
-fraction (1 - m) E[w] / L of the trajectories is accepted: all of them at the optimum, where w is
-constant.  Unlike resampling, no sample repeats; unlike weighted means, the samples go anywhere.
+the ceiling L.  A fraction (1 - m) E[w] / L of the trajectories is accepted: all of them at the
+optimum, where w is constant.  Unlike resampling, no sample repeats; unlike weighted means, the
+samples go anywhere.
+
+Given m, the smallest L that holds it follows from weights that have been seen: those of the
+certificate and of all trajectories proposed so far.  As more are seen L rises.  With u uniform, w
+is accepted if log w - log u > log L, a number that is kept with each sample, so that those accepted
+at a lower ceiling are thinned to the new one.
+
+What nobody has seen no ceiling knows.  Where the weights have heavy tails, m under the ceiling is
+larger than among the weights that made it; each half of the weights tells of the other, and a
+warning of both.
 
 Exact means: of the tilt of the base's *chain*, like everything that the certificate says.
 
-Source: rejection sampling (von Neumann 1951); of paths, as in Beskos and Roberts, "Exact simulation
-of diffusions" (2005), here with a learned proposal and a ceiling that is not quite a bound.
+Source: rejection sampling (von Neumann 1951) with the supremum of the weights seen so far (Caffo,
+Booth and Davis, "Empirical supremum rejection sampling", 2002), here a quantile of their mass; of
+paths, as in Beskos and Roberts, "Exact simulation of diffusions" (2005), with a learned proposal.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adjoint.certificate import ENOUGH, Certificate, certify_batch, joined
+from adjoint.certificate import certify_batch, log_mean_exp
 from adjoint.kernel import Kernel
 from adjoint.reward import Reward, ValueFunction
-from adjoint.rollout import chunks
 from flows.field import Cond, VelocityField
 
-PILOT = 4096
-"""Trajectories that the ceiling is taken from where no certificate is given."""
+RELIABLE = 200
+"""Effective samples among the weights that make a ceiling."""
+
+UNEVEN = 1 / 200
+"""Effective samples, as a fraction of the trajectories, below which weights are too uneven."""
 
 CUT = 0.001
 """Mass of the tilt above the ceiling, unless another is asked for."""
@@ -73,7 +86,7 @@ def sample_exact(
     n: int,
     *,
     like: Tensor,
-    pilot: Certificate | None = None,
+    seen: Tensor | None = None,
     cut: float = CUT,
     cond: Cond | None = None,
     batch_size: int = 4096,
@@ -85,10 +98,11 @@ def sample_exact(
     Arguments:
         field, base, reward, kernel: as for `adjoint.certificate.certify`.
         like: one sample (*), for shape, dtype and device.
-        pilot: their certificate, which the ceiling is taken from; `PILOT` trajectories unless
-            given.
+        seen: (N,) log-weights known already, of a certificate of the same tilt.  Without, or if
+            they are few, more trajectories are proposed than ``n`` need: as many as have
+            `RELIABLE` effective samples.
         cut: largest total variation between the law of the samples and the exact tilt, as far as
-            the pilot's weights tell; smaller ones accept less.
+            the weights tell; smaller ones accept less.
         cond: one condition, of leading size 1: Z, and so the ceiling, is of one alone.
         batch_size: trajectories at a time.
         generator: on the device of ``like``.
@@ -97,15 +111,68 @@ def sample_exact(
     Several processes draw each its own; where fields are sharded over them, they cannot.
 
     Raises:
-        ValueError: ``n`` or ``cut`` out of range, several conditions, a pilot of fewer than
-            `ENOUGH` effective samples, or log-weights that are NaN.
+        TypeError: ``n`` is no integer, ``generator`` no generator or ``cond`` no mapping.
+        ValueError: ``n`` or ``cut`` out of range, several conditions, weights so uneven that nearly
+            every trajectory would be rejected, or NaN.
 
     Warns:
         UserWarning: more of the tilt's mass than asked for lies above the ceiling, as far as the
-            halves of the pilot know of each other, or the new trajectories of the pilot.
+            halves of the weights know of each other.
     """
+    _check(n, cut, cond, generator)
+    kept, heights = like.new_empty(0, *like.shape), like.new_empty(0, dtype=torch.float64)
+    log_w = heights if seen is None else seen.to(heights)
+    ceiling = -math.inf
+    with tqdm(total=n, desc="exact samples", disable=not progress, leave=False) as bar:
+        while len(kept) < n or _effective(log_w) < RELIABLE:
+            if len(log_w) >= RELIABLE / UNEVEN and _effective(log_w) < UNEVEN * len(log_w):
+                raise ValueError(
+                    f"the tilt's weights are too uneven: {len(log_w)} trajectories count as "
+                    f"{_effective(log_w):.1f}, so that nearly every one would be rejected; train "
+                    "longer, or at a higher temperature"
+                )
+            rate = acceptance(log_w, cut) if len(log_w) else 1.0
+            size = min(batch_size, max(RELIABLE, math.ceil(1.1 * (n - len(kept)) / rate)))
+            x0 = torch.randn(
+                (size, *like.shape), generator=generator, dtype=like.dtype, device=like.device
+            )
+            some = {name: c.expand(size, *c.shape[1:]) for name, c in (cond or {}).items()} or None
+            new = certify_batch(field, base, reward, kernel, x0, some, generator=generator)
+            log_u = torch.rand(
+                size, generator=generator, dtype=torch.float64, device=like.device
+            ).log()
+            log_w = torch.cat([log_w, new.log_weights.double()])
+            if not bool((log_w < math.inf).all()):
+                raise ValueError("log-weights are NaN or infinite: look at the reward")
+            ceiling = max(ceiling, log_ceiling(log_w, cut))
+            kept = torch.cat([kept, new.samples])
+            heights = torch.cat([heights, new.log_weights.double() - log_u])
+            accepted = heights > ceiling
+            kept, heights = kept[accepted], heights[accepted]
+            bar.n = min(n, len(kept))
+            bar.refresh()
+    unseen = _mass_beyond_a_half(log_w, cut)
+    if unseen > 2 * cut + 0.004:
+        warnings.warn(
+            f"about {unseen:.1%} of the tilt's mass lies above the ceiling, where cut={cut} was "
+            f"asked for: the weights of {len(log_w)} trajectories do not show their tail, and the "
+            "samples are of a tilt without it; train longer, or give more certificate_samples",
+            stacklevel=2,
+        )
+    return kept[:n]
+
+
+def _check(n: int, cut: float, cond: Cond | None, generator: torch.Generator | None) -> None:
+    """Refuse what `sample_exact` documents."""
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"n must be an integer, got {n!r}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    log_ceiling(torch.zeros(1), cut)
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(f"cond must map names to tensors, got {type(cond).__name__}")
     sizes = {name: len(c) for name, c in (cond or {}).items()}
     if any(size != 1 for size in sizes.values()):
         raise ValueError(
@@ -113,48 +180,10 @@ def sample_exact(
             "several conditions log Z has several values"
         )
 
-    def propose(size: int) -> Certificate:
-        x0 = torch.randn(
-            (size, *like.shape), generator=generator, dtype=like.dtype, device=like.device
-        )
-        some = {name: c.expand(size, *c.shape[1:]) for name, c in (cond or {}).items()} or None
-        return certify_batch(field, base, reward, kernel, x0, some, generator=generator)
 
-    if pilot is None:
-        pilot = joined([propose(min(batch_size, PILOT)) for _ in chunks(PILOT, batch_size)])
-    ceiling = log_ceiling(pilot.log_weights, cut)
-    effective = pilot.ess * len(pilot.log_weights)
-    if not effective >= ENOUGH:
-        raise ValueError(
-            f"the certificate must have {ENOUGH} effective samples or more, got {effective:.1f}: "
-            "nearly every trajectory would be rejected; train longer, or at a higher temperature"
-        )
-    rate = acceptance(pilot.log_weights, cut)
-    tolerated = 2 * cut + 0.004
-    unseen = _mass_beyond_a_half(pilot.log_weights, cut)
-    if unseen > tolerated:
-        _warn_of_the_tail(unseen, cut)
-    found: list[Tensor] = []
-    left, mass, lost, variance = n, 0.0, 0.0, 0.0
-    with tqdm(total=n, desc="exact samples", disable=not progress, leave=False) as bar:
-        while left > 0:
-            part = propose(min(batch_size, math.ceil(1.1 * left / rate) + 10))
-            ratio = (part.log_weights.double() - ceiling).exp()  # w / L
-            if not bool(ratio.isfinite().all()):
-                raise ValueError("new trajectories have weights that are NaN: look at the reward")
-            u = torch.rand(ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device)
-            accepted = part.samples[u < ratio]
-            found.append(accepted)
-            mass += float(ratio.sum())
-            above = (ratio - 1).clamp_min(0)
-            lost += float(above.sum())
-            variance += float(above.square().sum())
-            bar.update(min(left, len(accepted)))
-            left -= len(accepted)
-    significant = lost - 2 * math.sqrt(variance) > tolerated * mass
-    if unseen <= tolerated and (significant or lost > max(0.05, tolerated) * mass):
-        _warn_of_the_tail(lost / mass, cut)
-    return torch.cat(found)[:n]
+def _effective(log_weights: Tensor) -> float:
+    """Effective number of samples with these log-weights (N,)."""
+    return log_mean_exp(log_weights)[2] * len(log_weights) if len(log_weights) else 0.0
 
 
 def _mass_beyond_a_half(log_weights: Tensor, cut: float) -> float:
@@ -166,12 +195,3 @@ def _mass_beyond_a_half(log_weights: Tensor, cut: float) -> float:
         return float((ratio - 1).clamp_min(0).sum() / ratio.sum())
 
     return 0.5 * (beyond(first, second) + beyond(second, first))
-
-
-def _warn_of_the_tail(lost: float, cut: float) -> None:
-    warnings.warn(
-        f"{lost:.1%} of the tilt's mass lies above the ceiling, where cut={cut} was asked for: the "
-        "weights have a heavier tail than the certificate shows, and the samples are of a tilt "
-        "without it; give it more certificate_samples, or train longer",
-        stacklevel=3,
-    )

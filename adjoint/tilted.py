@@ -83,7 +83,8 @@ class Tilted:
 
         Trajectories of the tilted chain are accepted by their weights (`adjoint.rejection`): the
         better the tilt, the more of them.  ``adjoint.rejection.acceptance`` of the certificate's
-        log-weights says how many.
+        log-weights says how many.  Under a condition, which the certificate knows nothing of, some
+        hundreds of trajectories are needed for any number of samples.
 
         Arguments:
             cut: largest total variation between the law of the samples and the exact tilt, as far
@@ -93,7 +94,7 @@ class Tilted:
             progress: show a bar.
 
         Raises:
-            ValueError: ``n`` or ``cut`` out of range, several conditions, weights too uneven.
+            TypeError, ValueError: as `adjoint.rejection.sample_exact`.
         """
         config = self.config
         return sample_exact(
@@ -103,7 +104,7 @@ class Tilted:
             self.kernel,
             n,
             like=torch.empty(self.shape, dtype=self.dtype, device=self.kernel.t.device),
-            pilot=self.certificate if cond is None else None,
+            seen=self.certificate.log_weights if self.certificate and cond is None else None,
             cut=cut,
             cond=cond,
             batch_size=config.max_batch,

@@ -12,8 +12,7 @@ from linear_tilt import BASE, SLOPES, Slope
 from problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 from test_certificate import certificate, kernel_for
 
-from adjoint.certificate import Certificate
-from adjoint.rejection import acceptance, log_ceiling, sample_exact
+from adjoint.rejection import RELIABLE, acceptance, log_ceiling, sample_exact
 from adjoint.reward import as_reward
 from adjoint.tilt import tilt
 from adjoint.tilt_config import TiltConfig
@@ -23,11 +22,6 @@ LIKE = torch.zeros(1, dtype=torch.float64)
 
 def seeded(seed=1):
     return torch.Generator().manual_seed(seed)
-
-
-def pilot_of(log_weights):
-    x = torch.zeros(len(log_weights), dtype=torch.float64)
-    return Certificate(x[:, None], x, log_weights, x)
 
 
 # --- the ceiling ---------------------------------------------------------------------------------
@@ -77,7 +71,7 @@ def test_samples_of_an_untilted_model_follow_the_exact_tilt():
         kernel,
         n,
         like=LIKE,
-        pilot=pilot,
+        seen=pilot.log_weights,
         generator=seeded(),
     )
     assert drawn.shape == (n, 1)
@@ -103,7 +97,7 @@ def test_a_large_cut_samples_the_law_that_was_promised():
         kernel_for(base, "moment_matched", 10),
         n,
         like=LIKE,
-        pilot=weights,
+        seen=weights.log_weights,
         cut=cut,
         generator=seeded(),
     )
@@ -151,7 +145,7 @@ def test_exact_samples_do_not_depend_on_the_parts(short):
     torch.testing.assert_close(parts, whole)
 
 
-def test_without_a_certificate_a_pilot_is_drawn(short):
+def test_without_a_certificate_the_new_trajectories_are_enough(short):
     bare = dataclasses.replace(short, certificate=None)
     x = bare.sample_exact(5000, generator=seeded()).double()
     assert float((x.mean(0) - (M + S2 * SLOPES)).abs().max()) < 4 * (S2 / 5000) ** 0.5 + 0.001
@@ -167,7 +161,7 @@ def shifted(x, t, cond=None):
 
 
 def test_under_one_condition_the_samples_are_of_its_tilt():
-    """N(c, S2) tilted by λ x is N(c + λ S2, S2), whatever the pilot of another condition says."""
+    """N(c, S2) tilted by λ x is N(c + λ S2, S2), at one condition."""
     kernel, n = kernel_for(gaussian(), "moment_matched", 10), 4000
     for c in (-1.0, 2.0):
         cond = {"c": torch.tensor([[c]], dtype=torch.float64)}
@@ -180,7 +174,7 @@ def test_under_one_condition_the_samples_are_of_its_tilt():
         sample_exact(shifted, shifted, linear, kernel, 10, like=LIKE, cond=cond)
 
 
-def test_the_certificate_of_a_tilt_is_no_pilot_for_one_condition(short):
+def test_the_certificate_of_a_tilt_says_nothing_of_one_condition(short):
     """Its weights are of all conditions: here of one far away, with a log Z lower by six."""
     kernel = kernel_for(gaussian(), "moment_matched", 10)
     far = certificate(gaussian(-3.0), gaussian(-3.0), linear, "moment_matched", 10)
@@ -205,7 +199,8 @@ def test_the_certificate_of_a_tilt_is_no_pilot_for_one_condition(short):
 def draw(n=10, reward=linear, **options):
     base = gaussian()
     kernel = kernel_for(base, "moment_matched", 4)
-    return sample_exact(base, base, reward, kernel, n, like=LIKE, generator=seeded(), **options)
+    options = {"generator": seeded(), **options}
+    return sample_exact(base, base, reward, kernel, n, like=LIKE, **options)
 
 
 def test_no_samples_are_refused():
@@ -213,44 +208,83 @@ def test_no_samples_are_refused():
         draw(0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"n": 2.5}, TypeError, "n must be an integer, got 2.5"),
+        ({"cut": 1.0}, ValueError, r"cut must lie in \[0, 1\), got 1.0"),
+        ({"cond": torch.zeros(1)}, TypeError, "cond must map names to tensors, got Tensor"),
+        ({"generator": 0}, TypeError, "generator must be a torch.Generator, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong, error, match):
+    with pytest.raises(error, match=match):
+        draw(**wrong)
+
+
 def test_weights_that_are_too_uneven_are_refused():
-    with pytest.raises(ValueError, match=r"10 effective samples or more, got [1-9]\.\d"):
+    with pytest.raises(
+        ValueError, match=r"too uneven: 4\d\d\d\d trajectories count as \d+\.\d, so"
+    ):
         draw(reward=lambda x, cond: 40 * x[:, 0])
 
 
-def test_rewards_that_become_nan_are_named():
-    pilot = pilot_of(torch.zeros(100, dtype=torch.float64))
-    with pytest.raises(ValueError, match="weights that are NaN: look at the reward"):
-        draw(reward=lambda x, cond: x[:, 0] * math.nan, pilot=pilot)
-
-
-def test_a_tail_that_the_pilot_has_not_seen_is_warned_of():
-    low = pilot_of(torch.zeros(100, dtype=torch.float64))
-    with pytest.warns(UserWarning, match=r"[1-9]\d\.\d% of the tilt's mass lies above the ceiling"):
-        draw(1000, pilot=low)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        draw(1000)
-
-
-def test_one_trajectory_that_holds_most_of_the_tilt_is_warned_of():
-    """Met once or twice in ten thousand, it is no significant number, but nearly all the mass."""
+def test_a_step_that_few_trajectories_reach_is_no_tilt_to_sample():
+    """Nearly all its mass is where one of six thousand comes: no ceiling would be safe."""
     base = gaussian(0.0, 1.0)
     kernel = kernel_for(base, "ancestral", 20)
 
     def step(x, cond):
         return 14 * torch.sigmoid(50 * (x[:, 0] - 3.6))
 
-    with pytest.warns(UserWarning, match=r"99\.\d% of the tilt's mass lies above the ceiling"):
-        x = sample_exact(base, base, step, kernel, 10_000, like=LIKE, generator=seeded(6))
-    assert int((x > 3.6).sum()) <= 2
+    with pytest.raises(ValueError, match="the tilt's weights are too uneven"):
+        sample_exact(base, base, step, kernel, 10_000, like=LIKE, generator=seeded(6))
 
 
-@pytest.mark.parametrize(("std", "warned"), [(0.5, False), (2.5, True)])
-def test_a_pilot_too_small_for_its_tail_is_warned_of_before_anything_is_drawn(std, warned):
-    """Lognormal weights; of how little is drawn nothing can be seen."""
-    pilot = pilot_of(std * torch.randn(4096, generator=seeded(), dtype=torch.float64))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rewards_that_are_no_numbers_are_named(bad):
+    with pytest.raises(ValueError, match="log-weights are NaN or infinite: look at the reward"):
+        draw(reward=lambda x, cond: x[:, 0].abs() * bad)
+
+
+@pytest.mark.parametrize(("std", "warned"), [(0.5, False), (2.0, True)])
+def test_weights_that_do_not_show_their_tail_are_warned_of(std, warned):
+    """Lognormal ones; the few trajectories of five samples could not tell."""
+    seen = std * torch.randn(4096, generator=seeded(), dtype=torch.float64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        draw(5, reward=lambda x, cond: 0 * x[:, 0], pilot=pilot)
+        draw(5, reward=lambda x, cond: 0 * x[:, 0], seen=seen)
     assert bool(caught) == warned
+    assert all("of the tilt's mass lies above the ceiling" in str(w.message) for w in caught)
+
+
+# --- the ceiling learns ---------------------------------------------------------------------------
+
+
+def test_the_ceiling_rises_with_what_is_seen():
+    """Weights that say nothing of the tilt, all far too low, leave its samples exact."""
+    base, n = gaussian(), 4000
+    low = torch.full((200,), -6.0, dtype=torch.float64)
+    kernel = kernel_for(base, "moment_matched", 10)
+    x = sample_exact(
+        base, base, linear, kernel, n, like=LIKE, seen=low, batch_size=500, generator=seeded()
+    )
+    assert len(x) == n
+    error = (S2 / n) ** 0.5
+    assert float((x.mean() - (M + LAMBDA * S2)).abs()) < 4 * error + 0.002
+    assert float(x.var()) == pytest.approx(S2, rel=0.1)
+
+
+def test_few_samples_need_no_more_trajectories_than_the_ceiling_does(short):
+    counted = []
+
+    def counting(x, cond):
+        counted.append(len(x))
+        return short.reward(x, cond)
+
+    drawn = dataclasses.replace(short, certificate=None, reward=as_reward(counting))
+    assert drawn.sample_exact(3, generator=seeded()).shape == (3, 2)
+    assert RELIABLE < sum(counted) < 10 * RELIABLE
+    counted.clear()
+    dataclasses.replace(drawn, certificate=short.certificate).sample_exact(3, generator=seeded())
+    assert sum(counted) == RELIABLE

@@ -151,7 +151,17 @@ class Certificate:
         """Expectation of ``values`` (N, ...) under the exact tilt, and its standard error (...).
 
         The error is infinite below `ENOUGH` effective samples: then do not trust the mean either.
+
+        Raises:
+            TypeError, ValueError: no tensor, or not one value (of any shape) for each sample.
         """
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values must be a tensor, got {type(values).__name__}")
+        if values.shape[:1] != self.log_weights.shape:
+            raise ValueError(
+                f"values must have the leading size {len(self.log_weights)} of the samples, got "
+                f"shape {tuple(values.shape)}"
+            )
         values = values.double()
         weights = self.weights.reshape(-1, *([1] * (values.ndim - 1)))
         mean = (weights * values).sum(0)

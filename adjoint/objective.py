@@ -72,6 +72,8 @@ class TiltLoss:
         config: the options of training.
         cond_sampler: draws conditions for n samples; None for an unconditional flow.
         dtype: of the SDE state and the adjoint.
+        known_rewards: (n,) of samples that are the same in every run of this tilt, by which a
+            resume knows the reward again.
 
     Raises:
         ValueError: several processes refine under conditions with less than two trajectories each,
@@ -89,7 +91,9 @@ class TiltLoss:
         fine: Kernel | None = None,
         cond_sampler: CondSampler | None = None,
         dtype: torch.dtype = torch.float32,
+        known_rewards: Tensor | None = None,
     ) -> None:
+        self.known_rewards = None if known_rewards is None else known_rewards.cpu()
         self.base = compiled(base) if config.compile else base
         self.reward = reward
         self._compiled: dict[nn.Module, VelocityField] = {}
@@ -338,22 +342,43 @@ class TiltLoss:
         return v.to(self.dtype)
 
     def state_dict(self) -> dict[str, object]:
-        """Counter, running cap and this process's replay buffer, for a checkpoint."""
+        """Counter, cap, this process's replay buffer and the known rewards, for a checkpoint."""
         return {
             "processes": distributed.size(),
+            "device": self.device.type,
+            "known_rewards": self.known_rewards,
             "calls": self.calls,
             "cap": self.cap,
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what `state_dict` gave; what another number of processes replayed is left out."""
+        """Restore what `state_dict` gave; what another number of processes replayed is left out.
+
+        Raises:
+            ValueError: the known rewards are others.  Not looked at where another number of
+                processes, or another kind of device, drew the samples.
+        """
+        as_many = state.get("processes", 1) == distributed.size()
+        if as_many and state.get("device") == self.device.type:
+            self._compare(state.get("known_rewards"))
         self.calls = int(state["calls"])  # type: ignore[call-overload]
         cap = state["cap"]
         self.cap = cap.to(self.home) if isinstance(cap, Tensor) else None
-        as_many = state.get("processes", 1) == distributed.size()
         if self.buffer is not None and isinstance(state["buffer"], dict) and as_many:
             self.buffer.load_state_dict(state["buffer"])
+
+    def _compare(self, known: object) -> None:
+        """Refuse a checkpoint of another reward; one that is a little random is the same."""
+        if not isinstance(known, Tensor) or self.known_rewards is None:
+            return
+        gap = (self.known_rewards - known).norm()
+        spread = (known - known.mean()).norm() + 1e-3 * known.norm()
+        if bool(gap > 0.1 * spread):
+            raise ValueError(
+                "reward must be the one that the checkpoint was trained with: on samples of the "
+                f"base it was {known[:3].tolist()} and so on, now {self.known_rewards[:3].tolist()}"
+            )
 
 
 def compiled(field: VelocityField) -> VelocityField:

@@ -119,7 +119,14 @@ def sample_exact(
         UserWarning: more of the tilt's mass than asked for lies above the ceiling, as far as the
             halves of the weights know of each other.
     """
-    _check(n, cut, cond, generator)
+    check_request(n, cond, generator)
+    sizes = {name: len(c) for name, c in (cond or {}).items()}
+    if any(size != 1 for size in sizes.values()):
+        raise ValueError(
+            f"cond must be one condition, of leading size 1, got leading sizes {sizes}: under "
+            "several conditions log Z has several values"
+        )
+    log_ceiling(torch.zeros(1), cut)  # refuses a cut out of range
     kept, heights = like.new_empty(0, *like.shape), like.new_empty(0, dtype=torch.float64)
     log_w = heights if seen is None else seen.to(heights)
     ceiling = -math.inf
@@ -162,23 +169,20 @@ def sample_exact(
     return kept[:n]
 
 
-def _check(n: int, cut: float, cond: Cond | None, generator: torch.Generator | None) -> None:
-    """Refuse what `sample_exact` documents."""
+def check_request(n: int, cond: Cond | None, generator: torch.Generator | None) -> None:
+    """Refuse a number of samples, conditions or a generator that are none.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+    """
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"n must be an integer, got {n!r}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
-    log_ceiling(torch.zeros(1), cut)
     if cond is not None and not isinstance(cond, Mapping):
         raise TypeError(f"cond must map names to tensors, got {type(cond).__name__}")
-    sizes = {name: len(c) for name, c in (cond or {}).items()}
-    if any(size != 1 for size in sizes.values()):
-        raise ValueError(
-            f"cond must be one condition, of leading size 1, got leading sizes {sizes}: under "
-            "several conditions log Z has several values"
-        )
 
 
 def _effective(log_weights: Tensor) -> float:

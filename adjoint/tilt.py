@@ -168,7 +168,8 @@ def tilt(
             before and after training shows one too.
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
             leaves out the weights of the model that are not trained; a resume of a model with
-            others, with adapters of another scale, or on another base is refused.
+            others, with adapters of another scale, on another base, or toward another reward is
+            refused.
         problem: what identifies the run beside the options (names of base and reward, say); a
             checkpoint of another problem is refused.
         device, dtype: of the SDE state; by default where the base is, in float32.  The reward must
@@ -231,6 +232,7 @@ def tilt(
         fine=fine,
         cond_sampler=cond_sampler,
         dtype=dtype,
+        known_rewards=values[:64],
     )
     options = {name: value for name, value in asdict(config).items() if name not in FREE}
     trainer = Trainer(

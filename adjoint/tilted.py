@@ -11,7 +11,7 @@ from adjoint.certificate import Certificate, certify
 from adjoint.kernel import Kernel
 from adjoint.objective import CondSampler
 from adjoint.parts import field_in_parts, reward_in_parts
-from adjoint.rejection import CUT, sample_exact
+from adjoint.rejection import CUT, check_request, sample_exact
 from adjoint.reward import Reward, ValueFunction
 from adjoint.tilt_config import TiltConfig
 from flows import distributed
@@ -61,9 +61,16 @@ class Tilted:
     ) -> Tensor:
         """``n`` samples (n, *) by the ODE of the tilted flow; see `flows.sampling.sample`.
 
+        Conditions have leading size n, or 1, which stands for n times the same.
+
         The certificate judges the chain; its own samples are ``certificate.samples``, and those of
         the exact tilt `sample_exact`.
         """
+        check_request(n, cond, generator)
+        if cond is not None:
+            cond = {
+                name: c.expand(n, *c.shape[1:]) if len(c) == 1 else c for name, c in cond.items()
+            }
         home = next(self.field.parameters()).device
         device = home if generator is None else generator.device
         x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)

@@ -250,6 +250,7 @@ class Trainer:
             backward: does what the method does, as `flows.graphs.RecordedGradient`.
 
         Raises:
+            ValueError: to be resumed without a checkpoint file.
             TrainingDiverged: see ``step``.
             CheckpointError: the checkpoint is damaged or does not fit.
             OSError: the checkpoint cannot be written; raised before training begins.
@@ -265,6 +266,8 @@ class Trainer:
         """
         if self.checkpoint is not None:
             self._begin(self.checkpoint, resume)
+        elif resume:
+            raise ValueError("resume must be False without a checkpoint file to continue from")
         self.module.train()
         try:
             for callback in self.callbacks:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class TrainerConfig:
     """Iterations between two checkpoints."""
 
     def __post_init__(self) -> None:
+        """Refuse values of the wrong type or out of range.
+
+        Raises:
+            TypeError, ValueError: naming the option, its value and what was expected.
+        """
+        _check_types(self)
         at_least = {"iterations": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0}
         at_least |= {"accumulate": 1, "checkpoint_every": 1}
         for name, least in at_least.items():
@@ -61,6 +68,17 @@ class TrainerConfig:
         if iteration < self.restart:
             return iteration, self.restart
         return iteration - self.restart, self.iterations - self.restart
+
+
+def _check_types(config: TrainerConfig) -> None:
+    """Refuse numbers that are none, and fractions where a count is expected."""
+    kinds = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if hint in kinds and (
+            not isinstance(value, kinds[hint]) or (isinstance(value, bool) and hint is not bool)
+        ):
+            raise TypeError(f"{name} must be of type {hint.__name__}, got {value!r}")
 
 
 def learning_rate(config: TrainerConfig, iteration: int) -> float:

@@ -127,6 +127,15 @@ def test_resampled_samples_follow_the_exact_tilt():
         found.resample(0)
 
 
+def test_what_is_no_value_of_each_sample_has_no_mean():
+    x = torch.zeros(20, 2)
+    found = Certificate(x, x[:, 0], x[:, 0], x[:, 0])
+    with pytest.raises(ValueError, match=r"leading size 20 of the samples, got shape \(3,\)"):
+        found.weighted_mean(torch.zeros(3))
+    with pytest.raises(TypeError, match="values must be a tensor, got ndarray"):
+        found.weighted_mean(x.numpy())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_samples_are_not_drawn_by_weights_that_are_none(bad):
     x = torch.arange(6.0)

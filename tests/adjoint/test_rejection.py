@@ -222,6 +222,15 @@ def test_wrong_arguments_are_named(wrong, error, match):
         draw(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("n", "error", "match"),
+    [(-1, ValueError, "n must be at least 1, got -1"), ("3", TypeError, "n must be an integer")],
+)
+def test_samples_by_the_ode_ask_for_the_same(short, n, error, match):
+    with pytest.raises(error, match=match):
+        short.sample(n)
+
+
 def test_weights_that_are_too_uneven_are_refused():
     with pytest.raises(
         ValueError, match=r"too uneven: 4\d\d\d\d trajectories count as \d+\.\d, so"

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
@@ -180,7 +181,6 @@ def test_a_closed_form_of_images_needs_a_model():
     [
         ({"kernel": "heun"}, "kernel must be one of .*got 'heun'"),
         ({"steps": 1}, "steps must be at least 2, got 1"),
-        ({"steps": 2.5}, "steps must be a positive integer, got 2.5"),
         ({"shift": 0.0}, "shift must be positive and finite, got 0.0"),
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
@@ -273,6 +273,50 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path, options, problem, 
     with pytest.raises(CheckpointError, match=f"another problem; .*{match}"):
         run(replace(config, **options), checkpoint=path, resume=True, problem=problem)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("factor", [-1.0, 2.0])
+def test_a_checkpoint_toward_another_reward_is_refused(tmp_path, factor):
+    path, config = finished(tmp_path)
+
+    def resume(reward):
+        return run(
+            config, reward=reward, checkpoint=path, resume=True, problem={"base": "gaussian"}
+        )
+
+    match = r"reward must be the one that the checkpoint was trained with: .* now \["
+    with pytest.raises(CheckpointError, match=match):
+        resume(lambda x, cond: factor * (x @ SLOPES))
+    resume(lambda x, cond: x @ SLOPES + 0.01 * torch.randn(len(x)))  # a little random, the same
+
+
+def test_a_resume_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="resume must be False without a checkpoint"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": "a"},
+        {"batch_size": 2.5},
+        {"seed": "x"},
+        {"iterations": True},
+        {"lr": "1e-3"},
+        {"importance": 1},
+        {"kernel": 3},
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(TypeError, match=rf"{name} must be of type \w+, got {value!r}"):
+        TiltConfig(**wrong)
+
+
+def test_numbers_of_other_libraries_are_options(tmp_path):
+    config = TiltConfig(iterations=np.int64(3), lr=np.float32(0.5), temperature=2)
+    assert replace(config, batch_size=4).batch_size == 4
 
 
 def test_damaged_checkpoints_and_pickles_with_code_are_refused(tmp_path):

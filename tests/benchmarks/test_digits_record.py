@@ -20,6 +20,11 @@ def within(name, law):
     return sum(r["within"] for r in rows(name, law))
 
 
+def accepted(name):
+    first, second, third = (f"{100 * r['acceptance']:.0f}" for r in rows(name, "accepted"))
+    return f"{first}, {second} and {third}"
+
+
 def distances(name, law):
     tvs = [f"{r['class_tv']:.3f}".lstrip("0") for r in rows(name, law)]
     return f"{min(tvs)} to {max(tvs)}"
@@ -28,10 +33,12 @@ def distances(name, law):
 @pytest.mark.parametrize(
     "said",
     [
-        f"for {within('digits.json', 'weighted')} of 30 classes",
+        f"base samples for {within('digits.json', 'accepted')} of 30 classes",
+        f"`certificate.resample` draws, for {within('digits.json', 'weighted')} of 30 classes",
+        f"it accepts {accepted('digits.json')} % of the trajectories",
         f"total variation of {distances('digits.json', 'chain')}, and "
         f"{within('digits.json', 'chain')} of 30 classes",
-        f"the ODE within {distances('digits.json', 'ode')}",
+        f"of the ODE within {distances('digits.json', 'ode')}",
     ],
 )
 def test_the_readme_quotes_the_record(said):

@@ -485,7 +485,7 @@ def test_checkpoints_without_frozen_weights_resume_exactly_and_know_them(tmp_pat
     def fit(module, iterations, **options):
         options = {"checkpoint": path, "save_frozen": False, "problem": {"a": 1}} | options
         trainer = Trainer(module, regression, replace(config, iterations=iterations), **options)
-        return trainer.fit(resume=True).state_dict()
+        return trainer.fit(resume=trainer.checkpoint is not None).state_dict()
 
     whole = fit(adapted(), 6, checkpoint=None)
     fit(adapted(), 4, checkpoint=tmp_path / "all.pt", save_frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flows import distributed
 from flows.callbacks import Callback
-from flows.field import Cond
+from flows.field import Cond, check_cond
 from flows.matching import flow_matching_loss, independent, optimal_transport
 from flows.trainer import Loss, Problem, Trainer, TrainingDiverged
 from flows.trainer_config import TrainerConfig, learning_rate
@@ -39,20 +39,29 @@ Sampler = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Cond]]
 COUPLINGS = {"independent": independent, "optimal_transport": optimal_transport}
 
 
-def data_sampler(data: Tensor) -> Sampler:
-    """A sampler that draws rows of ``data`` (N, *) with replacement.
+def data_sampler(data: Tensor, cond: Cond | None = None) -> Sampler:
+    """A sampler that draws rows of ``data`` (N, *) with replacement, each with its conditions.
+
+    Arguments:
+        cond: conditions of the rows, of leading size N.
 
     Raises:
-        ValueError: ``data`` is empty, has no batch dimension, or is not finite.
+        ValueError: ``data`` is empty, has no batch dimension, or is not finite; or a condition has
+            another leading size.
     """
     if data.ndim < 2 or not len(data):
         raise ValueError(f"data must have shape (N, *) with N >= 1, got {tuple(data.shape)}")
     if not data.isfinite().all():
         raise ValueError("data must be finite, got NaN or infinite entries")
 
-    def sampler(n: int, generator: torch.Generator) -> Tensor:
+    check_cond(cond, data)
+
+    def sampler(n: int, generator: torch.Generator) -> Tensor | tuple[Tensor, Cond]:
         rows = torch.randint(len(data), (n,), generator=generator, device=generator.device)
-        return data[rows.to(data.device)]
+        x = data[rows.to(data.device)]
+        if cond is None:
+            return x
+        return x, {name: c[rows.to(c.device)] for name, c in cond.items()}
 
     return sampler
 

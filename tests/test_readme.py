@@ -48,9 +48,13 @@ def test_python_runs(code, capsys):
     assert "log_weight_std" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(((?:docs|benchmarks)/[^)]+)\)", README))
-def test_linked_files_exist(path):
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?:docs|benchmarks)/[^)]+)\)", README))
+def test_linked_files_and_headings_exist(link):
+    path, _, heading = link.partition("#")
     assert (ROOT / path).is_file()
+    if heading:
+        titles = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), flags=re.MULTILINE)
+        assert heading in [title.lower().replace(" ", "-") for title in titles]
 
 
 def test_the_exported_policy_is_run_by_the_code_that_is_tested():

@@ -14,7 +14,10 @@ def test_every_block_runs_and_prints_what_it_says(capsys):
     torch.manual_seed(0)
     names = {}
     for block in BLOCKS:
-        exec(re.sub(r"iterations=\d+", "iterations=3, certificate_samples=64", block), names)
+        few = re.sub(
+            r"TiltConfig\(iterations=\d+", "TiltConfig(iterations=3, certificate_samples=64", block
+        )
+        exec(re.sub(r"TrainerConfig\(iterations=\d+", "TrainerConfig(iterations=3", few), names)
         printed = capsys.readouterr().out.splitlines()
         for expected in re.findall(r"print\(.*\)  # (.*)$", block, flags=re.MULTILINE):
             assert expected in printed

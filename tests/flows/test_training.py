@@ -564,6 +564,17 @@ def test_losses_and_modules_are_checked():
 # --- fitting a flow ------------------------------------------------------------------------------
 
 
+def test_data_sampler_draws_rows_with_their_conditions():
+    data = torch.arange(20.0)[:, None]
+    sampler = data_sampler(data, {"c": 2 * data, "label": torch.arange(20)})
+    x, cond = sampler(100, torch.Generator().manual_seed(0))
+    assert torch.equal(cond["c"], 2 * x)
+    assert torch.equal(cond["label"], x[:, 0].long())
+    assert torch.equal(x, data_sampler(data)(100, torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match=r"cond\['c'\] must have the leading size 20 of x"):
+        data_sampler(data, {"c": data[:3]})
+
+
 def test_data_sampler_draws_rows_evenly_by_the_generator():
     data = torch.arange(5.0)[:, None] * torch.tensor([1.0, 10.0])
     sampler = data_sampler(data)

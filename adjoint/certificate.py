@@ -10,8 +10,12 @@ p_β(path) e^{r} with respect to the path law of the model, so E[w] = Z = E_β[e
 and E[w f]/E[w] is the expectation of f under the exact tilt of the base chain.  At the optimum
 log w is constant and equals log Z: its standard deviation is the headline number, and zero means
 done.  What the certificate cannot see is what the model never visits, and the discretisation error
-of the base chain itself.  With conditions, log w at the optimum is log Z(c): its spread over the
-conditions remains, so judge a conditional tilt one condition at a time.
+of the base chain itself.
+
+With conditions, log w at the optimum is log Z(c), and its spread over the conditions says nothing.
+So trajectories come in groups of one condition each: variances are those within groups, weights sum
+to one over each group but for the number of groups (so that means are over p(c) p*(x|c)), and log Z
+is the mean of log Z(c) over the groups.
 
 Where few samples carry all the weight, their spread says nothing about the error: it vanishes when
 one is left.  Standard errors are therefore infinite below `ENOUGH` effective samples, ``ess`` · N;
@@ -26,7 +30,8 @@ Of several processes each runs its own trajectories, and every one gets the cert
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+import statistics
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -102,40 +107,48 @@ class Certificate:
         rewards: (N,) r at the samples; where a temperature T was given to `tilt`, r / T.
         log_weights: (N,) log w.
         path_kls: (N,) Σ‖d_k‖²/(2 std_k²); their mean bounds KL(tilted ‖ base).
+        groups: number of equal groups of neighbours, each under one condition.
     """
 
     samples: Tensor
     rewards: Tensor
     log_weights: Tensor
     path_kls: Tensor
+    groups: int = 1
+
+    @property
+    def grouped(self) -> Tensor:
+        """Log-weights (groups, N / groups), float64."""
+        return self.log_weights.double().reshape(self.groups, -1)
 
     @property
     def weights(self) -> Tensor:
-        """Self-normalised importance weights (N,), summing to 1."""
-        return torch.softmax(self.log_weights.double(), 0)
+        """Self-normalised importance weights (N,), summing to 1, and to as much in each group."""
+        return torch.softmax(self.grouped, 1).flatten() / self.groups
 
     @property
     def log_weight_std(self) -> float:
-        """Standard deviation of log w: 0 at the exact tilt."""
-        return float(self.log_weights.double().std())
+        """Standard deviation of log w, within groups: 0 at the exact tilt."""
+        return float(self.grouped.var(1).mean().sqrt())
 
     @property
     def log_z(self) -> float:
-        """Estimate of log Z = log E_β[e^r]."""
-        return log_mean_exp(self.log_weights)[0]
+        """Estimate of log Z = log E_β[e^r]; of its mean over the groups."""
+        return statistics.fmean(log_mean_exp(group)[0] for group in self.grouped)
 
     @property
     def log_z_stderr(self) -> float:
         """Standard error of log Z by the delta method: the relative standard error of mean w.
 
-        Infinite below `ENOUGH` effective samples.
+        For the conditions at hand, where there are several.  Infinite where a group has fewer than
+        `ENOUGH` effective samples.
         """
-        return log_mean_exp(self.log_weights)[1]
+        return math.hypot(*(log_mean_exp(group)[1] for group in self.grouped)) / self.groups
 
     @property
     def ess(self) -> float:
-        """Effective sample size divided by N, in (0, 1]."""
-        return log_mean_exp(self.log_weights)[2]
+        """Effective sample size divided by N, in (0, 1]; of groups, their harmonic mean."""
+        return 1 / statistics.fmean(1 / log_mean_exp(group)[2] for group in self.grouped)
 
     @property
     def path_kl(self) -> float:
@@ -150,7 +163,8 @@ class Certificate:
     def weighted_mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Expectation of ``values`` (N, ...) under the exact tilt, and its standard error (...).
 
-        The error is infinite below `ENOUGH` effective samples: then do not trust the mean either.
+        The error is infinite below `ENOUGH` effective samples (of the typical group): then do not
+        trust the mean either.
 
         Raises:
             TypeError, ValueError: no tensor, or not one value (of any shape) for each sample.
@@ -165,7 +179,7 @@ class Certificate:
         values = values.double()
         weights = self.weights.reshape(-1, *([1] * (values.ndim - 1)))
         mean = (weights * values).sum(0)
-        if self.ess * len(values) < ENOUGH:
+        if self.ess * len(values) < ENOUGH * self.groups:
             return mean, torch.full_like(mean, math.inf)
         return mean, (weights * (values - mean)).square().sum(0).sqrt()
 
@@ -213,6 +227,7 @@ def certify(
     x0: Tensor,
     *,
     cond: Cond | None = None,
+    groups: int = 1,
     batch_size: int = 4096,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -225,10 +240,16 @@ def certify(
         field: tilted velocity; the base itself gives the certificate "before".
         x0: standard normal starts.
         cond: conditions with leading size N.
+        groups: number of equal groups of neighbours that have the same conditions.
         batch_size: trajectories at a time.
         generator: of the step noise, on the device of x0.
         progress: show a bar.
+
+    Raises:
+        ValueError: N starts are not ``groups`` equal groups.
     """
+    if groups < 1 or len(x0) % groups:
+        raise ValueError(f"groups must divide the {len(x0)} starts, got {groups}")
     starts = chunks(len(x0), batch_size)
     parts = [
         certify_batch(field, base, reward, kernel, x0[i], rows_of(cond, i), generator=generator)
@@ -238,7 +259,13 @@ def certify(
     def joined(name: str) -> Tensor:
         return distributed.gather(torch.cat([getattr(part, name) for part in parts]))
 
-    return Certificate(*(joined(f.name) for f in fields(Certificate)))
+    return Certificate(
+        joined("samples"),
+        joined("rewards"),
+        joined("log_weights"),
+        joined("path_kls"),
+        groups * distributed.size(),
+    )
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class TiltConfig(TrainerConfig):
     probe_samples: int = 8192
     """ODE samples of the base that its mmse, the checks and the comparison of log Z are made of."""
     certificate_samples: int = 4096
-    """Trajectories of each of the two certificates; 0 is none."""
+    """Trajectories of each of the two certificates, 64 under each condition; 0 is none."""
     max_batch: int = 4096
     """Trajectories or samples at a time in probe and certificates, of one process."""
     micro_batch: int = 0

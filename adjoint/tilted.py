@@ -18,6 +18,9 @@ from flows import distributed
 from flows.field import Cond, VelocityField
 from flows.sampling import sample
 
+TOGETHER = 64
+"""Trajectories of a certificate that share a condition."""
+
 
 @dataclass(frozen=True)
 class Tilted:
@@ -34,7 +37,8 @@ class Tilted:
         config: options of the run.
         log_z_ode, log_z_ode_stderr: log mean e^r over ODE samples of the base.  It must agree with
             the certificates' log_z, up to the error of the grid, if the base is the flow that the
-            method assumes; see `tilt`.
+            method assumes; see `tilt`.  With conditions, the logarithm of the mean of Z(c), where
+            the certificates have the mean of log Z(c).
         dtype: of the state, which weights of half the precision do not have.
     """
 
@@ -127,9 +131,11 @@ class Tilted:
         for column in (before, after):
             column["reward"] *= self.config.temperature
         rows = [f"{name:<18}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
-        error = f"± {self.log_z_ode_stderr:.4f}"
-        check = f"{'log_z by ODE':<18}{self.log_z_ode:>12.4f}{error:>12}"
-        return "\n".join([f"{'':<18}{'base':>12}{'tilted':>12}", *rows, check])
+        rows = [f"{'':<18}{'base':>12}{'tilted':>12}", *rows]
+        if self.certificate.groups == 1:  # of conditions it is another mean
+            error = f"± {self.log_z_ode_stderr:.4f}"
+            rows.append(f"{'log_z by ODE':<18}{self.log_z_ode:>12.4f}{error:>12}")
+        return "\n".join(rows)
 
 
 def certificate_of(
@@ -145,13 +151,21 @@ def certificate_of(
     *,
     progress: bool = False,
 ) -> Certificate | None:
-    """Certificate with noise that depends only on the seed; None if no samples are asked for."""
+    """Certificate with noise that depends only on the seed; None if no samples are asked for.
+
+    Of a conditional flow it has groups of `TOGETHER` trajectories under one condition.
+    """
     n = distributed.share(config.certificate_samples)
     if not n:
         return None
     generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 2))
+    groups = 1 if cond_sampler is None else max(1, n // TOGETHER)
+    n = groups * (n // groups)
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
-    cond = None if cond_sampler is None else cond_sampler(n, generator)
+    cond = None
+    if cond_sampler is not None:
+        few = cond_sampler(groups, generator)
+        cond = {name: c.repeat_interleave(n // groups, 0) for name, c in few.items()}
     return certify(
         field,
         base,
@@ -159,6 +173,7 @@ def certificate_of(
         kernel,
         x0,
         cond=cond,
+        groups=groups,
         batch_size=config.max_batch,
         generator=generator,
         progress=progress,

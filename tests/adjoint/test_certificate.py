@@ -127,6 +127,33 @@ def test_resampled_samples_follow_the_exact_tilt():
         found.resample(0)
 
 
+def test_groups_are_judged_within():
+    """Against the certificate of each: two tilts whose log Z differ by six."""
+    runs = [certificate(gaussian(m), gaussian(m), linear, "moment_matched", 10) for m in (-3, 3)]
+    names = ("samples", "rewards", "log_weights", "path_kls")
+    both = Certificate(*(torch.cat([getattr(run, n) for run in runs]) for n in names), groups=2)
+    assert both.log_z == pytest.approx((runs[0].log_z + runs[1].log_z) / 2)
+    assert abs(both.log_z - (LAMBDA**2 * S2 / 2)) < 3 * both.log_z_stderr + 0.005
+    variance = (runs[0].log_weight_std ** 2 + runs[1].log_weight_std ** 2) / 2
+    assert both.log_weight_std == pytest.approx(variance**0.5)
+    assert float(both.log_weights.std()) > 4 * both.log_weight_std
+    halves = torch.cat([run.weights for run in runs]) / 2
+    torch.testing.assert_close(both.weights, halves)
+    assert both.ess == pytest.approx(1 / float(len(halves) * halves.square().sum()))
+    errors = [run.log_z_stderr for run in runs]
+    assert both.log_z_stderr == pytest.approx(math.hypot(*errors) / 2)
+    mean, error = both.weighted_mean(both.samples)
+    assert abs(float(mean) - LAMBDA * S2) < 3 * float(error)
+    assert abs(float(both.resample(4000).mean()) - LAMBDA * S2) < 0.2
+
+
+def test_groups_that_do_not_divide_the_starts_are_refused():
+    base = gaussian()
+    kernel = kernel_for(base, "moment_matched", 4)
+    with pytest.raises(ValueError, match="groups must divide the 10 starts, got 3"):
+        certify(base, base, linear, kernel, torch.zeros(10, 1), groups=3)
+
+
 def test_what_is_no_value_of_each_sample_has_no_mean():
     x = torch.zeros(20, 2)
     found = Certificate(x, x[:, 0], x[:, 0], x[:, 0])

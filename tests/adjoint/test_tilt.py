@@ -139,12 +139,15 @@ def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
             dtype=torch.float64,
         )
         torch.testing.assert_close(found.field.w.detach(), S2 * matrix, rtol=0.02, atol=0.01)
-        c = cond_sampler(512, None)["c"]
+        c = cond_sampler(8, None)["c"].repeat_interleave(64, 0)
         slopes = c @ matrix.T
         log_z = (slopes * c).sum(1) + 0.5 * S2 * slopes.square().sum(1)
         error = found.certificate.log_weights - log_z
         assert float(error.std()) < 0.03
         assert abs(float(error.mean())) < 0.01
+        assert float(found.certificate.log_weights.std()) > 0.15  # of log Z(c)
+        assert found.certificate.log_weight_std < 0.03
+        assert found.certificate.log_z == pytest.approx(float(log_z.mean()), abs=0.01)
         one = {"c": torch.tensor([[0.6, -0.3]], dtype=torch.float64).expand(20_000, 2)}
         x = found.sample(20_000, cond=one, generator=torch.Generator().manual_seed(0))
         exact = one["c"][0] + S2 * (matrix @ one["c"][0])

@@ -55,8 +55,13 @@ def show_digits(config: digits.DigitsConfig) -> None:
 
 def show_demo(demo: Demo) -> None:
     """The two-dimensional demonstration, then the digits."""
-    toy = RunConfig(folder=demo.folder, resume=demo.resume)
-    image = digits.DigitsConfig(folder=demo.folder / "digits", resume=demo.resume, quick=demo.quick)
+    toy = RunConfig(folder=demo.folder, resume=demo.resume, overwrite=not demo.resume)
+    image = digits.DigitsConfig(
+        folder=demo.folder / "digits",
+        resume=demo.resume,
+        overwrite=not demo.resume,
+        quick=demo.quick,
+    )
     if demo.quick:
         toy = replace(toy, base_iterations=300, iterations=60, samples=4000)
     print("1. A flow trained on samples in the plane, tilted toward a half-plane.")
@@ -121,7 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command with --resume continues" if hasattr(command, "resume") else ""
+        flag = "--resume"
+        if getattr(command, "overwrite", False):
+            flag += " instead of --overwrite"
+        hint = f"; the same command with {flag} continues" if hasattr(command, "resume") else ""
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     return 0

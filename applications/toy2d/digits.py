@@ -22,6 +22,7 @@ from adjoint.reward import Reward
 from adjoint.tilt import TiltConfig, Tilted, tilt
 from applications.toy2d import handwriting, images
 from applications.toy2d.digit_judge import Comparison, compare, distances
+from applications.toy2d.folders import CONFIG, Resumed, claim, locked
 from applications.toy2d.handwriting import CLASSES, DIM, SIZE, Classifier, DigitReward, Digits
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, CSVLogger, ProgressBar
@@ -87,6 +88,8 @@ class DigitsConfig:
     """Where the run is written."""
     resume: bool = False
     """Continue from the checkpoints in the folder."""
+    overwrite: bool = False
+    """Begin anew where the folder holds a run already."""
     quick: bool = False
     """A tenth of the training, to see that everything works."""
 
@@ -98,6 +101,8 @@ class DigitsConfig:
         """
         if not 0 <= self.digit < CLASSES:
             raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite must not both be given")
         object.__setattr__(self, "device", str(choose_device(self.device)))
         minima = {"samples": 100, "width": 1, "base_batch_size": 1}
         minima |= {"base_iterations": 0, "classifier_iterations": 0}
@@ -158,8 +163,9 @@ def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu")
 
 
 def watchers(config: DigitsConfig, name: str) -> list[Callback]:
-    """Progress bar and log of one of the three trainings."""
-    return [ProgressBar(f"digits: {name}"), CSVLogger(config.folder / f"{name}.csv")]
+    """What one of the three trainings shows and logs."""
+    shown = f"digits: {name}"
+    return [Resumed(shown), ProgressBar(shown), CSVLogger(config.folder / f"{name}.csv")]
 
 
 def train_judge(config: DigitsConfig, data: Digits) -> Classifier:
@@ -262,28 +268,31 @@ def run(config: DigitsConfig) -> Report:
         What report.json holds.
 
     Raises:
-        ValueError: an unknown kernel or an option out of range; before any file changes.
+        ValueError: an unknown kernel, an option out of range, or a folder that is not free
+            (`folders.claim`); before any file changes.
         OSError: the folder cannot be written; before any training.
         CheckpointError: resuming from a file that is damaged or of another problem.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
-    started = time.perf_counter()
     config = config.sized
     _ = config.tilt_options  # refuse bad options before files change and classifier and base train
     checkpoints.ensure_writable(config.folder / "report.json", "folder")
-    settings = asdict(config) | {"versions": checkpoints.versions()}
-    if not config.resume:  # what a resume finds stays until its checkpoints are accepted
-        for name in ("report.json", "classifier.pt", "base.pt", "tilt.pt"):
-            (config.folder / name).unlink(missing_ok=True)
-        write_json(config.folder / "config.json", settings)
+    with locked(config.folder):
+        return _run(config)
 
+
+def _run(config: DigitsConfig) -> Report:
+    """What ``run`` does once options and folder are known to be in order."""
+    started = time.perf_counter()
+    settings = asdict(config) | {"versions": checkpoints.versions()}
+    claim(config.folder, settings, resume=config.resume, overwrite=config.overwrite)
     data = handwriting.load(config.seed)
     classifier = train_judge(config, data).to(config.device)
     base = train_base(config, data).to(config.device)
     data = data.to(config.device)
     reward = DigitReward(classifier, config.digit)
     tilted = tilt_digits(config, base, reward)
-    write_json(config.folder / "config.json", settings)
+    write_json(config.folder / CONFIG, settings)  # a resume is what its checkpoints accepted
 
     print("digits: drawing samples and pictures", file=sys.stderr)
     first = 1000 * config.seed + 1

@@ -12,6 +12,7 @@ from applications.toy2d import pictures
 from applications.toy2d.animation import flow_animation
 from applications.toy2d.charts import certificate_histogram, training_curves
 from applications.toy2d.exact import GridTilt, ResampledTilt
+from applications.toy2d.folders import locked
 from applications.toy2d.run import Run
 from flows.field import VelocityField
 from flows.grid import uniform
@@ -51,7 +52,18 @@ def densities(run: Run) -> tuple[Tensor | None, Tensor | None]:
 
 
 def draw(run: Run) -> list[Path]:
-    """Write every picture into the run's folder; returns their paths."""
+    """Write every picture into the run's folder; returns their paths.
+
+    Raises:
+        ValueError: another run is in that folder by now.
+        OSError: a picture cannot be written.
+    """
+    with locked(run.config.path):
+        return _draw(run)
+
+
+def _draw(run: Run) -> list[Path]:
+    """What ``draw`` does in a folder that is locked."""
     folder, extent = run.config.path, run.target.extent
     report, generator = run.report, torch.Generator().manual_seed(run.config.seed)
     reward_map = run.reward(plane_points(extent, RESOLUTION)).reshape(RESOLUTION, RESOLUTION)

@@ -61,6 +61,7 @@ def learned_densities(config: GalleryConfig, target: Target) -> dict[str, Tensor
             reward=name,
             folder=config.folder / f"{target.name}-{name}",
             resume=config.resume,
+            overwrite=not config.resume,
         )
         finished = run(options, base=base)
         base = finished.tilted.base

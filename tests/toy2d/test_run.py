@@ -179,7 +179,8 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
     assert error.startswith("error: folder: cannot write")
     assert str(tmp_path / "file") in error
     (tmp_path / "run" / "tilt.pt").mkdir(parents=True)
-    assert main(arguments(small(tmp_path / "run"))) == 1
+    (tmp_path / "run" / "config.json").write_text('{"base_iterations": 1}')
+    assert main(arguments(small(tmp_path / "run"), "--overwrite")) == 1
     assert capsys.readouterr().err.startswith(f"error: cannot access {tmp_path}/run/tilt.pt: ")
 
 

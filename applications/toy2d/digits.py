@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adjoint.certificate import ENOUGH
+from adjoint.covariance import MAX_DIM
 from adjoint.informed import informed
 from adjoint.reward import Reward
 from adjoint.tilt import TiltConfig, Tilted, tilt
 from applications.toy2d import handwriting, images
 from applications.toy2d.digit_judge import Comparison, compare, distances
+from applications.toy2d.exact import judged
 from applications.toy2d.folders import CONFIG, Resumed, claim, locked
 from applications.toy2d.handwriting import CLASSES, DIM, SIZE, Classifier, DigitReward, Digits
 from flows import checkpoint as checkpoints
@@ -35,6 +38,16 @@ Report = dict[str, str | int | float]
 
 SAMPLE_STEPS = 50
 """Adams-Bashforth steps of every ODE sample."""
+
+OF_ODE = (
+    *("target_fraction_exact", "target_fraction_exact_stderr"),
+    *("class_tv", "reward_exact", "nn_distance_exact"),
+)
+OF_CHAIN = (
+    *("chain_fraction_exact", "chain_fraction_exact_stderr"),
+    *("chain_class_tv", "log_z_exact", "log_z_exact_stderr"),
+)
+"""Numbers of a report that are made with the exact tilt of either law of the base."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,11 @@ class DigitsConfig:
         """
         if not 0 <= self.digit < CLASSES:
             raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
+        if self.kernel == "covariance_matched":
+            raise ValueError(
+                f"kernel must be one for the {DIM} dimensions of an image, got "
+                f"'covariance_matched', which serves up to {MAX_DIM}"
+            )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
         object.__setattr__(self, "device", str(choose_device(self.device)))
@@ -315,6 +333,8 @@ def _run(config: DigitsConfig) -> Report:
         "reward_exact": ode.resampled.reward_tilted * config.temperature,
     }
     report |= distances(classifier, data, config.digit, after, ode.resampled)
+    report = judged(report, OF_ODE, ode.resampled, "the base's ODE")
+    report = judged(report, OF_CHAIN, chain.resampled, "the base's chain")
     report["classifier_accuracy"] = classifier.accuracy(data.test, data.test_labels)
     draw(config, before, after, ode)
     report["seconds"] = time.perf_counter() - started
@@ -323,9 +343,13 @@ def _run(config: DigitsConfig) -> Report:
 
 
 def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -> None:
-    """Write digits.png (images before and after) and classes.png (frequencies)."""
+    """Write digits.png (images before and after) and classes.png (frequencies).
+
+    Without those of the exact tilt, where too few effective samples know it.
+    """
     about = f"reward log P({config.digit} | x), temperature {config.temperature:g}"
     d = config.digit
+    known = ode.resampled.effective >= ENOUGH
     images.image_grid(
         config.folder / "digits.png",
         before[:96].reshape(-1, SIZE, SIZE).cpu(),
@@ -339,8 +363,9 @@ def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -
         config.folder / "classes.png",
         ode.base,
         ode.tilted,
-        ode.exact,
-        exact_error=ode.exact_error,
+        ode.exact if known else None,
+        tilted_error=ode.tilted_error,
+        exact_error=ode.exact_error if known else None,
         title="Which digits are drawn",
         subtitle=f"frequency of each digit; {about}",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from flows.sampling import sample
 
 CONTROL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 RESOLUTION = 160
+CONTROL = r"$u = v_\mathrm{tilted} - v_\mathrm{base}$ over the tilted flow's density"
 CURVES = ("loss", "reward", "log_weight_std", "path_kl", "grad_norm", "ess")
 
 
@@ -79,13 +81,18 @@ def _draw(run: Run) -> list[Path]:
     assert certificate is not None
     assert before is not None
     title = f"{run.config.target}, tilted toward {run.config.reward}"
-    subtitle = run.reward.description
+    temperature = run.config.temperature
+    scaled = "" if temperature == 1 else " / temperature"
+    heat = "" if temperature == 1 else f"; temperature {temperature:g}"
+    subtitle = run.reward.description + heat
     if isinstance(run.exact, ResampledTilt):
         subtitle += "; exact tilt: the base's own samples, resampled (with repeats)"
+    log_z, log_z_stderr = (float(report[f"log_z_exact{end}"]) for end in ("", "_stderr"))
 
     def triptych() -> Path:
         def caption(name: str) -> str:
-            return f"mean reward {report[name]:.2f}"
+            mean = float(report[name])
+            return "too few effective samples" if math.isnan(mean) else f"mean reward {mean:.2f}"
 
         return pictures.triptych(
             folder / "densities.png",
@@ -104,24 +111,39 @@ def _draw(run: Run) -> list[Path]:
 
     jobs = [
         triptych,
-        lambda: pictures.particle_paths(folder / "paths.png", *paths, extent=extent),
+        lambda: pictures.particle_paths(
+            folder / "paths.png",
+            *paths,
+            extent=extent,
+            subtitle=f"the same noise carried by the base flow and by the tilted flow{heat}",
+        ),
         lambda: pictures.control_field(
             folder / "control.png",
             control_on_grid(run.tilted.field, run.tilted.base, extent),
             torch.tensor(CONTROL_TIMES),
             extent=extent,
             samples=paths[1][moments],
+            subtitle=CONTROL + heat,
         ),
         lambda: certificate_histogram(
             folder / "certificate.png",
             before.log_weights,
             certificate.log_weights,
-            log_z_exact=float(report["log_z_exact"]),
+            log_z_exact=None if math.isnan(log_z) else log_z,
+            log_z_exact_stderr=log_z_stderr,
+            subtitle=f"log-weights of trajectories; the exact tilt is one spike at log Z{heat}",
         ),
     ]
     if run.config.iterations:
         jobs.append(
-            lambda: training_curves(folder / "training.png", folder / "tilt.csv", columns=CURVES)
+            lambda: training_curves(
+                folder / "training.png",
+                folder / "tilt.csv",
+                columns=CURVES,
+                labels={"reward": f"reward{scaled}"},
+                refined_from=run.config.tilt_options.restart,
+                subtitle=heat.removeprefix("; "),
+            )
         )
     if run.config.animation:
         jobs.append(

@@ -26,6 +26,7 @@ from applications.toy2d.exact import (
     GridTilt,
     ResampledTilt,
     grid_tilt,
+    judged,
     mode_tv,
     resample_tilt,
     w2_ratio,
@@ -46,6 +47,9 @@ SAMPLE_STEPS = 50
 
 CHECKPOINT_EVERY = 50
 """Updates, a few seconds of work, between two checkpoints."""
+
+COMPARED = ("reward_exact", "log_z_exact", "log_z_exact_stderr", "w2_ratio", "mode_tv")
+"""Numbers of a report that are made with the exact tilt."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,10 @@ def make_report(
     base: Tensor,
     exact: GridTilt | ResampledTilt,
 ) -> dict[str, str | int | float]:
-    """The numbers of a run, flat; rewards are those of the ODE's samples, unscaled."""
+    """The numbers of a run, flat; rewards are those of the ODE's samples, unscaled.
+
+    What is compared with an exact tilt of too few effective samples is NaN (`exact.judged`).
+    """
     assert tilted.certificate is not None
     assert tilted.certificate_base is not None
     assert target.modes is not None
@@ -262,16 +269,19 @@ def make_report(
     size = min(2500, config.samples // 4)
     sets = [exact.sample(4 * size, generator) for _ in range(2)]
     after = tilted.certificate
-    return {
+    report: dict[str, str | int | float] = {
         "target": config.target,
         "reward": config.reward,
+        "temperature": config.temperature,
         "kernel": config.kernel,
         "steps": config.steps,
         "reward_base": float(reward(base).mean()),
         "reward_tilted": float(reward(samples).mean()),
         "reward_exact": exact.reward_tilted * config.temperature,
         "log_z": after.log_z,
+        "log_z_stderr": after.log_z_stderr,
         "log_z_exact": exact.log_z,
+        "log_z_exact_stderr": exact.log_z_stderr,
         "log_weight_std_base": tilted.certificate_base.log_weight_std,
         "log_weight_std": after.log_weight_std,
         "ess": after.ess,
@@ -279,6 +289,7 @@ def make_report(
         "w2_ratio": w2_ratio(samples, *sets, size=size, generator=generator),
         "mode_tv": mode_tv(samples, exact, target.modes),
     }
+    return judged(report, COMPARED, exact, "the base")
 
 
 def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:

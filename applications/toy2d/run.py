@@ -3,7 +3,7 @@
 The base is the target's own flow in closed form (mixtures), or a network trained on its samples.
 What the tilt should be is then the tilt of *that base's* law: by quadrature for a closed form, and
 by importance-resampling the base's own samples for a trained one, so that errors of the base are
-not blamed on the tilt.
+not blamed on the tilt; where too few of those samples count, nothing is compared (`exact.judged`).
 
 A run's folder holds ``config.json`` (options, versions), ``base.csv``, ``tilt.csv`` (metrics),
 ``base.pt``, ``tilt.pt`` (checkpoints), ``report.json`` and the pictures.

@@ -132,7 +132,7 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL of the command line itself, in the middle of the tilt."""
-    config = small(tmp_path / "killed", iterations=800)
+    config = small(tmp_path / "killed", iterations=300)
     command = [sys.executable, "-m", "applications.toy2d", *arguments(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoint = config.path / "tilt.pt"
@@ -141,9 +141,9 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoints.load(checkpoint)["iteration"] < 800
+    assert checkpoints.load(checkpoint)["iteration"] < 300
     assert not (config.path / "report.json").exists()
-    undisturbed = small(tmp_path / "undisturbed", iterations=800)
+    undisturbed = small(tmp_path / "undisturbed", iterations=300)
     for rest in (arguments(config, "--resume"), arguments(undisturbed)):
         subprocess.run([*command[:3], *rest], check=True, capture_output=True)
     a, b = (checkpoints.load(c.path / "tilt.pt") for c in (config, undisturbed))

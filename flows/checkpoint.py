@@ -194,7 +194,12 @@ def _open_temporary(path: Path, name: str) -> BinaryIO:
 
 
 def _unwritable(path: Path, name: str, error: OSError) -> OSError:
-    return OSError(error.errno, f"{name}: cannot write {str(path)!r}: {error.strerror or error}")
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        for folder in path.parents:
+            if folder.exists() and not folder.is_dir():
+                reason += f": {str(folder)!r} is a file, expected a folder"
+    return OSError(error.errno, f"{name}: cannot write {str(path)!r}: {reason}")
 
 
 def _plain(value: Any, place: str) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import tyro
+from tqdm import tqdm
 
-from adjoint.kernel import KERNELS
-from applications.toy2d import digits, overview
+from applications.toy2d import digits, kernels, overview
 from applications.toy2d.draw import draw
 from applications.toy2d.rewards import REWARDS
 from applications.toy2d.run import RunConfig, run, table
@@ -55,8 +56,13 @@ def show_digits(config: digits.DigitsConfig) -> None:
 
 def show_demo(demo: Demo) -> None:
     """The two-dimensional demonstration, then the digits."""
-    toy = RunConfig(folder=demo.folder, resume=demo.resume)
-    image = digits.DigitsConfig(folder=demo.folder / "digits", resume=demo.resume, quick=demo.quick)
+    toy = RunConfig(folder=demo.folder, resume=demo.resume, overwrite=not demo.resume)
+    image = digits.DigitsConfig(
+        folder=demo.folder / "digits",
+        resume=demo.resume,
+        overwrite=not demo.resume,
+        quick=demo.quick,
+    )
     if demo.quick:
         toy = replace(toy, base_iterations=300, iterations=60, samples=4000)
     print("1. A flow trained on samples in the plane, tilted toward a half-plane.")
@@ -75,7 +81,7 @@ def show_list(_: List) -> None:
     for name, make in REWARDS.items():  # their own words: making one may train a network
         print(f"  {name:<18}{inspect.getdoc(make) or ''}".splitlines()[0].rstrip("."))
     print("kernels")
-    print("\n".join(f"  {name}" for name in KERNELS))
+    print("\n".join(f"  {name:<20}{words}" for name, words in kernels.DESCRIPTIONS.items()))
 
 
 COMMANDS: dict[type, Callable] = {
@@ -109,11 +115,27 @@ def describe(error: OSError) -> str:
     return f"cannot access {error.filename}: {error.strerror}"
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line that leaves progress bars in place; without where it was raised."""
+    tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; an expected failure is one line on stderr and exit status 1."""
+    """Parse and run; a warning or an expected failure is one line on stderr, the latter's exit
+    status 1.
+    """
     command = parse(arguments)
     try:
-        COMMANDS[type(command)](command)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            COMMANDS[type(command)](command)
     except OSError as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
@@ -121,7 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command with --resume continues" if hasattr(command, "resume") else ""
+        flag = "--resume"
+        if getattr(command, "overwrite", False):
+            flag += " instead of --overwrite"
+        hint = f"; the same command with {flag} continues" if hasattr(command, "resume") else ""
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     return 0

@@ -9,7 +9,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ def certificate_histogram(
     tilted: Array,
     *,
     log_z_exact: float | None = None,
+    log_z_exact_stderr: float = 0.0,
     title: str = "The certificate",
-    subtitle: str = "log-weights of trajectories; the exact tilt is one spike at log Z",
+    subtitle: str = "",
     bins: int = 60,
 ) -> Path:
     """Histograms of the log-weights before and after, on one axis, with log Z and std(log w).
@@ -44,6 +45,7 @@ def certificate_histogram(
         base: Log-weights (N,) of the untilted flow.
         tilted: Log-weights (M,) of the tilted flow.
         log_z_exact: The exact log Z, where it is known.
+        log_z_exact_stderr: Its standard error; 0 where there is none to tell.
         title: Headline.
         subtitle: Line below it.
         bins: Equal bins over the range of each set.
@@ -88,6 +90,8 @@ def certificate_histogram(
     axes[1, 0].set_xlabel("log w", color=style.MUTED, fontsize=9)
     if log_z_exact is not None:
         note = f"dashed: exact log Z = {log_z_exact:.3f}"
+        if log_z_exact_stderr:
+            note += f" ± {log_z_exact_stderr:.3f}"
         width, height = figure.get_size_inches()
         figure.text(0.6 / width, 0.2 / height, note, color=style.INK, fontsize=8)
     return style.save(figure, path)
@@ -100,9 +104,10 @@ def training_curves(
     columns: Sequence[str] | None = None,
     exact: Mapping[str, float] | None = None,
     smoothing: float = 0.01,
-    of: Literal["base", "tilted"] = "tilted",
+    labels: Mapping[str, str] | None = None,
+    refined_from: int | None = None,
     title: str = "Training",
-    subtitle: str = "faint: as logged; bright: smoothed",
+    subtitle: str = "",
 ) -> Path:
     """A panel for each logged quantity against the iteration, as logged and smoothed.
 
@@ -114,9 +119,11 @@ def training_curves(
         columns: What to draw; all but the iteration unless given.
         exact: Known optima by column, drawn as dashed lines.
         smoothing: Standard deviation of the Gaussian window as a fraction of the run.
-        of: What is trained, which chooses the colour.
+        labels: Headings by column; the column's name unless given.
+        refined_from: Iteration with which another loss took over: a line marks it, and curves end
+            and begin there.
         title: Headline.
-        subtitle: Line below it.
+        subtitle: Line below it, before what tells the curves apart.
 
     Raises:
         ValueError: there are no rows, a row has no iteration, or a column does not occur.
@@ -145,19 +152,28 @@ def training_curves(
     )
     for ax in axes.flat[len(wanted) :]:
         ax.set_visible(False)
-    hue = {"base": style.BASE, "tilted": style.TILTED}[of]
+    hue, names_of, legend = style.TILTED, labels or {}, ""
     for ax, name in zip(axes.flat, wanted, strict=False):
         pairs = [(_number(row["iteration"]), _number(row.get(name))) for row in rows]
         points = np.array([p for p in pairs if p[1] is not None], dtype=float).reshape(-1, 2)
         style.chart(ax)
+        head = names_of.get(name, name.replace("_", " "))
         if len(points) == 0:
-            style.heading(ax, name.replace("_", " "), caption="never logged")
+            style.heading(ax, head, caption="never logged")
             continue
         x, y = points.T
-        smooth = gaussian_filter1d(y, max(smoothing * len(y), 1e-3), mode="nearest")
-        ax.plot(x, y, color=hue, lw=0.8, alpha=0.35)
-        ax.plot(x, smooth, color=hue, lw=1.8, solid_capstyle="round")
+        cut = 0 if refined_from is None else int((x <= refined_from).sum())
+        for part in (slice(0, cut), slice(cut, None)):
+            if len(x[part]) == 0:
+                continue
+            smooth = gaussian_filter1d(y[part], max(smoothing * len(y), 1e-3), mode="nearest")
+            if not np.array_equal(smooth, y[part]):
+                ax.plot(x[part], y[part], color=hue, lw=0.8, alpha=0.35)
+                legend = "faint: as logged; bright: smoothed"
+            ax.plot(x[part], smooth, color=hue, lw=1.8, solid_capstyle="round")
         ax.plot(x[-1], smooth[-1], "o", color=style.INK, ms=4)
+        if refined_from is not None and 0 < cut < len(x):
+            _mark(ax, refined_from, "refinement")
         if y.min() > 0 and y.max() > 30 * y.min():
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -167,12 +183,28 @@ def training_curves(
         if exact is not None and name in exact:
             ax.axhline(exact[name], color=style.EXACT, lw=1.1, ls=(0, (4, 3)))
             caption += f"  of {exact[name]:.3g}"
-        style.heading(ax, name.replace("_", " "), caption=caption)
+        style.heading(ax, head, caption=caption)
         ax.margins(x=0.02)
         ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
     for ax in axes.flat[max(0, len(wanted) - across) : len(wanted)]:
         ax.set_xlabel("iteration", color=style.MUTED, fontsize=9)
+    figure.texts[1].set_text("; ".join(filter(None, (subtitle, legend))))
     return style.save(figure, path)
+
+
+def _mark(ax: Axes, iteration: int, name: str) -> None:
+    """A thin vertical line with its name at the top."""
+    ax.axvline(iteration, color=style.MUTED, lw=0.8)
+    ax.annotate(
+        name,
+        (iteration, 1),
+        (4, -3),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        color=style.MUTED,
+        fontsize=7.5,
+        va="top",
+    )
 
 
 def _span(x: np.ndarray, least: float) -> tuple[float, float]:

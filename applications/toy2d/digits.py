@@ -17,11 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adjoint.certificate import ENOUGH
+from adjoint.covariance import MAX_DIM
 from adjoint.informed import informed
 from adjoint.reward import Reward
 from adjoint.tilt import TiltConfig, Tilted, tilt
 from applications.toy2d import handwriting, images
 from applications.toy2d.digit_judge import Comparison, compare, distances
+from applications.toy2d.exact import judged
+from applications.toy2d.folders import CONFIG, Resumed, claim, locked
 from applications.toy2d.handwriting import CLASSES, DIM, SIZE, Classifier, DigitReward, Digits
 from flows import checkpoint as checkpoints
 from flows.callbacks import Callback, CSVLogger, ProgressBar
@@ -34,6 +38,16 @@ Report = dict[str, str | int | float]
 
 SAMPLE_STEPS = 50
 """Adams-Bashforth steps of every ODE sample."""
+
+OF_ODE = (
+    *("target_fraction_exact", "target_fraction_exact_stderr"),
+    *("class_tv", "reward_exact", "nn_distance_exact"),
+)
+OF_CHAIN = (
+    *("chain_fraction_exact", "chain_fraction_exact_stderr"),
+    *("chain_class_tv", "log_z_exact", "log_z_exact_stderr"),
+)
+"""Numbers of a report that are made with the exact tilt of either law of the base."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,8 @@ class DigitsConfig:
     """Where the run is written."""
     resume: bool = False
     """Continue from the checkpoints in the folder."""
+    overwrite: bool = False
+    """Begin anew where the folder holds a run already."""
     quick: bool = False
     """A tenth of the training, to see that everything works."""
 
@@ -98,6 +114,13 @@ class DigitsConfig:
         """
         if not 0 <= self.digit < CLASSES:
             raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
+        if self.kernel == "covariance_matched":
+            raise ValueError(
+                f"kernel must be one for the {DIM} dimensions of an image, got "
+                f"'covariance_matched', which serves up to {MAX_DIM}"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite must not both be given")
         object.__setattr__(self, "device", str(choose_device(self.device)))
         minima = {"samples": 100, "width": 1, "base_batch_size": 1}
         minima |= {"base_iterations": 0, "classifier_iterations": 0}
@@ -158,8 +181,9 @@ def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu")
 
 
 def watchers(config: DigitsConfig, name: str) -> list[Callback]:
-    """Progress bar and log of one of the three trainings."""
-    return [ProgressBar(f"digits: {name}"), CSVLogger(config.folder / f"{name}.csv")]
+    """What one of the three trainings shows and logs."""
+    shown = f"digits: {name}"
+    return [Resumed(shown), ProgressBar(shown), CSVLogger(config.folder / f"{name}.csv")]
 
 
 def train_judge(config: DigitsConfig, data: Digits) -> Classifier:
@@ -262,28 +286,31 @@ def run(config: DigitsConfig) -> Report:
         What report.json holds.
 
     Raises:
-        ValueError: an unknown kernel or an option out of range; before any file changes.
+        ValueError: an unknown kernel, an option out of range, or a folder that is not free
+            (`folders.claim`); before any file changes.
         OSError: the folder cannot be written; before any training.
         CheckpointError: resuming from a file that is damaged or of another problem.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
-    started = time.perf_counter()
     config = config.sized
     _ = config.tilt_options  # refuse bad options before files change and classifier and base train
     checkpoints.ensure_writable(config.folder / "report.json", "folder")
-    settings = asdict(config) | {"versions": checkpoints.versions()}
-    if not config.resume:  # what a resume finds stays until its checkpoints are accepted
-        for name in ("report.json", "classifier.pt", "base.pt", "tilt.pt"):
-            (config.folder / name).unlink(missing_ok=True)
-        write_json(config.folder / "config.json", settings)
+    with locked(config.folder):
+        return _run(config)
 
+
+def _run(config: DigitsConfig) -> Report:
+    """What ``run`` does once options and folder are known to be in order."""
+    started = time.perf_counter()
+    settings = asdict(config) | {"versions": checkpoints.versions()}
+    claim(config.folder, settings, resume=config.resume, overwrite=config.overwrite)
     data = handwriting.load(config.seed)
     classifier = train_judge(config, data).to(config.device)
     base = train_base(config, data).to(config.device)
     data = data.to(config.device)
     reward = DigitReward(classifier, config.digit)
     tilted = tilt_digits(config, base, reward)
-    write_json(config.folder / "config.json", settings)
+    write_json(config.folder / CONFIG, settings)  # a resume is what its checkpoints accepted
 
     print("digits: drawing samples and pictures", file=sys.stderr)
     first = 1000 * config.seed + 1
@@ -306,6 +333,8 @@ def run(config: DigitsConfig) -> Report:
         "reward_exact": ode.resampled.reward_tilted * config.temperature,
     }
     report |= distances(classifier, data, config.digit, after, ode.resampled)
+    report = judged(report, OF_ODE, ode.resampled, "the base's ODE")
+    report = judged(report, OF_CHAIN, chain.resampled, "the base's chain")
     report["classifier_accuracy"] = classifier.accuracy(data.test, data.test_labels)
     draw(config, before, after, ode)
     report["seconds"] = time.perf_counter() - started
@@ -314,9 +343,13 @@ def run(config: DigitsConfig) -> Report:
 
 
 def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -> None:
-    """Write digits.png (images before and after) and classes.png (frequencies)."""
+    """Write digits.png (images before and after) and classes.png (frequencies).
+
+    Without those of the exact tilt, where too few effective samples know it.
+    """
     about = f"reward log P({config.digit} | x), temperature {config.temperature:g}"
     d = config.digit
+    known = ode.resampled.effective >= ENOUGH
     images.image_grid(
         config.folder / "digits.png",
         before[:96].reshape(-1, SIZE, SIZE).cpu(),
@@ -330,8 +363,9 @@ def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -
         config.folder / "classes.png",
         ode.base,
         ode.tilted,
-        ode.exact,
-        exact_error=ode.exact_error,
+        ode.exact if known else None,
+        tilted_error=ode.tilted_error,
+        exact_error=ode.exact_error if known else None,
         title="Which digits are drawn",
         subtitle=f"frequency of each digit; {about}",
     )

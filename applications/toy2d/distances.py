@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -78,7 +79,7 @@ def w2_ratio(
     all distances between sets of N rows and along the same directions.  Its expectation is about 1
     for an exact ``x``, which is the floor.  A single value scatters around it, mostly by the random
     sizes of the modes: by about 0.35 for one block each, 0.2 for one block of ``x`` and eight exact
-    pairs, and 0.1 for eight of each.
+    pairs, and 0.1 for eight of each.  NaN where all exact rows are one point.
 
     Raises:
         ValueError: as ``sliced_wasserstein``, or a set has fewer rows than a block.
@@ -100,7 +101,7 @@ def w2_ratio(
         x_q, a_p, b_p = x[q * n : (q + 1) * n], a[p * n : (p + 1) * n], b[p * n : (p + 1) * n]
         distance += 0.5 * (_sliced(x_q, a_p, theta) + _sliced(x_q, b_p, theta))
         floor += _sliced(a_p, b_p, theta)
-    return distance / floor
+    return distance / floor if floor else math.nan
 
 
 def mode_frequencies(x: Tensor, modes: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from applications.toy2d import pictures
 from applications.toy2d.animation import flow_animation
 from applications.toy2d.charts import certificate_histogram, training_curves
 from applications.toy2d.exact import GridTilt, ResampledTilt
+from applications.toy2d.folders import locked
 from applications.toy2d.run import Run
 from flows.field import VelocityField
 from flows.grid import uniform
@@ -19,6 +21,7 @@ from flows.sampling import sample
 
 CONTROL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 RESOLUTION = 160
+CONTROL = r"$u = v_\mathrm{tilted} - v_\mathrm{base}$ over the tilted flow's density"
 CURVES = ("loss", "reward", "log_weight_std", "path_kl", "grad_norm", "ess")
 
 
@@ -51,7 +54,18 @@ def densities(run: Run) -> tuple[Tensor | None, Tensor | None]:
 
 
 def draw(run: Run) -> list[Path]:
-    """Write every picture into the run's folder; returns their paths."""
+    """Write every picture into the run's folder; returns their paths.
+
+    Raises:
+        ValueError: another run is in that folder by now.
+        OSError: a picture cannot be written.
+    """
+    with locked(run.config.path):
+        return _draw(run)
+
+
+def _draw(run: Run) -> list[Path]:
+    """What ``draw`` does in a folder that is locked."""
     folder, extent = run.config.path, run.target.extent
     report, generator = run.report, torch.Generator().manual_seed(run.config.seed)
     reward_map = run.reward(plane_points(extent, RESOLUTION)).reshape(RESOLUTION, RESOLUTION)
@@ -67,13 +81,18 @@ def draw(run: Run) -> list[Path]:
     assert certificate is not None
     assert before is not None
     title = f"{run.config.target}, tilted toward {run.config.reward}"
-    subtitle = run.reward.description
+    temperature = run.config.temperature
+    scaled = "" if temperature == 1 else " / temperature"
+    heat = "" if temperature == 1 else f"; temperature {temperature:g}"
+    subtitle = run.reward.description + heat
     if isinstance(run.exact, ResampledTilt):
         subtitle += "; exact tilt: the base's own samples, resampled (with repeats)"
+    log_z, log_z_stderr = (float(report[f"log_z_exact{end}"]) for end in ("", "_stderr"))
 
     def triptych() -> Path:
         def caption(name: str) -> str:
-            return f"mean reward {report[name]:.2f}"
+            mean = float(report[name])
+            return "too few effective samples" if math.isnan(mean) else f"mean reward {mean:.2f}"
 
         return pictures.triptych(
             folder / "densities.png",
@@ -92,24 +111,39 @@ def draw(run: Run) -> list[Path]:
 
     jobs = [
         triptych,
-        lambda: pictures.particle_paths(folder / "paths.png", *paths, extent=extent),
+        lambda: pictures.particle_paths(
+            folder / "paths.png",
+            *paths,
+            extent=extent,
+            subtitle=f"the same noise carried by the base flow and by the tilted flow{heat}",
+        ),
         lambda: pictures.control_field(
             folder / "control.png",
             control_on_grid(run.tilted.field, run.tilted.base, extent),
             torch.tensor(CONTROL_TIMES),
             extent=extent,
             samples=paths[1][moments],
+            subtitle=CONTROL + heat,
         ),
         lambda: certificate_histogram(
             folder / "certificate.png",
             before.log_weights,
             certificate.log_weights,
-            log_z_exact=float(report["log_z_exact"]),
+            log_z_exact=None if math.isnan(log_z) else log_z,
+            log_z_exact_stderr=log_z_stderr,
+            subtitle=f"log-weights of trajectories; the exact tilt is one spike at log Z{heat}",
         ),
     ]
     if run.config.iterations:
         jobs.append(
-            lambda: training_curves(folder / "training.png", folder / "tilt.csv", columns=CURVES)
+            lambda: training_curves(
+                folder / "training.png",
+                folder / "tilt.csv",
+                columns=CURVES,
+                labels={"reward": f"reward{scaled}"},
+                refined_from=run.config.tilt_options.restart,
+                subtitle=heat.removeprefix("; "),
+            )
         )
     if run.config.animation:
         jobs.append(

@@ -18,7 +18,8 @@ against either are in ``distances`` and can be imported from here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,7 @@ __all__ = [
     "ResampledTilt",
     "RewardFunction",
     "grid_tilt",
+    "judged",
     "mode_tv",
     "resample_tilt",
     "sliced_wasserstein",
@@ -74,6 +76,11 @@ class GridTilt:
     mass: float
     reward_base: float
     reward_tilted: float
+
+    @property
+    def log_z_stderr(self) -> float:
+        """Standard error of log Z: a quadrature has none."""
+        return 0.0
 
     @property
     def cell(self) -> float:
@@ -181,6 +188,11 @@ class ResampledTilt:
     ess: float
 
     @property
+    def effective(self) -> float:
+        """Effective sample size."""
+        return self.ess * len(self.samples)
+
+    @property
     def reward_base(self) -> float:
         """E[r] under the base."""
         return float(self.rewards.mean())
@@ -197,7 +209,7 @@ class ResampledTilt:
         """
         values = (self.samples if values is None else values).double()
         mean = torch.tensordot(self.weights, values, dims=1)
-        if self.ess * len(self.samples) < ENOUGH:
+        if self.effective < ENOUGH:
             return mean, torch.full_like(mean, math.inf)
         variance = torch.tensordot(self.weights.square(), (values - mean).square(), dims=1)
         return mean, variance.sqrt()
@@ -211,6 +223,33 @@ class ResampledTilt:
         """``n`` of the samples (n, *), drawn by weight with replacement."""
         chosen = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return self.samples[chosen]
+
+
+def judged(
+    report: dict[str, str | int | float],
+    names: Sequence[str],
+    exact: GridTilt | ResampledTilt,
+    law: str,
+) -> dict[str, str | int | float]:
+    """``report`` with NaN for ``names`` where too few samples carry the exact tilt.
+
+    Arguments:
+        report: numbers by name.
+        names: those that were made with ``exact``.
+        exact: the tilt that others are held against.
+        law: what it is the tilt of, for the warning.
+
+    Warns:
+        UserWarning: the tilt has fewer than `adjoint.certificate.ENOUGH` effective samples.
+    """
+    if isinstance(exact, GridTilt) or exact.effective >= ENOUGH:
+        return report
+    warnings.warn(
+        f"{exact.effective:.1f} effective samples, of {len(exact.samples)} of {law}, are too few "
+        f"(below {ENOUGH}) to know the exact tilt: {', '.join(names)} are left out",
+        stacklevel=2,
+    )
+    return report | dict.fromkeys(names, math.nan)
 
 
 def resample_tilt(samples: Tensor, reward: RewardFunction) -> ResampledTilt:

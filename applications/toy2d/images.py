@@ -80,6 +80,7 @@ def class_frequencies(
     tilted: Array,
     exact: Array | None = None,
     *,
+    tilted_error: Array | None = None,
     exact_error: Array | None = None,
     labels: Sequence[str] | None = None,
     title: str = "What is drawn",
@@ -87,12 +88,15 @@ def class_frequencies(
 ) -> Path:
     """Bars of class frequencies: base, tilted flow and exact tilt.
 
+    Standard errors are drawn as two-sided bars of two of them.
+
     Arguments:
         path: The PNG to write.
         base: Frequencies (C,) under the base.
         tilted: Frequencies (C,) under the tilted flow.
         exact: Exact frequencies (C,), where they are known or estimated.
-        exact_error: Their standard errors (C,), drawn as two-sided bars of two of them.
+        tilted_error: Standard errors (C,) of ``tilted``.
+        exact_error: Standard errors (C,) of ``exact``.
         labels: Names of the classes; 0, 1, … unless given.
         title: Headline.
         subtitle: Line below it.
@@ -111,6 +115,8 @@ def class_frequencies(
     for name, values, _ in series:
         if values.min() < 0:
             raise ValueError(f"frequencies of {name} must be >= 0, got {values.min()}")
+    errors = {"tilted flow": ("tilted_error", tilted_error)}
+    errors["exact tilt"] = ("exact_error", exact_error)
     names = [str(c) for c in range(len(b))] if labels is None else list(labels)
     if len(names) != len(b):
         raise ValueError(f"labels must name {len(b)} classes, got {len(names)}")
@@ -120,7 +126,8 @@ def class_frequencies(
         (max(4.0, 0.8 * len(b)), 2.6),
         title=title,
         subtitle=subtitle,
-        margin=(0.7, 0.4, 0.95, 0.5),
+        note="" if tilted_error is exact_error is None else "error bars: two standard errors",
+        margin=(0.7, 0.4, 0.95, 0.65),
     )
     ax = axes[0, 0]
     style.chart(ax)
@@ -129,8 +136,9 @@ def class_frequencies(
     for i, (name, values, hue) in enumerate(series):
         x = where + (i - (len(series) - 1) / 2) * width
         ax.bar(x, values, 0.88 * width, color=hue, label=name)
-        if name == "exact tilt" and exact_error is not None:
-            error = 2 * checked(exact_error, "exact_error", b.shape)
+        argument, given = errors.get(name, ("", None))
+        if given is not None:
+            error = 2 * checked(given, argument, b.shape)
             ax.errorbar(x, values, error, fmt="none", ecolor=style.MUTED, lw=1.2, capsize=2.5)
     ax.set_xticks(where, names)
     ax.tick_params(axis="x", labelsize=10, colors=style.INK)

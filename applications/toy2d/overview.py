@@ -6,7 +6,7 @@ a tilt trained from the target's flow, and a run of its own with folder, report 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,13 @@ from applications.pictures.arrays import density_of
 from applications.toy2d.draw import plane_points
 from applications.toy2d.gallery import gallery
 from applications.toy2d.rewards import REWARDS, make_reward
-from applications.toy2d.run import RunConfig, run
+from applications.toy2d.run import RunConfig, run, validate
 from applications.toy2d.targets import TARGETS, Target
+from flows.checkpoint import ensure_writable
 
 RESOLUTION = 120
+SET_HERE = ("target", "reward", "folder", "resume", "overwrite", "animation")
+"""Options of runs that a gallery sets or does not need."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,22 @@ class GalleryConfig:
     resume: bool = False
     """Continue an interrupted learned gallery."""
     run: RunConfig = field(default_factory=lambda: RunConfig(animation=False))
-    """Options of the learned runs; target, reward and folder are overridden."""
+    """Options of the learned runs, but for those that the gallery sets."""
+
+    def __post_init__(self) -> None:
+        """Refuse options of runs that would have no effect.
+
+        Raises:
+            ValueError: naming the option and its value.
+        """
+        default = RunConfig(animation=False)
+        for option in fields(RunConfig):
+            value = getattr(self.run, option.name)
+            if value == getattr(default, option.name):
+                continue
+            if option.name in SET_HERE or not self.learned:
+                where = "a gallery" if option.name in SET_HERE else "a gallery without learned"
+                raise ValueError(f"run.{option.name} has no effect in {where}, got {value!r}")
 
 
 def exact_densities(target: Target) -> dict[str, Tensor]:
@@ -61,6 +79,7 @@ def learned_densities(config: GalleryConfig, target: Target) -> dict[str, Tensor
             reward=name,
             folder=config.folder / f"{target.name}-{name}",
             resume=config.resume,
+            overwrite=not config.resume,
         )
         finished = run(options, base=base)
         base = finished.tilted.base
@@ -72,7 +91,16 @@ def learned_densities(config: GalleryConfig, target: Target) -> dict[str, Tensor
 
 
 def show_gallery(config: GalleryConfig) -> None:
-    """Write folder/gallery.png and say so."""
+    """Write folder/gallery.png and say so.
+
+    Raises:
+        ValueError: an option of the learned runs is out of range, or no run of some target; before
+            any work.
+        OSError: the folder cannot be written; before any work.
+    """
+    for target in TARGETS.values():
+        validate(replace(config.run, target=target.name), target)
+    ensure_writable(config.folder / "gallery.png", "folder")
     panels: dict[str, dict[str, Tensor]] = {}
     for name, target in tqdm(TARGETS.items(), desc="gallery"):
         panels[name] = (

@@ -25,6 +25,9 @@ from applications.pictures.arrays import (
     density_of,
 )
 
+SHOWN_OUTSIDE = 0.02
+"""Share of samples outside the window above which a panel tells it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -55,6 +58,8 @@ def triptych(
 ) -> Path:
     """Base, tilted and exact densities side by side, samples and reward contours over them.
 
+    A panel tells how many of its samples lie outside the window, if those are more than 2 %.
+
     Arguments:
         path: The PNG to write.
         base: The law before.
@@ -79,7 +84,8 @@ def triptych(
     hues = {"base": style.BASE, "tilted": style.TILTED, "exact": style.EXACT}
     for ax, (name, layer) in zip(axes[0], layers.items(), strict=True):
         style.plane(ax, e)
-        style.heading(ax, heads[name], color=hues[name], caption=layer.caption)
+        caption = ", ".join(filter(None, (layer.caption, _outside(layer, name, e))))
+        style.heading(ax, heads[name], color=hues[name], caption=caption)
         cool = name == "base"
         top = float(maps["base" if cool else "exact"].max())
         style.density_image(ax, maps[name], e, style.ICE if cool else style.EMBER, top=top)
@@ -98,7 +104,7 @@ def particle_paths(
     *,
     extent: float,
     title: str = "From noise to data",
-    subtitle: str = "the same noise carried by the base flow and by the tilted flow",
+    subtitle: str = "",
     shown: int = 250,
     highlighted: int = 6,
 ) -> Path:
@@ -160,7 +166,7 @@ def control_field(
     densities: Array | None = None,
     samples: Array | None = None,
     title: str = "What was learned",
-    subtitle: str = r"$u = v_\mathrm{tilted} - v_\mathrm{base}$ over the tilted flow's density",
+    subtitle: str = "",
     arrows: int = 25,
 ) -> Path:
     """The learned control u(x, t) as arrows over the tilted density, one panel a time.
@@ -240,6 +246,15 @@ def _layer_map(layer: Layer, name: str, extent: float) -> np.ndarray:
     if layer.samples is None:
         raise ValueError(f"{name} must hold samples or a density, got neither")
     return density_of(checked(layer.samples, f"{name}.samples", ("N", 2)), extent)
+
+
+def _outside(layer: Layer, name: str, extent: float) -> str:
+    """What share of the samples the window leaves out, or nothing for few or none."""
+    if layer.samples is None:
+        return ""
+    points = checked(layer.samples, f"{name}.samples", ("N", 2))
+    share = float((np.abs(points) > extent).any(1).mean())
+    return f"{share:.0%} outside" if share > SHOWN_OUTSIDE else ""
 
 
 def _dots(ax: Axes, points: np.ndarray) -> None:

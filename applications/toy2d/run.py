@@ -3,7 +3,7 @@
 The base is the target's own flow in closed form (mixtures), or a network trained on its samples.
 What the tilt should be is then the tilt of *that base's* law: by quadrature for a closed form, and
 by importance-resampling the base's own samples for a trained one, so that errors of the base are
-not blamed on the tilt.
+not blamed on the tilt; where too few of those samples count, nothing is compared (`exact.judged`).
 
 A run's folder holds ``config.json`` (options, versions), ``base.csv``, ``tilt.csv`` (metrics),
 ``base.pt``, ``tilt.pt`` (checkpoints), ``report.json`` and the pictures.
@@ -26,14 +26,16 @@ from applications.toy2d.exact import (
     GridTilt,
     ResampledTilt,
     grid_tilt,
+    judged,
     mode_tv,
     resample_tilt,
     w2_ratio,
 )
+from applications.toy2d.folders import CONFIG, Resumed, claim, locked
 from applications.toy2d.rewards import ToyReward, make_reward
 from applications.toy2d.targets import Target, find_target
 from flows import checkpoint as checkpoints
-from flows.callbacks import CSVLogger, ProgressBar
+from flows.callbacks import Callback, CSVLogger, ProgressBar
 from flows.checkpoint import write_json
 from flows.field import VelocityField
 from flows.networks import MLPVelocity
@@ -42,6 +44,12 @@ from flows.training import TrainerConfig, data_sampler, fit_flow
 
 SAMPLE_STEPS = 50
 """Midpoint steps of every ODE sample of a run."""
+
+CHECKPOINT_EVERY = 50
+"""Updates, a few seconds of work, between two checkpoints."""
+
+COMPARED = ("reward_exact", "log_z_exact", "log_z_exact_stderr", "w2_ratio", "mode_tv")
+"""Numbers of a report that are made with the exact tilt."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,19 @@ class RunConfig:
     """Where the run is written; outputs/TARGET-REWARD if not given."""
     resume: bool = False
     """Continue from the checkpoints in the folder."""
+    overwrite: bool = False
+    """Begin anew where the folder holds a run already."""
     animation: bool = True
     """Write the animation too."""
+
+    def __post_init__(self) -> None:
+        """Refuse to resume and to begin anew at once.
+
+        Raises:
+            ValueError: both are asked for.
+        """
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite must not both be given")
 
     @property
     def path(self) -> Path:
@@ -120,6 +139,7 @@ class RunConfig:
             refine=self.refine,
             importance=self.importance,
             seed=self.seed,
+            checkpoint_every=CHECKPOINT_EVERY,
         )
 
     @property
@@ -131,7 +151,12 @@ class RunConfig:
         """
         if self.base_iterations < 0:
             raise ValueError(f"base_iterations must be at least 0, got {self.base_iterations}")
-        return TrainerConfig(iterations=self.base_iterations, lr=2e-3, seed=self.seed)
+        return TrainerConfig(
+            iterations=self.base_iterations,
+            lr=2e-3,
+            seed=self.seed,
+            checkpoint_every=CHECKPOINT_EVERY,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +197,11 @@ def validate(config: RunConfig, target: Target) -> None:
     _ = config.tilt_options, config.base_options
 
 
+def watchers(config: RunConfig, name: str, log: str) -> list[Callback]:
+    """What a training shows and logs."""
+    return [Resumed(name), ProgressBar(name), CSVLogger(config.path / log)]
+
+
 def make_base(config: RunConfig, target: Target) -> VelocityField:
     """The base flow of a run, whose options are valid."""
     if not config.trains_base:
@@ -187,7 +217,7 @@ def make_base(config: RunConfig, target: Target) -> VelocityField:
         data_sampler(data),
         config=config.base_options,
         batch_size=512,
-        callbacks=[ProgressBar("base flow"), CSVLogger(config.path / "base.csv")],
+        callbacks=watchers(config, "base flow", "base.csv"),
         checkpoint=config.path / "base.pt",
         resume=config.resume,
         problem={
@@ -228,7 +258,10 @@ def make_report(
     base: Tensor,
     exact: GridTilt | ResampledTilt,
 ) -> dict[str, str | int | float]:
-    """The numbers of a run, flat; rewards are those of the ODE's samples, unscaled."""
+    """The numbers of a run, flat; rewards are those of the ODE's samples, unscaled.
+
+    What is compared with an exact tilt of too few effective samples is NaN (`exact.judged`).
+    """
     assert tilted.certificate is not None
     assert tilted.certificate_base is not None
     assert target.modes is not None
@@ -236,16 +269,19 @@ def make_report(
     size = min(2500, config.samples // 4)
     sets = [exact.sample(4 * size, generator) for _ in range(2)]
     after = tilted.certificate
-    return {
+    report: dict[str, str | int | float] = {
         "target": config.target,
         "reward": config.reward,
+        "temperature": config.temperature,
         "kernel": config.kernel,
         "steps": config.steps,
         "reward_base": float(reward(base).mean()),
         "reward_tilted": float(reward(samples).mean()),
         "reward_exact": exact.reward_tilted * config.temperature,
         "log_z": after.log_z,
+        "log_z_stderr": after.log_z_stderr,
         "log_z_exact": exact.log_z,
+        "log_z_exact_stderr": exact.log_z_stderr,
         "log_weight_std_base": tilted.certificate_base.log_weight_std,
         "log_weight_std": after.log_weight_std,
         "ess": after.ess,
@@ -253,6 +289,7 @@ def make_report(
         "w2_ratio": w2_ratio(samples, *sets, size=size, generator=generator),
         "mode_tv": mode_tv(samples, exact, target.modes),
     }
+    return judged(report, COMPARED, exact, "the base")
 
 
 def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
@@ -263,34 +300,37 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
         base: a base of an earlier run of this target, instead of training it again.
 
     Raises:
-        ValueError: an unknown target, reward or kernel, or an option out of range; before any
-            file changes.
+        ValueError: an unknown target, reward or kernel, an option out of range, or a folder that
+            is not free (`folders.claim`); before any file changes.
         OSError: the folder cannot be written; before any training.
         CheckpointError: resuming from a file that is damaged or of another problem.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
-    started = time.perf_counter()
     target = find_target(config.target)
     reward = make_reward(config.reward, target)
     validate(config, target)
     checkpoints.ensure_writable(config.path / "report.json", "folder")
+    with locked(config.path):
+        return _run(config, target, reward, base)
+
+
+def _run(config: RunConfig, target: Target, reward: ToyReward, base: VelocityField | None) -> Run:
+    """What ``run`` does once options and folder are known to be in order."""
+    started = time.perf_counter()
     settings = asdict(config) | {"versions": checkpoints.versions()}
-    if not config.resume:  # what a resume finds stays until its checkpoints are accepted
-        for name in ("report.json", "base.pt", "tilt.pt"):
-            (config.path / name).unlink(missing_ok=True)
-        write_json(config.path / "config.json", settings)
+    claim(config.path, settings, resume=config.resume, overwrite=config.overwrite)
     base = make_base(config, target) if base is None else base
     tilted = tilt(
         base,
         reward,
         shape=(2,),
         config=config.tilt_options,
-        callbacks=[ProgressBar("tilt"), CSVLogger(config.path / "tilt.csv")],
+        callbacks=watchers(config, "tilt", "tilt.csv"),
         checkpoint=config.path / "tilt.pt",
         resume=config.resume,
         problem=config.problem,
     )
-    write_json(config.path / "config.json", settings)
+    write_json(config.path / CONFIG, settings)  # a resume is what its checkpoints accepted
     exact = exact_tilt(config, target, reward, base)
     before = base_samples(config, base, config.samples, stream=2)
     after = base_samples(config, tilted.field, config.samples, stream=2)

@@ -10,7 +10,7 @@ from torch import nn
 
 from applications.toy2d import digits, handwriting
 from applications.toy2d.digit_judge import Comparison, compare, distances, nearest_distance
-from applications.toy2d.digits import DigitsConfig
+from applications.toy2d.digits import OF_CHAIN, OF_ODE, DigitsConfig
 from applications.toy2d.exact import resample_tilt
 from applications.toy2d.handwriting import Classifier, DigitReward
 from flows.checkpoint import CheckpointError
@@ -210,6 +210,20 @@ def test_a_run_writes_its_folder_and_resumes_to_the_same_numbers(tmp_path):
         digits.run(replace(TINY, folder=folder, resume=True, digit=5))
 
 
+def test_what_too_few_samples_know_is_not_reported(tmp_path, drawn):
+    config = replace(TINY, folder=tmp_path, temperature=0.002, base_iterations=1, iterations=1)
+    with pytest.warns(UserWarning, match="too few") as caught:
+        report = digits.run(config)
+    said = [str(w.message) for w in caught if "effective samples" in str(w.message)]
+    assert len(said) == 2
+    assert "of the base's ODE, are too few" in said[0]
+    assert "of the base's chain, are too few" in said[1]
+    nulls = {n for n, v in json.loads((tmp_path / "report.json").read_text()).items() if v is None}
+    assert nulls >= {*OF_ODE, *OF_CHAIN}
+    assert math.isnan(report["class_tv"])
+    assert "exact tilt" not in [text.get_text() for text in drawn[-1].texts]
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="digit must be one of 0 … 9, got -1"):
         DigitsConfig(digit=-1)
@@ -217,6 +231,8 @@ def test_options_are_checked():
         DigitsConfig(device="gpu")
     with pytest.raises(ValueError, match="samples must be at least 100, got 10"):
         DigitsConfig(samples=10)
+    with pytest.raises(ValueError, match=r"64 dimensions.*got 'covariance_matched'.* 16"):
+        DigitsConfig(kernel="covariance_matched")
     quick = DigitsConfig(quick=True).sized
     assert (quick.iterations, quick.base_iterations, quick.quick) == (30, 200, False)
 

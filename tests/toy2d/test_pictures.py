@@ -119,6 +119,16 @@ def test_triptych_shows_the_densities_the_samples_and_the_reward(tmp_path, drawn
     np.testing.assert_allclose(np.diff(contours.levels), 1)
 
 
+def test_a_panel_tells_what_the_window_leaves_out(tmp_path, drawn):
+    inside = np.zeros((100, 2))
+    few, many = inside.copy(), inside.copy()
+    few[:2], many[:3, 1] = EXTENT + 1, -EXTENT - 1
+    layers = [Layer(points, caption="mean reward 0") for points in (inside, few, many)]
+    triptych(tmp_path / "a.png", *layers, extent=EXTENT)
+    captions = [[t.get_text() for t in ax.texts][1] for ax in drawn[0].axes]
+    assert captions == ["mean reward 0", "mean reward 0", "mean reward 0, 3% outside"]
+
+
 def test_first_index_is_x_and_up_is_positive_y_in_the_file(tmp_path, drawn):
     layer = Layer(density=gaussian((2.5, 1.5), 0.3))
     image = pixels(triptych(tmp_path / "a.png", layer, layer, layer, extent=EXTENT)).sum(2)
@@ -233,6 +243,9 @@ def test_certificate_bars_are_the_counts_and_the_numbers_are_right(tmp_path, dra
     assert f"log Z = {math.log(w.mean()):.3f} ± {error:.3f}" in shown
     assert f"ESS/N = {w.sum() ** 2 / (w**2).sum() / len(w):.2f}" in shown
     assert "exact log Z = 1.125" in shown
+    assert "exact log Z = 1.125 ±" not in shown
+    certificate_histogram(path, before, after, log_z_exact=1.125, log_z_exact_stderr=0.02)
+    assert "exact log Z = 1.125 ± 0.020" in texts(drawn[1])
 
 
 def test_certificate_of_an_exact_tilt_is_one_spike(tmp_path, drawn):
@@ -274,6 +287,30 @@ def test_training_curves_draw_rows_and_csv_alike(tmp_path, drawn):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_training_curves_break_where_another_loss_takes_over(tmp_path, drawn):
+    losses = [100.0] * 60 + [1.0] * 40
+    rows = [{"iteration": 10 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
+    training_curves(tmp_path / "a.png", rows, refined_from=600, labels={"loss": "½ Var"})
+    (ax,) = (ax for ax in drawn[0].axes if ax.get_visible())
+    before, after, _, mark = ax.lines
+    np.testing.assert_array_equal(before.get_ydata(), [100.0] * 60)  # no smoothing across
+    np.testing.assert_array_equal(after.get_ydata(), [1.0] * 40)
+    assert set(mark.get_xdata()) == {600}
+    assert "refinement" in texts(drawn[0])
+    assert "½ Var" in texts(drawn[0])
+    training_curves(tmp_path / "a.png", rows, refined_from=1000)
+    assert "refinement" not in texts(drawn[1])
+
+
+def test_training_curves_explain_faint_lines_only_where_there_are_some(tmp_path, drawn):
+    rows = [{"iteration": i, "loss": float(i % 3)} for i in range(100)]
+    for n in (5, 100):
+        training_curves(tmp_path / "a.png", rows[:n], subtitle="temperature 2")
+    assert "temperature 2 |" in texts(drawn[0])
+    assert "faint" not in texts(drawn[0])
+    assert "temperature 2; faint: as logged; bright: smoothed" in texts(drawn[1])
+
+
 def test_training_curves_draw_the_chosen_columns(tmp_path, drawn):
     rows = [{"iteration": i, "a": 1.0, "b": None, "c": 2.0} for i in range(5)]
     training_curves(tmp_path / "a.png", rows, columns=["c", "b"])
@@ -310,14 +347,18 @@ def test_image_grid_shows_the_images_on_one_scale(tmp_path, drawn):
 def test_class_frequencies_draw_the_given_heights(tmp_path, drawn):
     base, tilted, exact = (np.random.default_rng(i).dirichlet(np.ones(10)) for i in range(3))
     path = tmp_path / "f.png"
-    pixels(class_frequencies(path, base, torch.from_numpy(tilted), exact, exact_error=0.1 * exact))
+    given = {"tilted_error": 0.2 * tilted, "exact_error": 0.1 * exact}
+    pixels(class_frequencies(path, base, torch.from_numpy(tilted), exact, **given))
     (ax,) = drawn[0].axes
     bars = [c for c in ax.containers if isinstance(c, matplotlib.container.BarContainer)]
     heights = [[bar.get_height() for bar in series] for series in bars]
     np.testing.assert_array_equal(heights, [base, tilted, exact])
-    (errors,) = artists(ax, LineCollection)
-    ends = np.array(errors.get_segments())[:, :, 1]
-    np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 4 * 0.1 * exact)
+    for errors, error in zip(artists(ax, LineCollection), given.values(), strict=True):
+        ends = np.array(errors.get_segments())[:, :, 1]
+        np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 4 * error)
+    assert "two standard errors" in texts(drawn[0])
+    class_frequencies(path, base, tilted, exact)
+    assert "standard errors" not in texts(drawn[1])
     with pytest.raises(ValueError, match="labels must name 10 classes, got 3"):
         class_frequencies(path, base, tilted, labels=["a", "b", "c"])
     with pytest.raises(ValueError, match="exact_error must come with exact"):

@@ -1,30 +1,40 @@
 """Runs and the command line: reports, resume, and one clear error for each bad input."""
 
+import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
+import matplotlib
 import pytest
 import torch
 
+from adjoint.kernel import KERNELS
 from applications.toy2d import rewards
 from applications.toy2d.__main__ import List, main
 from applications.toy2d.digits import DigitsConfig
-from applications.toy2d.run import RunConfig, run, table
+from applications.toy2d.draw import draw
+from applications.toy2d.kernels import DESCRIPTIONS
+from applications.toy2d.run import COMPARED, RunConfig, run, table
 from flows import checkpoint as checkpoints
 
 FIELDS = [
     "target",
     "reward",
+    "temperature",
     "kernel",
     "steps",
     "reward_base",
     "reward_tilted",
     "reward_exact",
     "log_z",
+    "log_z_stderr",
     "log_z_exact",
+    "log_z_exact_stderr",
     "log_weight_std_base",
     "log_weight_std",
     "ess",
@@ -33,6 +43,8 @@ FIELDS = [
     "mode_tv",
     "seconds",
 ]
+
+BRIEF = {"base": "trained", "base_iterations": 5, "samples": 1000}
 
 
 def small(folder, **changes) -> RunConfig:
@@ -56,6 +68,10 @@ def arguments(config: RunConfig, *extra: str) -> list[str]:
     return ["run", *flags, "--no-animation", *extra]
 
 
+def texts(figure) -> str:
+    return " | ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
+
+
 def test_a_run_writes_a_flat_report_and_moves_toward_the_exact_tilt(tmp_path):
     finished = run(small(tmp_path / "a", iterations=150))
     report = json.loads((tmp_path / "a" / "report.json").read_text())
@@ -67,6 +83,8 @@ def test_a_run_writes_a_flat_report_and_moves_toward_the_exact_tilt(tmp_path):
     # The closed form and the quadrature must agree on log Z whatever the training did.
     mixture, form = finished.target.mixture, finished.reward.quadratic_form
     assert report["log_z_exact"] == pytest.approx(float(mixture.tilt(*form)[1]), abs=1e-5)
+    assert report["log_z_exact_stderr"] == 0
+    assert report["temperature"] == 1
     assert "reward_exact" in table(report)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["versions"]["torch"] == torch.__version__
@@ -75,7 +93,33 @@ def test_a_run_writes_a_flat_report_and_moves_toward_the_exact_tilt(tmp_path):
 def test_a_trained_base_is_judged_by_its_own_samples(tmp_path):
     finished = run(small(tmp_path / "b", base="trained", base_iterations=60, target="moons"))
     assert finished.exact.samples.shape == (8000, 2)
+    assert 0 < finished.report["log_z_exact_stderr"] < 0.1
     assert (tmp_path / "b" / "base.csv").read_text().startswith("iteration,loss")
+
+
+def test_what_too_few_samples_know_is_not_reported(tmp_path, drawn):
+    """The tilt of a cold reward is that of one sample of the base, and so would agree with any."""
+    config = small(tmp_path / "a", **BRIEF, iterations=5, temperature=0.001)
+    with pytest.warns(UserWarning, match=r"are too few \(below 10\).*log_z_exact_stderr, w2_ratio"):
+        finished = run(config)
+    report = json.loads((config.path / "report.json").read_text())
+    assert {name for name, value in report.items() if value is None} >= {*COMPARED}
+    shown = {path.stem: figure for path, figure in zip(draw(finished), drawn, strict=True)}
+    assert "too few effective samples" in texts(shown["densities"])
+    assert "exact log Z" not in texts(shown["certificate"])
+
+
+def test_pictures_tell_the_temperature_the_refinement_and_the_error(tmp_path, drawn):
+    config = small(tmp_path / "a", **BRIEF, iterations=40, temperature=0.5)
+    shown = {path.stem: figure for path, figure in zip(draw(run(config)), drawn, strict=True)}
+    for name in ("densities", "paths", "control", "certificate", "training"):
+        assert "temperature 0.5" in texts(shown[name]), name
+    training = texts(shown["training"])
+    assert "reward / temperature" in training
+    assert training.count("refinement") == 6
+    loss = shown["training"].axes[0]
+    assert [line.get_xdata()[0] for line in loss.lines if len(set(line.get_xdata())) == 1][-1] == 20
+    assert re.search(r"exact log Z = [-\d.]+ ± 0\.0\d\d", texts(shown["certificate"]))
 
 
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
@@ -88,7 +132,7 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL of the command line itself, in the middle of the tilt."""
-    config = small(tmp_path / "killed", iterations=800)
+    config = small(tmp_path / "killed", iterations=300)
     command = [sys.executable, "-m", "applications.toy2d", *arguments(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoint = config.path / "tilt.pt"
@@ -97,9 +141,9 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoints.load(checkpoint)["iteration"] < 800
+    assert checkpoints.load(checkpoint)["iteration"] < 300
     assert not (config.path / "report.json").exists()
-    undisturbed = small(tmp_path / "undisturbed", iterations=800)
+    undisturbed = small(tmp_path / "undisturbed", iterations=300)
     for rest in (arguments(config, "--resume"), arguments(undisturbed)):
         subprocess.run([*command[:3], *rest], check=True, capture_output=True)
     a, b = (checkpoints.load(c.path / "tilt.pt") for c in (config, undisturbed))
@@ -164,12 +208,13 @@ def test_a_command_that_fails_leaves_the_folder_alone(tmp_path, changes, resume)
     assert contents(folder) == before
 
 
-def test_a_run_of_few_iterations_has_its_curves(tmp_path):
+def test_a_run_of_few_iterations_has_its_curves(tmp_path, drawn):
     config = small(tmp_path / "a", iterations=5)
     assert main(arguments(config)) == 0
     rows = (config.path / "tilt.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["iteration", "5"]
     assert (config.path / "training.png").exists()
+    assert not any("temperature" in texts(figure) for figure in drawn)  # it is 1
 
 
 def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
@@ -179,7 +224,8 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
     assert error.startswith("error: folder: cannot write")
     assert str(tmp_path / "file") in error
     (tmp_path / "run" / "tilt.pt").mkdir(parents=True)
-    assert main(arguments(small(tmp_path / "run"))) == 1
+    (tmp_path / "run" / "config.json").write_text('{"base_iterations": 1}')
+    assert main(arguments(small(tmp_path / "run"), "--overwrite")) == 1
     assert capsys.readouterr().err.startswith(f"error: cannot access {tmp_path}/run/tilt.pt: ")
 
 
@@ -207,6 +253,47 @@ def test_help_and_list_explain_themselves(capsys):
     shown = capsys.readouterr().out
     for name in ("checkerboard", "half_plane", "moment_matched", "log P(label | x)"):
         assert name in shown
+    assert "the ancestral kernel, adjoint read at its own time" in shown
+    assert tuple(DESCRIPTIONS) == KERNELS
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    def warn(_):
+        warnings.warn("the grid\nis coarse", stacklevel=1)
+
+    monkeypatch.setattr("applications.toy2d.__main__.COMMANDS", {List: warn})
+    before = warnings.showwarning
+    assert main(["list"]) == 0
+    assert capsys.readouterr().err == "warning: the grid is coarse\n"
+    assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run.kernel", "ancestral"], "run.kernel has no effect in a gallery without learned"),
+        (
+            ["--learned", "--run.target", "ring"],
+            "run.target has no effect in a gallery, got 'ring'",
+        ),
+        (["--learned", "--run.resume"], "run.resume has no effect in a gallery, got True"),
+        (["--learned", "--run.kernel", "euler"], "kernel must be one of"),
+        (["--learned", "--run.base", "closed_form"], "base 'closed_form' needs a mixture target"),
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_refused_by_a_gallery(
+    tmp_path, monkeypatch, capsys, options, message
+):
+    def work(*_):
+        raise AssertionError("begun")
+
+    monkeypatch.setattr("applications.toy2d.overview.learned_densities", work)
+    monkeypatch.setattr("applications.toy2d.overview.exact_densities", work)
+    with contextlib.suppress(SystemExit):  # of the parser, which frames and wraps the error
+        assert main(["gallery", "--folder", str(tmp_path / "g"), *options]) == 1
+    shown = capsys.readouterr().err.replace("│", " ")
+    assert message in " ".join(shown.split())
+    assert not (tmp_path / "g").exists()
 
 
 def test_listing_trains_nothing(monkeypatch):

@@ -30,7 +30,6 @@ Of several processes each runs its own trajectories, and every one gets the cert
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +49,18 @@ ENOUGH = 10
 def log_mean_exp(values: Tensor) -> tuple[float, float, float]:
     """log mean e^values of values (N,), its standard error, and the effective sample size / N.
 
-    The error is by the delta method, the relative standard error of the mean; infinite below
-    `ENOUGH` effective samples.
+    Of groups (G, N): the mean of log mean e^values, its standard error for these groups, and the
+    harmonic mean of the groups' effective sizes.  The error is by the delta method, the relative
+    standard error of the mean; infinite below `ENOUGH` effective samples (in the typical group).
+    The logarithm of a mean is biased low by half the square of that error in each group.
     """
-    n = len(values)
-    weights = torch.softmax(values.double(), 0)
-    log_mean = float(torch.logsumexp(values.double(), 0)) - math.log(n)
-    effective = 1 / float(weights.square().sum())
-    error = math.inf if effective < ENOUGH else float(weights.std()) * math.sqrt(n)
-    return log_mean, error, effective / n
+    groups = values.double().reshape(-1, values.shape[-1])
+    n = groups.shape[1]
+    weights = torch.softmax(groups, 1)
+    log_mean = float((groups.logsumexp(1) - math.log(n)).mean())
+    effective = 1 / float(weights.square().sum(1).mean())
+    error = float((weights.var(1).mean() * n / len(groups)).sqrt())
+    return log_mean, math.inf if effective < ENOUGH else error, effective / n
 
 
 def path_log_ratio(
@@ -134,21 +136,21 @@ class Certificate:
     @property
     def log_z(self) -> float:
         """Estimate of log Z = log E_β[e^r]; of its mean over the groups."""
-        return statistics.fmean(log_mean_exp(group)[0] for group in self.grouped)
+        return log_mean_exp(self.grouped)[0]
 
     @property
     def log_z_stderr(self) -> float:
         """Standard error of log Z by the delta method: the relative standard error of mean w.
 
-        For the conditions at hand, where there are several.  Infinite where a group has fewer than
-        `ENOUGH` effective samples.
+        For the conditions at hand, where there are several.  Infinite below `ENOUGH` effective
+        samples (in the typical group).
         """
-        return math.hypot(*(log_mean_exp(group)[1] for group in self.grouped)) / self.groups
+        return log_mean_exp(self.grouped)[1]
 
     @property
     def ess(self) -> float:
         """Effective sample size divided by N, in (0, 1]; of groups, their harmonic mean."""
-        return 1 / statistics.fmean(1 / log_mean_exp(group)[2] for group in self.grouped)
+        return log_mean_exp(self.grouped)[2]
 
     @property
     def path_kl(self) -> float:
@@ -163,8 +165,9 @@ class Certificate:
     def weighted_mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Expectation of ``values`` (N, ...) under the exact tilt, and its standard error (...).
 
-        The error is infinite below `ENOUGH` effective samples (of the typical group): then do not
-        trust the mean either.
+        Over groups it is the mean over their conditions, and the error holds how these differ.  The
+        error is infinite below `ENOUGH` effective samples (in the typical group): then do not trust
+        the mean either.
 
         Raises:
             TypeError, ValueError: no tensor, or not one value (of any shape) for each sample.
@@ -181,7 +184,10 @@ class Certificate:
         mean = (weights * values).sum(0)
         if self.ess * len(values) < ENOUGH * self.groups:
             return mean, torch.full_like(mean, math.inf)
-        return mean, (weights * (values - mean)).square().sum(0).sqrt()
+        if self.groups == 1:
+            return mean, (weights * (values - mean)).square().sum(0).sqrt()
+        means = self.groups * (weights * values).unflatten(0, (self.groups, -1)).sum(1)
+        return mean, means.std(0) / math.sqrt(self.groups)
 
     def resample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """``n`` samples (n, *) of the exact tilt: the chain's, drawn with their weights.

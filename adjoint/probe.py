@@ -22,13 +22,14 @@ from flows.field import Cond, VelocityField, check_velocity
 from flows.sampling import sample
 
 
-def check_cond(cond: Cond, n: int) -> Cond:
-    """The conditions of ``n`` samples that a sampler gave.
+def draw_conditions(cond_sampler: CondSampler, n: int, generator: torch.Generator) -> Cond:
+    """The conditions of ``n`` samples that a sampler gives.
 
     Raises:
         TypeError: it is no mapping of names to tensors.
         ValueError: a tensor without the leading size n.
     """
+    cond = cond_sampler(n, generator)
     if not isinstance(cond, Mapping):
         raise TypeError(
             "cond_sampler(n, generator) must return a mapping of names to tensors of n conditions, "
@@ -69,7 +70,8 @@ def check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -
         found.append(v.flatten(1).float())
     alone = torch.cat([found[0][:1], found[1][1:]])
     gap = float((found[2] - alone).norm(dim=1).amax() / alone.norm(dim=1).amax().clamp_min(1e-30))
-    if gap > 0.1:
+    again = field(x, late, cond).flatten(1).float()
+    if gap > 0.1 and torch.equal(again, found[1]):  # what is random may differ
         raise ValueError(
             f"{name} must evaluate each state at its own time where times are of shape (B,): for "
             f"one state at t = 0.3 and {len(x) - 1} at 0.7 velocities are off by {gap:.0%} of what "
@@ -105,7 +107,7 @@ def probe(
         )
     generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 1))
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
-    cond = None if cond_sampler is None else check_cond(cond_sampler(n, generator), n)
+    cond = None if cond_sampler is None else draw_conditions(cond_sampler, n, generator)
     few = slice(min(64, config.micro_batch or 64))
     check_field(base, x0[few], rows_of(cond, few), "base")
     v_base = field_in_parts(base, config.micro_batch)

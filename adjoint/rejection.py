@@ -29,6 +29,7 @@ paths, as in Beskos and Roberts, "Exact simulation of diffusions" (2005), with a
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Mapping
 
@@ -42,10 +43,13 @@ from adjoint.reward import Reward, ValueFunction
 from flows.field import Cond, VelocityField
 
 RELIABLE = 200
-"""Effective samples among the weights that make a ceiling."""
+"""Effective samples, at least, among the weights that make a ceiling."""
 
 UNEVEN = 1 / 200
-"""Effective samples, as a fraction of the trajectories, below which weights are too uneven."""
+"""Effective samples, as a fraction of `TELLING` trajectories or more, of too uneven weights."""
+
+TELLING = 40_000
+"""Trajectories that show whether weights are too uneven."""
 
 CUT = 0.001
 """Mass of the tilt above the ceiling, unless another is asked for."""
@@ -99,10 +103,11 @@ def sample_exact(
         field, base, reward, kernel: as for `adjoint.certificate.certify`.
         like: one sample (*), for shape, dtype and device.
         seen: (N,) log-weights known already, of a certificate of the same tilt.  Without, or if
-            they are few, more trajectories are proposed than ``n`` need: as many as have
-            `RELIABLE` effective samples.
+            they are few, more trajectories are proposed than ``n`` need: until the weights count as
+            1/cut effective samples, and `RELIABLE`.
         cut: largest total variation between the law of the samples and the exact tilt, as far as
-            the weights tell; smaller ones accept less.
+            the weights tell (a few times this, where they are no more than 1/cut); smaller ones
+            accept less.
         cond: one condition, of leading size 1: Z, and so the ceiling, is of one alone.
         batch_size: trajectories at a time.
         generator: on the device of ``like``.
@@ -127,12 +132,14 @@ def sample_exact(
             "several conditions log Z has several values"
         )
     log_ceiling(torch.zeros(1), cut)  # refuses a cut out of range
+    enough = max(RELIABLE, 1 / (cut or CUT))
     kept, heights = like.new_empty(0, *like.shape), like.new_empty(0, dtype=torch.float64)
     log_w = heights if seen is None else seen.to(heights)
+    _check_weights(log_w)
     ceiling = -math.inf
     with tqdm(total=n, desc="exact samples", disable=not progress, leave=False) as bar:
-        while len(kept) < n or _effective(log_w) < RELIABLE:
-            if len(log_w) >= RELIABLE / UNEVEN and _effective(log_w) < UNEVEN * len(log_w):
+        while len(kept) < n or _effective(log_w) < enough:
+            if len(log_w) >= TELLING and _effective(log_w) < UNEVEN * len(log_w):
                 raise ValueError(
                     f"the tilt's weights are too uneven: {len(log_w)} trajectories count as "
                     f"{_effective(log_w):.1f}, so that nearly every one would be rejected; train "
@@ -149,8 +156,7 @@ def sample_exact(
                 size, generator=generator, dtype=torch.float64, device=like.device
             ).log()
             log_w = torch.cat([log_w, new.log_weights.double()])
-            if not bool((log_w < math.inf).all()):
-                raise ValueError("log-weights are NaN or infinite: look at the reward")
+            _check_weights(log_w)
             ceiling = max(ceiling, log_ceiling(log_w, cut))
             kept = torch.cat([kept, new.samples])
             heights = torch.cat([heights, new.log_weights.double() - log_u])
@@ -164,7 +170,7 @@ def sample_exact(
             f"about {unseen:.1%} of the tilt's mass lies above the ceiling, where cut={cut} was "
             f"asked for: the weights of {len(log_w)} trajectories do not show their tail, and the "
             "samples are of a tilt without it; train longer, or give more certificate_samples",
-            stacklevel=2,
+            stacklevel=3,  # the caller of `Tilted.sample_exact`
         )
     return kept[:n]
 
@@ -175,7 +181,7 @@ def check_request(n: int, cond: Cond | None, generator: torch.Generator | None) 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
     """
-    if not isinstance(n, int) or isinstance(n, bool):
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool):
         raise TypeError(f"n must be an integer, got {n!r}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
@@ -183,6 +189,12 @@ def check_request(n: int, cond: Cond | None, generator: torch.Generator | None) 
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     if cond is not None and not isinstance(cond, Mapping):
         raise TypeError(f"cond must map names to tensors, got {type(cond).__name__}")
+
+
+def _check_weights(log_weights: Tensor) -> None:
+    """Refuse log-weights that are NaN or infinite."""
+    if not bool((log_weights < math.inf).all()):
+        raise ValueError("log-weights are NaN or infinite: look at the reward")
 
 
 def _effective(log_weights: Tensor) -> float:

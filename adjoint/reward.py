@@ -245,7 +245,8 @@ def cap_norm(gradient: Tensor, max_norm: float | None) -> Tensor:
     largest = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
     unit = flat / largest
     norm = unit.norm(dim=1, keepdim=True).clamp_min(1.0)
-    return (unit * torch.minimum(largest, max_norm / norm)).reshape(gradient.shape)
+    capped = torch.where(largest * norm <= max_norm, flat, unit * (max_norm / norm))
+    return capped.reshape(gradient.shape)
 
 
 def _check_cap(max_norm: float | None) -> None:

@@ -98,19 +98,25 @@ def _shareable(base: nn.Module, model: nn.Module | None) -> nn.Module:
     return base.eval().requires_grad_(False)
 
 
+@torch.no_grad()
 def _check_apart(base: VelocityField, model: nn.Module, x: Tensor, cond: Cond | None) -> None:
-    """Refuse a base whose velocities depend on the weights of the model that are trained.
+    """Refuse a base whose velocities follow the weights of the model that are trained.
 
     Raises:
-        ValueError: it would follow the model, and the tilt have no base.
+        ValueError: they change with these weights, which are then put back.
     """
-    with torch.enable_grad():
-        v = base(x, torch.tensor(0.5).to(x), cond)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not (v.requires_grad and trained):
-            return
-        slopes = torch.autograd.grad(v.sum(), trained, allow_unused=True)
-    if any(slope is not None for slope in slopes):
+    t = torch.tensor(0.5).to(x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = [p.clone() for p in trained]
+    before, again = base(x, t, cond), base(x, t, cond)
+    try:
+        for p in trained:
+            p.mul_(1.1).add_(0.01)
+        after = base(x, t, cond)
+    finally:
+        for p, weight in zip(trained, kept, strict=True):
+            p.copy_(weight)
+    if torch.equal(before, again) and not torch.equal(before, after):
         raise ValueError(
             "base must not change while model is trained, but is a callable that evaluates weights "
             "of the model: give the module itself, or a copy, as the base"
@@ -168,8 +174,8 @@ def tilt(
             before and after training shows one too.
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
             leaves out the weights of the model that are not trained; a resume of a model with
-            others, with adapters of another scale, on another base, or toward another reward is
-            refused.
+            others, with adapters of another scale, or on another base is refused, one toward
+            another reward warned of.
         problem: what identifies the run beside the options (names of base and reward, say); a
             checkpoint of another problem is refused.
         device, dtype: of the SDE state; by default where the base is, in float32.  The reward must
@@ -195,6 +201,8 @@ def tilt(
             f"{type(cond_sampler).__name__}"
         )
     check_callbacks(callbacks)
+    if resume and checkpoint is None:
+        raise ValueError("resume must be False without checkpoint, the file to continue from")
     shape = tuple(shape)
     device = _home(base, model) if device is None else torch.device(device)
     if config.graph and device.type != "cuda":

@@ -11,6 +11,7 @@ from adjoint.certificate import Certificate, certify
 from adjoint.kernel import Kernel
 from adjoint.objective import CondSampler
 from adjoint.parts import field_in_parts, reward_in_parts
+from adjoint.probe import draw_conditions
 from adjoint.rejection import CUT, check_request, sample_exact
 from adjoint.reward import Reward, ValueFunction
 from adjoint.tilt_config import TiltConfig
@@ -94,8 +95,8 @@ class Tilted:
 
         Trajectories of the tilted chain are accepted by their weights (`adjoint.rejection`): the
         better the tilt, the more of them.  ``adjoint.rejection.acceptance`` of the certificate's
-        log-weights says how many.  Under a condition, which the certificate knows nothing of, some
-        hundreds of trajectories are needed for any number of samples.
+        log-weights says how many.  Under a condition, which the certificate knows nothing of, at
+        least as many trajectories are needed as count 1/cut effective samples.
 
         Arguments:
             cut: largest total variation between the law of the samples and the exact tilt, as far
@@ -159,12 +160,14 @@ def certificate_of(
     if not n:
         return None
     generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 2))
-    groups = 1 if cond_sampler is None else max(1, n // TOGETHER)
+    groups = 1
+    if cond_sampler is not None:  # two at least, of two at least
+        groups = max(1, min(n // 2, max(2, n // TOGETHER)))
     n = groups * (n // groups)
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
     cond = None
     if cond_sampler is not None:
-        few = cond_sampler(groups, generator)
+        few = draw_conditions(cond_sampler, groups, generator)
         cond = {name: c.repeat_interleave(n // groups, 0) for name, c in few.items()}
     return certify(
         field,

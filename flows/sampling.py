@@ -181,6 +181,8 @@ def _integrate(
     if method in FIXED:
         on_grid = {"grid_constructor": lambda func, y, t: times}
         return odeint(velocity, start, output, method=method, options=on_grid)
+    if not len(start):
+        return start.expand(len(output), *start.shape)
     low, high = times.min(), times.max()
 
     def inside(t: Tensor, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class TrainerConfig:
         Raises:
             TypeError, ValueError: naming the option, its value and what was expected.
         """
-        _check_types(self)
+        _convert(self)
         at_least = {"iterations": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0}
         at_least |= {"accumulate": 1, "checkpoint_every": 1}
         for name, least in at_least.items():
@@ -70,8 +70,12 @@ class TrainerConfig:
         return iteration - self.restart, self.iterations - self.restart
 
 
-def _check_types(config: TrainerConfig) -> None:
-    """Refuse numbers that are none, and fractions where a count is expected."""
+def _convert(config: TrainerConfig) -> None:
+    """Make numbers of other libraries plain, which a checkpoint takes; refuse what is none.
+
+    Raises:
+        TypeError: a value of another type than the option's.
+    """
     kinds = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -79,6 +83,8 @@ def _check_types(config: TrainerConfig) -> None:
             not isinstance(value, kinds[hint]) or (isinstance(value, bool) and hint is not bool)
         ):
             raise TypeError(f"{name} must be of type {hint.__name__}, got {value!r}")
+        if hint in kinds:
+            object.__setattr__(config, name, hint(value))
 
 
 def learning_rate(config: TrainerConfig, iteration: int) -> float:

@@ -86,8 +86,8 @@ def claim(folder: Path, settings: Mapping[str, object], *, resume: bool, overwri
         overwrite: whether it may take the place of one.
 
     Raises:
-        ValueError: the folder holds a run, and neither is the case; or it has no config.json of a
-            run but files of the names of a run's.
+        ValueError: the folder holds a run, and neither is the case, or it is to be resumed without
+            its checkpoints; or it has no config.json of a run but files of the names of a run's.
         OSError: the folder cannot be written.
     """
     if resume and any((folder / name).exists() for name in CHECKPOINTS):
@@ -97,6 +97,12 @@ def claim(folder: Path, settings: Mapping[str, object], *, resume: bool, overwri
     if found and not holds_run:
         raise ValueError(
             f"folder: {folder} holds files that are not of this application: {', '.join(found)}"
+        )
+    finished = (folder / "report.json").exists()
+    if resume and holds_run and finished:
+        raise ValueError(
+            f"folder: {folder} holds a finished run whose checkpoints are gone, so that there is "
+            "nothing to resume; --overwrite begins it anew"
         )
     if holds_run and not resume and not overwrite:
         raise ValueError(

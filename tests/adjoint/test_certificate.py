@@ -147,6 +147,28 @@ def test_groups_are_judged_within():
     assert abs(float(both.resample(4000).mean()) - LAMBDA * S2) < 0.2
 
 
+def test_the_mean_over_conditions_has_the_error_of_as_many_conditions():
+    """x ~ N(c, 0.1²) and c ~ N(0, 1): known by 64 conditions, however many x each of them has."""
+    found = []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        c = torch.randn(64, generator=generator).repeat_interleave(64)
+        x = c + 0.1 * torch.randn(4096, generator=generator)
+        log_w = 0.5 * torch.randn(4096, generator=generator)
+        found.append(Certificate(x[:, None], x, log_w, x, groups=64).weighted_mean(x))
+    means, errors = (torch.tensor(values) for values in zip(*found, strict=True))
+    assert float(means.std()) == pytest.approx(1 / 8, rel=0.3)
+    assert float(errors.mean()) == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_one_condition_of_few_effective_samples_does_not_hide_the_error_of_the_others():
+    generator = torch.Generator().manual_seed(0)
+    log_w = 1.0 * torch.randn(256 * 64, generator=generator)
+    found = Certificate(log_w[:, None], log_w, log_w, log_w, groups=256)
+    assert min(1 / float(g.softmax(0).square().sum()) for g in found.grouped) < 10
+    assert 0.3 < 16 * 8 * found.log_z_stderr < 2.0
+
+
 def test_groups_that_do_not_divide_the_starts_are_refused():
     base = gaussian()
     kernel = kernel_for(base, "moment_matched", 4)

@@ -285,7 +285,8 @@ def small_tilt(config, model=None, **options):
     )
     sizes = (max(model.sizes), max(found.base.sizes), max(found.field.sizes), max(reward.sizes))
     weights = [p.detach() for p in found.field.parameters()]
-    return [*weights, *vars(found.certificate).values(), found.kernel.std], sizes, found
+    judged = [value for value in vars(found.certificate).values() if isinstance(value, Tensor)]
+    return [*weights, *judged, found.kernel.std], sizes, found
 
 
 @pytest.mark.parametrize("kernel", ["moment_matched", "covariance_matched"])

@@ -250,6 +250,11 @@ def test_a_step_that_few_trajectories_reach_is_no_tilt_to_sample():
         sample_exact(base, base, step, kernel, 10_000, like=LIKE, generator=seeded(6))
 
 
+def test_known_weights_that_are_nan_are_named():
+    with pytest.raises(ValueError, match="log-weights are NaN or infinite"):
+        draw(seen=torch.tensor([0.0, math.nan]))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rewards_that_are_no_numbers_are_named(bad):
     with pytest.raises(ValueError, match="log-weights are NaN or infinite: look at the reward"):
@@ -292,8 +297,12 @@ def test_few_samples_need_no_more_trajectories_than_the_ceiling_does(short):
         return short.reward(x, cond)
 
     drawn = dataclasses.replace(short, certificate=None, reward=as_reward(counting))
-    assert drawn.sample_exact(3, generator=seeded()).shape == (3, 2)
-    assert RELIABLE < sum(counted) < 10 * RELIABLE
-    counted.clear()
+    sums = []
+    for cut in (0.01, 0.001):
+        assert drawn.sample_exact(3, cut=cut, generator=seeded()).shape == (3, 2)
+        sums.append(sum(counted) * short.certificate.ess)
+        counted.clear()
+    assert 0.6 * RELIABLE < sums[0] < 3 * RELIABLE
+    assert 0.6 / 0.001 < sums[1] < 2 / 0.001
     dataclasses.replace(drawn, certificate=short.certificate).sample_exact(3, generator=seeded())
     assert sum(counted) == RELIABLE

@@ -178,3 +178,8 @@ def test_the_cap_of_a_gradient_whose_square_overflows(dtype):
     gradient = torch.tensor(rows, dtype=dtype)
     expected = torch.tensor([[2.0, 0.0], [1.2, 1.6], [0.0, 0.0], [0.3, 0.4]], dtype=dtype)
     torch.testing.assert_close(cap_norm(gradient, 2.0), expected)
+
+
+def test_the_cap_leaves_gradients_below_it_as_they_are():
+    gradient = torch.randn(500, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cap_norm(gradient, 100.0), gradient)

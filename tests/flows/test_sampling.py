@@ -235,6 +235,12 @@ def test_a_likelihood_does_not_depend_on_the_points_beside_it(method):
     assert float(found - law.log_prob(hard)) == pytest.approx(0, abs=0.1)
 
 
+@pytest.mark.parametrize("method", ["midpoint", "ab2", "dopri5"])
+def test_no_points_are_sampled_to_none(method):
+    assert sample(GAUSSIAN, NOISE[:0], method=method).shape == (0, 2)
+    assert sample(GAUSSIAN, NOISE[:0], method=method, grid=4, trajectory=True).shape == (5, 0, 2)
+
+
 def test_bad_arguments_of_the_likelihood():
     with pytest.raises(ValueError, match="grid must start at 0"):
         log_likelihood(GAUSSIAN, NOISE, grid=torch.tensor([0.5, 1.0]))

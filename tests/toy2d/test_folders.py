@@ -49,6 +49,16 @@ def test_a_run_is_written_over_only_if_asked_and_then_without_stale_files(tmp_pa
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_finished_run_without_its_checkpoints_is_not_resumed_to_nothing(tmp_path, capsys):
+    assert main(command(tmp_path)) == 0
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
+    before = contents(tmp_path)
+    assert main(command(tmp_path, "--resume")) == 1
+    assert "holds a finished run whose checkpoints are gone" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("extra", [{}, {"overwrite": True}, {"resume": True}])
 @pytest.mark.parametrize("name", ["report.json", "flow.gif", CONFIG])
 def test_files_that_are_not_of_a_run_are_left_alone(tmp_path, name, extra):

@@ -59,8 +59,9 @@ def log_mean_exp(values: Tensor) -> tuple[float, float, float]:
     weights = torch.softmax(groups, 1)
     log_mean = float((groups.logsumexp(1) - math.log(n)).mean())
     effective = 1 / float(weights.square().sum(1).mean())
-    error = float((weights.var(1).mean() * n / len(groups)).sqrt())
-    return log_mean, math.inf if effective < ENOUGH else error, effective / n
+    if effective < ENOUGH:
+        return log_mean, math.inf, effective / n
+    return log_mean, float((weights.var(1).mean() * n / len(groups)).sqrt()), effective / n
 
 
 def path_log_ratio(

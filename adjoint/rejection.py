@@ -113,7 +113,8 @@ def sample_exact(
         generator: on the device of ``like``.
         progress: show a bar.
 
-    Several processes draw each its own; where fields are sharded over them, they cannot.
+    Several processes draw each its own, with numbers of evaluations that differ: not for fields
+    that are sharded over them, whose evaluations have to meet.
 
     Raises:
         TypeError: ``n`` is no integer, ``generator`` no generator or ``cond`` no mapping.

@@ -51,8 +51,8 @@ class TiltConfig(TrainerConfig):
     """Cap at a running mean of the 0.9 quantile of those losses instead."""
     importance: bool = False
     """Weight trajectories by softmax(log w): less bias of a coarse grid, more noise; wants large
-    batches.  With conditions w holds Z(c): those of a large one then count more, and where log Z(c)
-    varies by a nat or more, ``min_ess`` leaves most batches unweighted."""
+    batches.  With conditions w holds Z(c): those of a large one then count more, and where Z(c)
+    varies much, ``min_ess`` leaves batches unweighted."""
     variates: bool = False
     """Take from the adjoints what the model knows of their noise (`adjoint.variates`): the better
     the model, the less noise is left, for a second adjoint pass and more evaluations an update."""

@@ -19,7 +19,7 @@ from flows import distributed
 from flows.field import Cond, VelocityField
 from flows.sampling import sample
 
-TOGETHER = 64
+PER_CONDITION = 64
 """Trajectories of a certificate that share a condition."""
 
 
@@ -154,7 +154,7 @@ def certificate_of(
 ) -> Certificate | None:
     """Certificate with noise that depends only on the seed; None if no samples are asked for.
 
-    Of a conditional flow it has groups of `TOGETHER` trajectories under one condition.
+    Of a conditional flow it has groups of `PER_CONDITION` trajectories under one condition.
     """
     n = distributed.share(config.certificate_samples)
     if not n:
@@ -162,7 +162,7 @@ def certificate_of(
     generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 2))
     groups = 1
     if cond_sampler is not None:  # two at least, of two at least
-        groups = max(1, min(n // 2, max(2, n // TOGETHER)))
+        groups = max(1, min(n // 2, max(2, n // PER_CONDITION)))
     n = groups * (n // groups)
     x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
     cond = None

@@ -20,9 +20,9 @@ of the base weighted by the exact tilt, of the tilted samples, and of held-out i
 
 Run: ``python -m benchmarks.digits``, 20 to 30 minutes a temperature on one core; a run that was
 stopped continues where it stood.  Writes ``results/digits.json`` and ``results/digits.png``.
-``results/digits_informed.json`` holds the same with a model that sees the reward and without the
-known noise, on a quarter of the trajectories: ``--informed --variates --compile --iterations 1500
---batch-size 128 --lr 3e-3``.
+``results/digits_informed.json`` holds the first three kinds with a model that sees the reward and
+without the known noise, on a quarter of the trajectories: ``--informed --variates --compile
+--iterations 1500 --batch-size 128 --lr 3e-3``.
 """
 
 from __future__ import annotations

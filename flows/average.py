@@ -26,7 +26,6 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module, named: Sequence[tuple[str, Tensor]]) -> None:
-        self._of = module
         self._weights = [p for _, p in named]
         self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._sharded = distributed.is_sharded(module)
@@ -70,5 +69,5 @@ class WeightAverage:
         if not self._sharded:
             return {}
         of = {id(p): average for p, average in zip(self._weights, self._averages, strict=True)}
-        named = self._of.named_parameters(remove_duplicate=False)
+        named = self.module.named_parameters(remove_duplicate=False)
         return {name: of[id(p)] for name, p in named if id(p) in of}

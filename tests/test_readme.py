@@ -9,6 +9,7 @@ import pytest
 from applications.rl import __main__ as rl
 from applications.rl.export import SNIPPET
 from applications.toy2d.__main__ import parse
+from applications.toy2d.kernels import DESCRIPTIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,6 +60,11 @@ def test_linked_files_and_headings_exist(link):
 
 def test_the_exported_policy_is_run_by_the_code_that_is_tested():
     assert SNIPPET in blocks("python")
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_kernels_are_described_in_the_same_words_as_by_the_command_line(name):
+    assert f"| `{name}` | {DESCRIPTIONS[name]} |" in README.replace("–", "-")
 
 
 def test_opens_with_two_commands():

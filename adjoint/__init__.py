@@ -1,59 +1,75 @@
 """Adjoint matching: tilt a flow toward a reward, p*(x) ∝ p(x) exp(r(x)), and certify the result.
 
-Three levels, each built from the one below: `tilt` (one call), `TiltLoss` with
-`flows.training.Trainer` (a loop of one's own), and the pure functions `rollout`, `lean_adjoint`,
-`adjoint_matching_loss`, `certify` over a `Kernel` table.
+Three levels, each built from the one below: `tilt` (one call), `TiltLoss` with `flows.Trainer` (a
+loop of one's own), and the pure functions `rollout`, `lean_adjoint`, `adjoint_matching_loss` and
+`certify` over a `Kernel`.
 """
 
-from adjoint.certificate import Certificate, certify, path_log_ratio
-from adjoint.decoding import decoded
-from adjoint.informed import Informed, informed
-from adjoint.kernel import KERNELS, Kernel, make_kernel, measure_mmse, own_time_kernel
-from adjoint.lean import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
-from adjoint.lora import lora, merge
-from adjoint.loss import (
-    adjoint_matching_loss,
-    importance_weights,
-    log_variance_loss,
-    select_steps,
-)
-from adjoint.objective import TiltLoss
+# One call
+from adjoint.tilt import tilt
+from adjoint.config import TiltConfig
+from adjoint.tilted import Tilted
+from adjoint.certificate import Certificate
+
+# Rewards, and models to train
+from adjoint.rewards.reward import Reward, ValueFunction, as_reward
+from adjoint.rewards.decoded import decoded
+from adjoint.models.lora import load_adapters, lora, merge, save_adapters
+from adjoint.models.reward_informed import Informed, informed
+
+# A loop of one's own
+from adjoint.tilt_loss import CondSampler, TiltLoss
 from adjoint.rejection import sample_exact
-from adjoint.reward import Reward
-from adjoint.rollout import Trajectory, draw_noise, rollout, velocity_along
-from adjoint.tilt import Tilted, tilt
-from adjoint.tilt_config import TiltConfig
+
+# Pure functions: the chain, its adjoints, the losses, the certificate
+from adjoint.chain.kernels import KERNELS, Kernel, make_kernel, measure_mmse, own_time_kernel
+from adjoint.chain.rollout import Trajectory, draw_noise, rollout, velocity_along
+from adjoint.chain.adjoints import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
+from adjoint.loss import adjoint_matching_loss, importance_weights, log_variance_loss, select_steps
+from adjoint.certificate import certify, log_mean_exp, path_log_ratio
+
+__version__ = "0.1.0"
 
 __all__ = [
-    "KERNELS",
-    "Adjoint",
-    "Certificate",
-    "Informed",
-    "Kernel",
-    "Reward",
+    # One call
+    "tilt",
     "TiltConfig",
-    "TiltLoss",
     "Tilted",
-    "Trajectory",
-    "adjoint_matching_loss",
-    "certify",
+    "Certificate",
+    # Rewards, and models to train
+    "Reward",
+    "ValueFunction",
+    "as_reward",
     "decoded",
-    "draw_noise",
-    "full_adjoint",
-    "importance_weights",
-    "informed",
-    "lean_adjoint",
-    "log_variance_loss",
+    "load_adapters",
     "lora",
+    "merge",
+    "save_adapters",
+    "Informed",
+    "informed",
+    # A loop of one's own
+    "CondSampler",
+    "TiltLoss",
+    "sample_exact",
+    # Pure functions: the chain, its adjoints, the losses, the certificate
+    "KERNELS",
+    "Kernel",
     "make_kernel",
     "measure_mmse",
-    "merge",
     "own_time_kernel",
-    "path_log_ratio",
+    "Trajectory",
+    "draw_noise",
     "rollout",
-    "sample_exact",
-    "scalar_adjoint",
-    "select_steps",
-    "tilt",
     "velocity_along",
+    "Adjoint",
+    "full_adjoint",
+    "lean_adjoint",
+    "scalar_adjoint",
+    "adjoint_matching_loss",
+    "importance_weights",
+    "log_variance_loss",
+    "select_steps",
+    "certify",
+    "log_mean_exp",
+    "path_log_ratio",
 ]

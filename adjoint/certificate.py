@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adjoint.kernel import Kernel
-from adjoint.reward import Reward, ValueFunction, as_reward
-from adjoint.rollout import Trajectory, chunks, draw_noise, rollout, rows_of
-from flows import distributed
+from adjoint.chain.kernels import Kernel
+from adjoint.chain.rollout import Trajectory, chunks, draw_noise, rollout, rows_of
+from adjoint.rewards.reward import Reward, ValueFunction, as_reward
 from flows.field import Cond, VelocityField
+from flows.training import distributed
 
 ENOUGH = 10
 """Effective samples below which standard errors are infinite."""

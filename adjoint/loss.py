@@ -22,8 +22,8 @@ import math
 import torch
 from torch import Tensor
 
-from adjoint.kernel import Kernel
-from adjoint.lean import Adjoint
+from adjoint.chain.adjoints import Adjoint
+from adjoint.chain.kernels import Kernel
 
 
 def select_steps(
@@ -75,8 +75,8 @@ def adjoint_matching_loss(
         weights: (B,) importance weights of the trajectories; none if None.
         clip: cap on the term of one step of one trajectory.
         known: (K+1, B, *) noise of the adjoints that is known, of mean zero at each state; see
-            `adjoint.variates`.  It is taken from the target unweighted: the gradient of a term is
-            that of weight ‖read_v (v_θ - v_β) + read_a (λ - known / weight)‖².
+            `adjoint.chain.control_variates`.  It is taken from the target unweighted: the gradient
+            of a term is that of weight ‖read_v (v_θ - v_β) + read_a (λ - known / weight)‖².
 
     Returns:
         The loss, the mean over the batch of the sum over steps and dimensions, and the metrics

@@ -38,8 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adjoint.certificate import certify_batch, log_mean_exp
-from adjoint.kernel import Kernel
-from adjoint.reward import Reward, ValueFunction
+from adjoint.chain.kernels import Kernel
+from adjoint.rewards.reward import Reward, ValueFunction
 from flows.field import Cond, VelocityField
 
 RELIABLE = 200

@@ -1,9 +1,9 @@
 """Tilt a base flow toward a reward in one call.
 
 ``tilt(base, reward, shape=(2,))`` checks its input, measures what the kernel needs of the base,
-trains a copy of the base (or a zero-initialised residual on it) with `flows.training.Trainer` on
-`TiltLoss`, and certifies the result before and after.  Each level is usable by itself: a trainer of
-one's own takes `TiltLoss`, a loss of one's own takes `rollout`, `lean_adjoint` and
+trains a copy of the base (or a zero-initialised residual on it) with `flows.training.fit.Trainer`
+on `TiltLoss`, and certifies the result before and after.  Each level is usable by itself: a trainer
+of one's own takes `TiltLoss`, a loss of one's own takes `rollout`, `lean_adjoint` and
 `adjoint_matching_loss`.
 """
 
@@ -21,21 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from adjoint.certificate import Certificate, log_mean_exp
-from adjoint.lora import adapter_scales
-from adjoint.objective import CondSampler, TiltLoss
-from adjoint.parts import field_in_parts, reward_in_parts
-from adjoint.probe import check_field, probe
-from adjoint.reward import Reward, ValueFunction, as_reward
-from adjoint.rollout import rows_of
-from adjoint.tilt_config import TiltConfig
+from adjoint.chain.rollout import rows_of
+from adjoint.config import TiltConfig
+from adjoint.evaluator import field_in_parts, reward_in_parts
+from adjoint.models.lora import adapter_scales
+from adjoint.preparation import check_field, probe
+from adjoint.rewards.reward import Reward, ValueFunction, as_reward
+from adjoint.tilt_loss import CondSampler, TiltLoss
 from adjoint.tilted import Tilted, certificate_of
-from flows import distributed
-from flows.callbacks import Callback, ProgressBar, check_callbacks
-from flows.checkpoint import ensure_writable
 from flows.field import Cond, Residual, VelocityField, frozen
-from flows.graphs import RecordedGradient
-from flows.networks import MLPVelocity
-from flows.training import Trainer
+from flows.networks.mlp import MLPVelocity
+from flows.training import Trainer, distributed
+from flows.training.callbacks import Callback, ProgressBar, check_callbacks
+from flows.training.checkpoint import ensure_writable
+from flows.training.cuda_graphs import RecordedGradient
 from flows.weights import fingerprint
 
 __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]
@@ -155,10 +154,10 @@ def tilt(
     The two estimates of log Z, by ODE samples and by the chain, tell: a warning says where they
     differ by more than five standard errors and a tenth of a nat.
 
-    Started by ``torchrun``, the processes do this together (`flows.distributed`): the numbers of
-    ``config`` are totals, of which each takes its share, the first process writes the checkpoint,
-    and every one returns the same weights and the certificate of all trajectories.  Every process
-    must make the same call.
+    Started by ``torchrun``, the processes do this together (`flows.training.distributed`): the
+    numbers of ``config`` are totals, of which each takes its share, the first process writes the
+    checkpoint, and every one returns the same weights and the certificate of all trajectories.
+    Every process must make the same call.
 
     Arguments:
         base: velocity field on the canonical path.  A module is copied (but for the weights that
@@ -170,7 +169,8 @@ def tilt(
         model: module to train, a velocity field that should start at the base; by default a copy
             of the base, or a residual on it where the base has no parameters.
         cond_sampler: (n, generator) → mapping of n conditions, for a conditional flow.
-        callbacks: progress bar and loggers of `flows.callbacks`.  With a progress bar, what comes
+        callbacks: progress bar and loggers of `flows.training.callbacks`.  With a progress bar,
+        what comes
             before and after training shows one too.
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
             leaves out the weights of the model that are not trained; a resume of a model with

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from adjoint.certificate import Certificate, certify
-from adjoint.kernel import Kernel
-from adjoint.objective import CondSampler
-from adjoint.parts import field_in_parts, reward_in_parts
-from adjoint.probe import draw_conditions
+from adjoint.chain.kernels import Kernel
+from adjoint.config import TiltConfig
+from adjoint.evaluator import field_in_parts, reward_in_parts
+from adjoint.preparation import draw_conditions
 from adjoint.rejection import CUT, check_request, sample_exact
-from adjoint.reward import Reward, ValueFunction
-from adjoint.tilt_config import TiltConfig
-from flows import distributed
+from adjoint.rewards.reward import Reward, ValueFunction
+from adjoint.tilt_loss import CondSampler
 from flows.field import Cond, VelocityField
 from flows.sampling import sample
+from flows.training import distributed
 
 PER_CONDITION = 64
 """Trajectories of a certificate that share a condition."""

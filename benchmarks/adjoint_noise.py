@@ -25,8 +25,8 @@ import tyro
 from adjoint import Reward, draw_noise, lean_adjoint, make_kernel, measure_mmse, rollout
 from applications.toy2d.rewards import make_reward
 from applications.toy2d.targets import find_target
-from flows.checkpoint import write_json
-from flows.grid import uniform
+from flows import uniform
+from flows.training import write_json
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 

@@ -2,7 +2,7 @@ r"""What each scheme converges to, without training noise: its fixed points in o
 
 Adjoint matching is a regression on states that its own solution visits.  With a velocity free to
 take any value at every state and step, the solution v_θ satisfies, with the columns of the scheme's
-table (`adjoint.kernel`), J the Jacobian of v_β and Λ_K = -r',
+table (`adjoint.chain.kernels`), J the Jacobian of v_β and Λ_K = -r',
 
     M_k(x)  = E[Λ_{k+1}(x_{k+1}) | x_k = x],     x_{k+1} = mean_x x + mean_v v_θ(x, t_k) + std ε,
     Λ_k(x)  = (adjoint_x + adjoint_v J(x, adjoint_t)) M_k(x)  =  E[λ_k | x_k = x],
@@ -37,11 +37,11 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 from tqdm import tqdm
 
-from adjoint.covariance import noise_pull, noise_root
-from adjoint.kernel import MATCHED, Kernel, make_kernel
+from adjoint import Kernel, make_kernel
+from adjoint.chain.conditional_covariance import noise_pull, noise_root
+from adjoint.chain.kernels import MATCHED
+from flows import GaussianMixture, velocity_and_vjp
 from flows import grid as grids
-from flows.field import velocity_and_vjp
-from flows.mixture import GaussianMixture
 
 Array = NDArray[np.float64]
 

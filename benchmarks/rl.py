@@ -35,14 +35,13 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from applications.rl import runs
-from applications.rl.generate import DataConfig, generate
-from applications.rl.presets import preset
-from applications.rl.tasks import find_task
-from applications.rl.train_config import TrainConfig
-from applications.rl.training import Trained, train
-from flows.checkpoint import write_json
-from flows.process import prepare_process
+from applications.rl import run_folder
+from applications.rl.agents.presets import preset
+from applications.rl.data.generate import DataConfig, generate
+from applications.rl.environments.tasks import find_task
+from applications.rl.training.config import TrainConfig
+from applications.rl.training.train import Trained, train
+from flows.training import prepare_process, write_json
 
 MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 CUBE = "cube-single-play-singletask-task1-v0"
@@ -201,7 +200,7 @@ def run(config: BenchmarkConfig, experiment: Experiment, seeds: Sequence[int]) -
 
 def read_rows(experiment: Experiment, trained: Trained) -> list[Row]:
     """The evaluations of a finished run."""
-    with (trained.folder / runs.EVALUATION).open(newline="") as file:
+    with (trained.folder / run_folder.EVALUATION).open(newline="") as file:
         found = list(csv.DictReader(file))
     return [
         {
@@ -221,7 +220,7 @@ def read_rows(experiment: Experiment, trained: Trained) -> list[Row]:
 
 
 def prepare_worker() -> None:
-    """One thread a process; see `flows.process`."""
+    """One thread a process; see `flows.training.runtime`."""
     torch.set_num_threads(1)
     prepare_process()
 

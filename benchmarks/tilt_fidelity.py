@@ -6,7 +6,7 @@
     python -m benchmarks.tilt_fidelity --problems ring/linear --steps 10 --iterations 200
 
 Each row trains one network from the same seed with the same number of updates and trajectories and
-measures it against the truth (`benchmarks.problems`):
+measures it against the truth (`benchmarks.common.problems`):
 
 velocity_error
     E‖v_θ - v*‖² / E‖v* - v_β‖² under p*_t, averaged over t = .1, .3, .5, .7, .9: 1 is the
@@ -36,17 +36,15 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adjoint.covariance import MAX_DIM
-from adjoint.tilt import TiltConfig, tilt
+from adjoint import tilt
+from adjoint.chain.conditional_covariance import MAX_DIM
+from adjoint.tilt import TiltConfig
 from applications.toy2d.distances import mode_frequencies, w2_ratio
-from benchmarks import problems
-from benchmarks.figures import kernel_comparison
-from benchmarks.problems import Problem
-from flows.checkpoint import write_json
-from flows.field import Residual, VelocityField
-from flows.networks import MLPVelocity
-from flows.process import prepare_process
-from flows.sampling import sample
+from benchmarks.common import problems
+from benchmarks.common.figures import kernel_comparison
+from benchmarks.common.problems import Problem
+from flows import MLPVelocity, Residual, VelocityField, sample
+from flows.training import prepare_process, write_json
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES = 20_000

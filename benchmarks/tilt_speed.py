@@ -33,25 +33,17 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from adjoint.kernel import make_kernel
-from adjoint.objective import TiltLoss, compiled
-from adjoint.reward import ValueFunction, as_reward
-from adjoint.rollout import draw_noise
+from adjoint import TiltConfig, TiltLoss, ValueFunction, as_reward, draw_noise, make_kernel
 from adjoint.tilt import trainable
-from adjoint.tilt_config import TiltConfig
-from applications.pictures import style
-from applications.toy2d import handwriting
+from adjoint.tilt_loss import compiled
+from applications.common.pictures import style
+from applications.toy2d.digits import handwriting
 from applications.toy2d.rewards import make_reward
 from applications.toy2d.targets import find_target
-from benchmarks.clock import Clock, check_clock, seconds
-from benchmarks.memory import ConvField, square
-from flows.checkpoint import write_json
-from flows.field import VelocityField, frozen
-from flows.graphs import RecordedGradient
-from flows.grid import uniform
-from flows.networks import MLPVelocity
-from flows.process import prepare_process
-from flows.trainer import Trainer
+from benchmarks.common.clock import Clock, check_clock, seconds
+from benchmarks.memory.__main__ import ConvField, square
+from flows import MLPVelocity, Trainer, VelocityField, frozen, uniform
+from flows.training import RecordedGradient, prepare_process, write_json
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +59,7 @@ class Args:
     threads: int = 1
     """Threads of a CPU."""
     clock: Clock = "cpu"
-    """Time of the wall, or of the processor: see `benchmarks.clock`."""
+    """Time of the wall, or of the processor: see `benchmarks.common.clock`."""
     models: tuple[str, ...] = ("toy, closed form", "toy, network", "digits", "convolutions")
     """Which of the models."""
     steps: int = 20

@@ -1,33 +1,84 @@
 """Generative flows: velocity fields v(x, t, cond) from noise at t = 0 to data at t = 1.
 
-Nothing here knows of rewards.  The package ``adjoint`` tilts what is built here.
+Nothing here knows of rewards: the package `adjoint` tilts what is built here.  `flows.pretrained`
+reads published models, and `flows.training` has the training loop with its callbacks.
 """
 
-from flows.field import Cond, Guided, Residual, VelocityField, frozen
-from flows.matching import flow_matching_loss
-from flows.mixture import GaussianMixture
-from flows.networks import MLPVelocity
-from flows.path import OnCanonicalPath, convert
+# A velocity field, its wrappers, and its derivatives
+from flows.field import (
+    Cond,
+    Corrected,
+    Guided,
+    Residual,
+    VelocityField,
+    batch_time,
+    check_cond,
+    check_velocity,
+    frozen,
+)
+from flows.autodiff import pullback, velocity_and_vjp
+from flows.weights import copy_sharing, fingerprint
+
+# Paths and time grids
+from flows.path import OnCanonicalPath, convert, interpolate
+from flows.grid import shifted, uniform
+
+# Samples and densities
 from flows.sampling import log_likelihood, sample
-from flows.training import Trainer, TrainerConfig, data_sampler, fit_flow
-from flows.unet import UNetVelocity
+
+# A flow in closed form, and small networks
+from flows.mixture import GaussianMixture
+from flows.networks.mlp import MLPVelocity
+from flows.networks.unet import UNetVelocity
+
+# Training
+from flows.matching import flow_matching_loss
+from flows.training.config import TrainerConfig
+from flows.training.fit import data_sampler, fit_flow
+from flows.training.trainer import Trainer
+from flows.training.callbacks import Callback, ProgressBar
+
+# Published models
+from flows.pretrained import load
+
+__version__ = "0.1.0"
 
 __all__ = [
+    # A velocity field, its wrappers, and its derivatives
     "Cond",
-    "GaussianMixture",
+    "Corrected",
     "Guided",
-    "MLPVelocity",
-    "OnCanonicalPath",
     "Residual",
-    "Trainer",
-    "TrainerConfig",
-    "UNetVelocity",
     "VelocityField",
-    "convert",
-    "data_sampler",
-    "fit_flow",
-    "flow_matching_loss",
+    "batch_time",
+    "check_cond",
+    "check_velocity",
     "frozen",
+    "pullback",
+    "velocity_and_vjp",
+    "copy_sharing",
+    "fingerprint",
+    # Paths and time grids
+    "OnCanonicalPath",
+    "convert",
+    "interpolate",
+    "shifted",
+    "uniform",
+    # Samples and densities
     "log_likelihood",
     "sample",
+    # A flow in closed form, and small networks
+    "GaussianMixture",
+    "MLPVelocity",
+    "UNetVelocity",
+    # Training
+    "flow_matching_loss",
+    "TrainerConfig",
+    "data_sampler",
+    "fit_flow",
+    "Trainer",
+    "Callback",
+    "ProgressBar",
+    # Published models
+    "load",
 ]

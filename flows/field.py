@@ -19,7 +19,7 @@ a residual on a frozen base is ``Guided(Residual(frozen(base), correction), ...)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -79,78 +79,6 @@ def check_cond(cond: Cond | None, x: Tensor) -> None:
                 f"cond[{name!r}] must have the leading size {x.shape[0]} of x, "
                 f"got shape {tuple(value.shape)}"
             )
-
-
-def transforming() -> bool:
-    """Whether a transform of `torch.func` is at work, or a function is being compiled."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def recording(x: Tensor) -> bool:
-    """Whether what is computed from ``x`` can be differentiated with respect to it."""
-    wanted = x.requires_grad or torch._C._are_functorch_transforms_active()
-    return wanted and torch.is_grad_enabled()
-
-
-def pullback(
-    function: Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
-) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-    """Value of ``function`` at ``x`` and cotangent -> Jᵀ cotangent, to be called once.
-
-    Both are detached, and parameters receive no gradient, unless ``create_graph``.
-
-    The map is None if the value is seen not to depend on anything differentiable.  It gives zeros
-    if the value does not depend on ``x``; inside transforms of `torch.func` and in compiled
-    functions these two cannot be told apart, and it always does.
-
-    Outside of transforms a graph is recorded, not `torch.func.vjp` taken: modules may checkpoint
-    themselves, be sharded, or call autograd on their own.
-
-    Arguments:
-        create_graph: value and products can be differentiated in turn, if ``x`` requires a gradient
-            or a transform is at work; else it changes nothing.
-
-    Raises:
-        RuntimeError: in `torch.inference_mode`, which records nothing.
-    """
-    create_graph = create_graph and recording(x)
-    if transforming():
-        with torch.set_grad_enabled(create_graph):
-            value, vjp = torch.func.vjp(function, x)[:2]
-
-        def product_of(cotangent: Tensor) -> Tensor:
-            with torch.set_grad_enabled(create_graph):
-                return vjp(cotangent)[0]
-
-        return value, product_of
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "a field or reward is to be differentiated in torch.inference_mode, which records "
-            "nothing: use torch.no_grad"
-        )
-    with torch.enable_grad():
-        x = x if create_graph else x.detach().requires_grad_(True)
-        value = function(x)
-
-    def pull(cotangent: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(
-            value, x, cotangent, allow_unused=True, create_graph=create_graph
-        )
-        return torch.zeros_like(x) if product is None else product
-
-    known = value if create_graph else value.detach()
-    return known, pull if value.requires_grad else None
-
-
-def velocity_and_vjp(
-    field: VelocityField, x: Tensor, t: Tensor, cotangent: Tensor, cond: Cond | None = None
-) -> tuple[Tensor, Tensor]:
-    """Velocity v(x, t) and the vector-Jacobian product (dv/dx)^T cotangent, both detached.
-
-    One forward and one backward pass; parameters receive no gradient.  Shapes: all (B, *).
-    """
-    v, pull = pullback(lambda x: field(x, t, cond), x)
-    return v, torch.zeros_like(x) if pull is None else pull(cotangent.to(v.dtype))
 
 
 def frozen(field: Field) -> Field:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from applications.pictures import style
+from applications.common.pictures import style
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def process():
-    """What programs set for their whole process (`flows.process`) is undone after each test."""
+    """What programs set for their whole process (`training.runtime`) is undone after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -16,9 +16,7 @@ from typing import Any
 import tyro
 
 from applications.rl.errors import RunError
-from flows.checkpoint import CheckpointError
-from flows.process import prepare_process
-from flows.trainer import TrainingDiverged
+from flows.training import CheckpointError, TrainingDiverged, prepare_process
 
 PROGRAM = "python -m applications.rl"
 
@@ -50,18 +48,20 @@ class Command:
 
 
 COMMANDS = {
-    "data": Command("generate", "DataConfig", "run_data", "make data with scripted experts"),
-    "train": Command("training", "TrainConfig", "show_train", "train an agent, offline or online"),
+    "data": Command("data.generate", "DataConfig", "run_data", "make data with scripted experts"),
+    "train": Command(
+        "training.train", "TrainConfig", "show_train", "train an agent, offline or online"
+    ),
     "evaluate": Command(
-        "evaluate", "EvaluateConfig", "show_evaluate", "play episodes with trained agents"
+        "evaluation.command", "EvaluateConfig", "show_evaluate", "play episodes with trained agents"
     ),
     "sweep": Command("sweep", "SweepConfig", "show_sweep", "train many agents, on many machines"),
     "report": Command(
-        "report", "ReportConfig", "show_report", "draw learning curves and print the table"
+        "report.command", "ReportConfig", "show_report", "draw learning curves and print the table"
     ),
     "export": Command("export", "ExportConfig", "show_export", "write a self-contained policy"),
     "demo": Command("demo", "DemoConfig", "run_demo", "all of it on point maze, in minutes"),
-    "list": Command("names", "ListConfig", "show_list", "name the tasks, agents and options"),
+    "list": Command("list_names", "ListConfig", "show_list", "name the tasks, agents and options"),
 }
 
 
@@ -100,8 +100,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Callable[[Any], obj
 
 def _train_default(config: type, arguments: Sequence[str]) -> Any:
     """A `TrainConfig` with the options of the preset that the arguments name."""
-    from applications.rl.presets import preset
-    from applications.rl.tasks import find_task
+    from applications.rl.agents.presets import preset
+    from applications.rl.environments.tasks import find_task
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--task", "--agent", "--preset"):
@@ -143,7 +143,7 @@ def describe(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
     if error.filename is None:
-        return error.strerror  # those of `flows.checkpoint` name the path
+        return error.strerror  # those of `flows.training.checkpoint` name the path
     return f"cannot access {error.filename}: {error.strerror}"
 
 

@@ -3,7 +3,8 @@
 In OGBench's medium point maze the data are shortest paths between random places, with noise.  A
 flow cloned from them (BC) moves like the data and so reaches the task's goal by chance; the same
 flow tilted toward exp(τ Q) (QAM) goes there.  Both are trained with the preset ``small``, which for
-this maze is a recipe of its own (`applications.rl.presets`), and judged by the same episodes.
+this maze is a recipe of its own (`applications.rl.agents.presets`), and judged by the same
+episodes.
 
 The folder holds the data, a run folder for each agent, ``report.json`` (flat), and the pictures
 ``maze.png`` (where both policies go), ``actions.png`` (what they do at one state, and what the
@@ -22,17 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.rl.actions import action_distribution, repeated_action_values
 from applications.rl.agents.bc import BC
 from applications.rl.agents.qam import QAM
-from applications.rl.evaluation import Evaluation, evaluate
-from applications.rl.generate import DataConfig, generate
-from applications.rl.maze import Maze, trajectories
-from applications.rl.report import ReportConfig, show_report
-from applications.rl.tasks import find_task, make_environment
-from applications.rl.train_config import TrainConfig
-from applications.rl.training import train
-from flows.checkpoint import ensure_writable, versions, write_json
+from applications.rl.data.generate import DataConfig, generate
+from applications.rl.environments.tasks import find_task, make_environment
+from applications.rl.evaluation.evaluator import Evaluation, evaluate
+from applications.rl.report.action_pictures import action_distribution, repeated_action_values
+from applications.rl.report.command import ReportConfig, show_report
+from applications.rl.report.maze_pictures import Maze, trajectories
+from applications.rl.training.config import TrainConfig
+from applications.rl.training.train import train
+from flows.training import ensure_writable, versions, write_json
 
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
 AGENTS = ("bc", "qam")

@@ -31,10 +31,10 @@ import tyro
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from applications.rl.agent import Agent
+from applications.rl.agents.base import Agent
 from applications.rl.errors import RunError
-from applications.rl.runs import load_agent
-from flows.checkpoint import ensure_writable, replacing, write_json
+from applications.rl.run_folder import load_agent
+from flows.training import ensure_writable, replacing, write_json
 
 SNIPPET = """\
 import json

@@ -13,14 +13,15 @@ from typing import Annotated, Any, TextIO
 import tyro
 from tqdm import tqdm
 
-from applications.toy2d import digits, kernels, overview
-from applications.toy2d.draw import draw
+from applications.toy2d import gallery as overview
+from applications.toy2d import kernels
+from applications.toy2d.digits import run as digits
+from applications.toy2d.pictures.of_a_run import draw
 from applications.toy2d.rewards import REWARDS
 from applications.toy2d.run import RunConfig, run, table
 from applications.toy2d.targets import TARGETS
-from flows.checkpoint import CheckpointError
-from flows.process import prepare_process
-from flows.training import TrainingDiverged
+from flows.training import CheckpointError, prepare_process
+from flows.training.fit import TrainingDiverged
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def describe(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
     if error.filename is None:
-        return error.strerror  # those of `flows.checkpoint` name the path
+        return error.strerror  # those of `flows.training.checkpoint` name the path
     return f"cannot access {error.filename}: {error.strerror}"
 
 

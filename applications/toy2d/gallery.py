@@ -1,78 +1,112 @@
-"""The gallery: all targets × rewards in one figure."""
+"""The gallery: every target tilted toward every reward, in one figure.
+
+By default the panels are the exact tilts by quadrature, in seconds.  With ``learned`` each panel is
+a tilt trained from the target's flow, and a run of its own with folder, report and checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from applications.pictures import style
-from applications.pictures.arrays import Array, check_extent, checked, checked_density
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from applications.common.pictures.arrays import density_of
+from applications.toy2d.pictures.grid import gallery
+from applications.toy2d.pictures.of_a_run import plane_points
+from applications.toy2d.rewards import REWARDS, make_reward
+from applications.toy2d.run import RunConfig, run, validate
+from applications.toy2d.targets import TARGETS, Target
+from flows.training import ensure_writable
+
+RESOLUTION = 120
+SET_HERE = ("target", "reward", "folder", "resume", "overwrite", "animation")
+"""Options of runs that a gallery sets or does not need."""
 
 
-def gallery(
-    path: str | Path,
-    densities: Mapping[str, Mapping[str, Array]],
-    *,
-    extent: float,
-    rewards: Mapping[str, Mapping[str, Array]] | None = None,
-    title: str = "Every target, every reward",
-    subtitle: str = "",
-    size: float = 1.25,
-) -> Path:
-    """All targets × rewards: a row a target, a column a reward, the first column the base.
+@dataclass(frozen=True)
+class GalleryConfig:
+    """Draw all targets x rewards in one figure."""
 
-    Arguments:
-        path: The PNG to write.
-        densities: Row titles to column titles to maps (R, R), first index x; every row has the
-            columns of the first row, in its order.
-        extent: Half-width of the window.
-        rewards: Reward maps (R, R) by row and column title, drawn as contours; may be incomplete.
-        title: Headline.
-        subtitle: Line below it.
-        size: Side of a panel in inches.
+    folder: Path = Path("outputs/gallery")
+    """Where gallery.png is written, and the runs of a learned gallery."""
+    learned: bool = False
+    """Train every tilt (about half an hour) instead of drawing the exact ones."""
+    resume: bool = False
+    """Continue an interrupted learned gallery."""
+    run: RunConfig = field(default_factory=lambda: RunConfig(animation=False))
+    """Options of the learned runs, but for those that the gallery sets."""
+
+    def __post_init__(self) -> None:
+        """Refuse options of runs that would have no effect.
+
+        Raises:
+            ValueError: naming the option and its value.
+        """
+        default = RunConfig(animation=False)
+        for option in fields(RunConfig):
+            value = getattr(self.run, option.name)
+            if value == getattr(default, option.name):
+                continue
+            if option.name in SET_HERE or not self.learned:
+                where = "a gallery" if option.name in SET_HERE else "a gallery without learned"
+                raise ValueError(f"run.{option.name} has no effect in {where}, got {value!r}")
+
+
+def exact_densities(target: Target) -> dict[str, Tensor]:
+    """The base's density and that of its tilt by each reward, (R, R) each."""
+    assert target.log_density is not None
+    points = plane_points(target.extent, RESOLUTION).double()
+    log_p = target.log_density(points)
+    panels = {"base": log_p}
+    panels |= {name: log_p + make_reward(name, target)(points) for name in REWARDS}
+    return {
+        name: torch.softmax(values, 0).reshape(RESOLUTION, RESOLUTION)
+        for name, values in panels.items()
+    }
+
+
+def learned_densities(config: GalleryConfig, target: Target) -> dict[str, Tensor]:
+    """Densities estimated from the samples of a trained base and of its learned tilts."""
+    panels: dict[str, Tensor] = {}
+    base = None
+    for name in REWARDS:
+        options = replace(
+            config.run,
+            target=target.name,
+            reward=name,
+            folder=config.folder / f"{target.name}-{name}",
+            resume=config.resume,
+            overwrite=not config.resume,
+        )
+        finished = run(options, base=base)
+        base = finished.tilted.base
+        samples = {"base": finished.base_samples, name: finished.tilted_samples}
+        for label, x in samples.items():
+            estimate = density_of(x.numpy(), target.extent, resolution=RESOLUTION)
+            panels[label] = torch.as_tensor(estimate)
+    return panels
+
+
+def show_gallery(config: GalleryConfig) -> None:
+    """Write folder/gallery.png and say so.
 
     Raises:
-        ValueError: there is no row, the columns of two rows differ, or a map is not (R, R).
+        ValueError: an option of the learned runs is out of range, or no run of some target; before
+            any work.
+        OSError: the folder cannot be written; before any work.
     """
-    e = check_extent(extent)
-    if not densities or not next(iter(densities.values())):
-        raise ValueError("densities must have at least one row and one column, got none")
-    columns = list(next(iter(densities.values())))
-    figure, axes = style.sheet(
-        len(densities),
-        len(columns),
-        (size, size),
-        title=title,
-        subtitle=subtitle,
-        gap=(0.09, 0.09),
-        margin=(1.3, 0.4, 1.2, 0.4),
-    )
-    for i, (row, maps) in enumerate(densities.items()):
-        if list(maps) != columns:
-            raise ValueError(
-                f"densities[{row!r}] must have the columns {columns}, got {list(maps)}"
-            )
-        for j, (column, values) in enumerate(maps.items()):
-            ax = axes[i, j]
-            style.plane(ax, e)
-            p = checked_density(values, f"densities[{row!r}][{column!r}]")
-            style.density_image(ax, p, e, style.EMBER if j else style.ICE)
-            r = (rewards or {}).get(row, {}).get(column)
-            if r is not None:
-                name = f"rewards[{row!r}][{column!r}]"
-                style.reward_contours(
-                    ax, checked(r, name, ("R", "R")), e, width=0.4, span=4, lines=4
-                )
-            if i == 0:
-                hue = style.TILTED if j else style.BASE
-                ax.set_title(column.replace("_", " "), color=hue, fontsize=10, pad=6)
-        axes[i, 0].set_ylabel(
-            row.replace("_", " "),
-            color=style.INK,
-            fontsize=10,
-            rotation=0,
-            ha="right",
-            va="center",
-            labelpad=8,
+    for target in TARGETS.values():
+        validate(replace(config.run, target=target.name), target)
+    ensure_writable(config.folder / "gallery.png", "folder")
+    panels: dict[str, dict[str, Tensor]] = {}
+    for name, target in tqdm(TARGETS.items(), desc="gallery"):
+        panels[name] = (
+            learned_densities(config, target) if config.learned else exact_densities(target)
         )
-    return style.save(figure, path)
+    kind = "learned tilts" if config.learned else "exact tilts by quadrature"
+    extent = next(iter(TARGETS.values())).extent
+    path = gallery(config.folder / "gallery.png", panels, extent=extent, subtitle=kind)
+    print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""What each kernel is, in a line; `adjoint.kernel` derives them."""
+"""What each kernel is, in a line; `adjoint.chain.kernels` derives them."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adjoint.tilt import TiltConfig, Tilted, tilt
-from applications.toy2d.exact import (
+from adjoint import tilt
+from adjoint.tilt import TiltConfig, Tilted
+from applications.toy2d.exact_tilt import (
     GridTilt,
     ResampledTilt,
     grid_tilt,
@@ -31,16 +32,13 @@ from applications.toy2d.exact import (
     resample_tilt,
     w2_ratio,
 )
-from applications.toy2d.folders import CONFIG, Resumed, claim, locked
 from applications.toy2d.rewards import ToyReward, make_reward
+from applications.toy2d.run_folder import CONFIG, Resumed, claim, locked
 from applications.toy2d.targets import Target, find_target
-from flows import checkpoint as checkpoints
-from flows.callbacks import Callback, CSVLogger, ProgressBar
-from flows.checkpoint import write_json
-from flows.field import VelocityField
-from flows.networks import MLPVelocity
-from flows.sampling import sample
-from flows.training import TrainerConfig, data_sampler, fit_flow
+from flows import Callback, MLPVelocity, ProgressBar, VelocityField, data_sampler, fit_flow, sample
+from flows.training import CSVLogger, write_json
+from flows.training import checkpoint as checkpoints
+from flows.training.fit import TrainerConfig
 
 SAMPLE_STEPS = 50
 """Midpoint steps of every ODE sample of a run."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from applications.toy2d.curves import (
+from applications.toy2d.noisy_curves import (
     Draw,
     Generator,
     LogDensity,
@@ -34,7 +34,7 @@ from applications.toy2d.curves import (
     noisy_curves,
     polar,
 )
-from flows.mixture import GaussianMixture
+from flows import GaussianMixture
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,29 +4,11 @@ import math
 
 import pytest
 import torch
-from problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
+from helpers.certificates import certificate, kernel_for
+from helpers.tilt_problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 
 from adjoint.certificate import Certificate, certify
-from adjoint.kernel import KERNELS, MATCHED, make_kernel, measure_mmse
-from flows import grid as grids
-
-
-def kernel_for(base, name, steps, seed=0):
-    grid = grids.uniform(steps)
-    mmse = covariance = None
-    if name in MATCHED:
-        generator = torch.Generator().manual_seed(seed)
-        x1 = base.sample(50_000, generator=generator)
-        mmse = measure_mmse(base, grid, x1, generator=generator)
-    if name == "covariance_matched":
-        covariance = base.covariance()
-    return make_kernel(name, grid, mmse=mmse, covariance=covariance)
-
-
-def certificate(field, base, reward, name, steps, n=4096, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    x0 = torch.randn(n, base.means.shape[1], generator=generator, dtype=torch.float64)
-    return certify(field, base, reward, kernel_for(base, name, steps), x0, generator=generator)
+from adjoint.chain.kernels import KERNELS
 
 
 def test_log_weights_are_constant_at_the_optimum_of_a_linear_reward():

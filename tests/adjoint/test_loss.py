@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from adjoint.kernel import make_kernel
-from adjoint.lean import Adjoint
+from adjoint.chain.adjoints import Adjoint
+from adjoint.chain.kernels import make_kernel
 from adjoint.loss import adjoint_matching_loss, importance_weights, select_steps
 from flows import grid as grids
 

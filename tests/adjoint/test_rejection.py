@@ -6,16 +6,16 @@ import warnings
 
 import pytest
 import torch
+from helpers.certificates import certificate, kernel_for
+from helpers.linear_tilt import BASE, SLOPES, Slope
+from helpers.tilt_problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_tilt import BASE, SLOPES, Slope
-from problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
-from test_certificate import certificate, kernel_for
 
+from adjoint.config import TiltConfig
 from adjoint.rejection import RELIABLE, acceptance, log_ceiling, sample_exact
-from adjoint.reward import as_reward
+from adjoint.rewards.reward import as_reward
 from adjoint.tilt import tilt
-from adjoint.tilt_config import TiltConfig
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 

@@ -5,18 +5,18 @@ import math
 
 import pytest
 import torch
-from linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
-from problems import S2, M, gaussian
+from helpers.linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
+from helpers.tilt_problems import S2, M, gaussian
 from torch import nn
 
-from adjoint.reward import Reward
+from adjoint.rewards.reward import Reward
 from adjoint.tilt import TiltConfig, tilt
-from flows import checkpoint as checkpoints
-from flows.callbacks import Callback
-from flows.checkpoint import CheckpointError
 from flows.field import Residual, batch_time
 from flows.mixture import GaussianMixture
-from flows.networks import MLPVelocity
+from flows.networks.mlp import MLPVelocity
+from flows.training import checkpoint as checkpoints
+from flows.training.callbacks import Callback
+from flows.training.checkpoint import CheckpointError
 
 
 class Watch(Callback):

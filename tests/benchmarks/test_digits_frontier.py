@@ -8,19 +8,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.frontier_batches import batches
 from torch import nn
 
-from applications.toy2d import digit_unet, handwriting
-from applications.toy2d.handwriting import Classifier
-from benchmarks import digits_frontier, frontier_config, frontier_runs, frontier_study
-from benchmarks.alternatives import RewardGuidance, backpropagate, best_of
-from benchmarks.digit_laws import Drawn, certificate_summary, compare_laws
-from benchmarks.digit_rewards import make_rewards
-from benchmarks.frontier import Judge, margin
-from benchmarks.frontier_config import FrontierConfig, Problem
-from benchmarks.frontier_rows import ALTERNATIVES, Point, line, margins
-from flows.checkpoint import CheckpointError
+from applications.toy2d.digits import handwriting
+from applications.toy2d.digits import unet as digit_unet
+from applications.toy2d.digits.handwriting import Classifier
+from benchmarks.digits.laws import Drawn, certificate_summary, compare_laws
+from benchmarks.digits_frontier import (
+    __main__ as digits_frontier,
+)
+from benchmarks.digits_frontier import (
+    config as frontier_config,
+)
+from benchmarks.digits_frontier import (
+    runs as frontier_runs,
+)
+from benchmarks.digits_frontier import (
+    study as frontier_study,
+)
+from benchmarks.digits_frontier.alternatives import RewardGuidance, backpropagate, best_of
+from benchmarks.digits_frontier.config import FrontierConfig, Problem
+from benchmarks.digits_frontier.judge import Judge, margin
+from benchmarks.digits_frontier.rewards import make_rewards
+from benchmarks.digits_frontier.rows import ALTERNATIVES, Point, line, margins
 from flows.mixture import GaussianMixture
+from flows.training.checkpoint import CheckpointError
 
 
 class Template(Classifier):
@@ -95,14 +108,6 @@ def test_backpropagation_follows_the_gradient_of_its_steps(last_only, monkeypatc
     assert float(model.a.detach()) == pytest.approx(0.3 + lr * slope)
     assert [stop for stop, _ in stops] == [3]
     assert float(field.a.detach()) == 0.3
-
-
-def batches(reward, value, spread=0.0, metric="classes"):
-    offsets = torch.linspace(-1, 1, 8, dtype=torch.float64)
-    return {
-        "reward": torch.full((8,), float(reward), dtype=torch.float64),
-        metric: value + spread * offsets,
-    }
 
 
 def test_margin_is_the_height_above_the_most_diverse_passing_segment():

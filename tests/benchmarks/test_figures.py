@@ -5,7 +5,7 @@ import pytest
 from matplotlib.collections import LineCollection, PathCollection
 from PIL import Image
 
-from benchmarks.figures import kernel_comparison
+from benchmarks.common.figures import kernel_comparison
 
 
 def make_rows():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adjoint.certificate import path_log_ratio
-from adjoint.lean import lean_adjoint
-from adjoint.rollout import draw_noise, rollout
+from adjoint.chain.adjoints import lean_adjoint
+from adjoint.chain.rollout import draw_noise, rollout
 from benchmarks import fixed_points
 from benchmarks.fixed_points import (
     PROBLEMS,

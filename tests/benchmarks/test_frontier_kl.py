@@ -6,16 +6,16 @@ import math
 from functools import partial
 
 import pytest
-import test_digits_frontier
 import torch
+from helpers import frontier_batches
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from applications.toy2d import digit_unet
-from benchmarks.alternatives import RewardGuidance
-from benchmarks.digit_laws import Drawn
-from benchmarks.frontier import margin, mean, root, stderr
-from benchmarks.frontier_kl import best_of_kl, ode_kl, tilt_kl
-from benchmarks.frontier_rows import Point, line, make_rows
+from applications.toy2d.digits import unet as digit_unet
+from benchmarks.digits.laws import Drawn
+from benchmarks.digits_frontier.alternatives import RewardGuidance
+from benchmarks.digits_frontier.judge import margin, mean, root, stderr
+from benchmarks.digits_frontier.kl import best_of_kl, ode_kl, tilt_kl
+from benchmarks.digits_frontier.rows import Point, line, make_rows
 from flows.mixture import GaussianMixture
 from flows.sampling import log_likelihood
 
@@ -136,7 +136,7 @@ def test_the_exact_tilt_of_a_gaussian_with_its_standard_error():
     assert mean(alone) == pytest.approx(float(torch.special.xlogy(w, w).mean()))
 
 
-batches = partial(test_digits_frontier.batches, metric="kl")
+batches = partial(frontier_batches.batches, metric="kl")
 
 
 def test_closeness_is_held_against_the_straight_line_of_the_root():

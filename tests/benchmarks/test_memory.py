@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.ledger import HOST, HostTensor, Ledger, simulated_device
-from benchmarks.memory import OPTIONS, Args, main, training_rows
+from benchmarks.memory.__main__ import OPTIONS, Args, main, training_rows
+from benchmarks.memory.ledger import HOST, HostTensor, Ledger, simulated_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from adjoint.lean import lean_adjoint
-from adjoint.rollout import draw_noise, rollout
-from benchmarks.control import (
+from adjoint.chain.adjoints import lean_adjoint
+from adjoint.chain.rollout import draw_noise, rollout
+from benchmarks.soc.__main__ import Args, ControlLoss, control_error, euler_maruyama, main, solve
+from benchmarks.soc.problems import (
     PROBLEMS,
     double_well,
     linear_ou,
@@ -17,7 +18,6 @@ from benchmarks.control import (
     quadratic_ou,
     riccati,
 )
-from benchmarks.soc import Args, ControlLoss, control_error, euler_maruyama, main, solve
 from flows.grid import uniform
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import speed_check, speed_update
-from benchmarks.speed import FASTEST, FIXED, WHOLE, SpeedConfig, main
-from benchmarks.speed_peer import Peer
-from benchmarks.speed_update import QUICK, Operations, Sizes, operations, parts
+from benchmarks.speed import check as speed_check
+from benchmarks.speed import update as speed_update
+from benchmarks.speed.__main__ import FASTEST, FIXED, WHOLE, SpeedConfig, main
+from benchmarks.speed.peer import Peer
+from benchmarks.speed.update import QUICK, Operations, Sizes, operations, parts
 
 PARTS = [
     "sampling",

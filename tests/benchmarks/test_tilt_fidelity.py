@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.problems import grid_velocity, make_problem, names
+from benchmarks.common.problems import grid_velocity, make_problem, names
 from benchmarks.tilt_fidelity import FidelityConfig, flow_samples, measure, pending, velocity_error
 
 
 def test_grid_velocity_is_the_closed_form_where_there_is_one():
-    from applications.toy2d.exact import grid_tilt
+    from applications.toy2d.exact_tilt import grid_tilt
     from applications.toy2d.rewards import make_reward
     from applications.toy2d.targets import find_target
 

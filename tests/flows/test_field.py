@@ -6,17 +6,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from flows.field import (
-    Guided,
-    Residual,
-    batch_time,
-    check_cond,
-    check_velocity,
-    frozen,
-    velocity_and_vjp,
-)
+from flows.autodiff import velocity_and_vjp
+from flows.field import Guided, Residual, batch_time, check_cond, check_velocity, frozen
 from flows.mixture import GaussianMixture
-from flows.networks import MLPVelocity
+from flows.networks.mlp import MLPVelocity
 from flows.path import velocity_from_score
 
 F64 = torch.float64

@@ -8,7 +8,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from flows.field import Residual
 from flows.mixture import GaussianMixture
-from flows.networks import MLPVelocity
+from flows.networks.mlp import MLPVelocity
 
 F64 = torch.float64
 TIMES = (0.05, 0.3, 0.5, 0.8, 0.97)

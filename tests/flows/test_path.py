@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from gaussian_paths import F64, REFERENCES, canonical_velocity, predictions
+from helpers.gaussian_paths import F64, REFERENCES, canonical_velocity, predictions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from flows import path
-from flows.field import velocity_and_vjp
+from flows.autodiff import velocity_and_vjp
 from flows.mixture import GaussianMixture
 from flows.path import MARGIN, PREDICTIONS, OnCanonicalPath, convert
 from flows.schedule import CondOT, Cosine

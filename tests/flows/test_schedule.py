@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gaussian_paths import REFERENCES
+from helpers.gaussian_paths import REFERENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

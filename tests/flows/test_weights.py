@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flows.field import Residual, frozen
-from flows.networks import MLPVelocity
+from flows.networks.mlp import MLPVelocity
 from flows.weights import copy_sharing, fingerprint, frozen_weights
 
 

@@ -11,6 +11,7 @@ import torch
 
 from applications.rl import export
 from applications.rl.agents import AGENTS, make_agent
+from applications.rl.environments.spaces import Spaces
 from applications.rl.errors import RunError
 from applications.rl.export import (
     SNIPPET,
@@ -21,10 +22,9 @@ from applications.rl.export import (
     run_export,
     show_export,
 )
-from applications.rl.runs import describe_problem, load_agent
-from applications.rl.spaces import Spaces
-from flows import checkpoint as checkpoints
-from flows.checkpoint import CheckpointError
+from applications.rl.run_folder import describe_problem, load_agent
+from flows.training import checkpoint as checkpoints
+from flows.training.checkpoint import CheckpointError
 
 OBSERVATION_DIM, ACTION_DIM, HORIZON = 5, 2, 3
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"

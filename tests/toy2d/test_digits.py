@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from applications.toy2d import digits, handwriting
-from applications.toy2d.digit_judge import Comparison, compare, distances, nearest_distance
-from applications.toy2d.digits import OF_CHAIN, OF_ODE, DigitsConfig
-from applications.toy2d.exact import resample_tilt
-from applications.toy2d.handwriting import Classifier, DigitReward
-from flows.checkpoint import CheckpointError
+from applications.toy2d.digits import handwriting
+from applications.toy2d.digits import run as digits
+from applications.toy2d.digits.handwriting import Classifier, DigitReward
+from applications.toy2d.digits.judge import Comparison, compare, distances, nearest_distance
+from applications.toy2d.digits.run import OF_CHAIN, OF_ODE, DigitsConfig
+from applications.toy2d.exact_tilt import resample_tilt
 from flows.matching import flow_matching_loss
 from flows.sampling import sample
+from flows.training.checkpoint import CheckpointError
 
 TINY = DigitsConfig(
     kernel="ancestral",

@@ -14,13 +14,13 @@ from matplotlib.patches import StepPatch
 from matplotlib.quiver import Quiver
 from PIL import Image
 
-from applications.pictures import style
-from applications.pictures.arrays import checked, density_of
-from applications.toy2d.animation import flow_animation
-from applications.toy2d.charts import certificate_histogram, training_curves
-from applications.toy2d.gallery import gallery
-from applications.toy2d.images import class_frequencies, image_grid, mosaic
-from applications.toy2d.pictures import Layer, control_field, particle_paths, triptych
+from applications.common.pictures import style
+from applications.common.pictures.arrays import checked, density_of
+from applications.toy2d.digits.pictures import class_frequencies, image_grid, mosaic
+from applications.toy2d.pictures.animation import flow_animation
+from applications.toy2d.pictures.charts import certificate_histogram, training_curves
+from applications.toy2d.pictures.grid import gallery
+from applications.toy2d.pictures.plane import Layer, control_field, particle_paths, triptych
 
 EXTENT, R = 4.0, 40
 AXIS = style.cell_centres(R, EXTENT)
@@ -477,8 +477,9 @@ def test_pictures_leave_the_global_state_of_matplotlib_alone(tmp_path):
         "import sys, numpy as np, matplotlib\n"
         "rc = lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
         "before = rc()\n"
-        "from applications.toy2d import animation, charts, gallery, images, pictures\n"
-        f"pictures.particle_paths({str(tmp_path / 'a.png')!r}, np.ones((2, 3, 2)), "
+        "from applications.toy2d.digits import pictures\n"
+        "from applications.toy2d.pictures import animation, charts, grid, plane\n"
+        f"plane.particle_paths({str(tmp_path / 'a.png')!r}, np.ones((2, 3, 2)), "
         "np.ones((2, 3, 2)), extent=4)\n"
         "assert 'matplotlib.pyplot' not in sys.modules and before == rc()"
     )

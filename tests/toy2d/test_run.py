@@ -13,14 +13,14 @@ import matplotlib
 import pytest
 import torch
 
-from adjoint.kernel import KERNELS
+from adjoint.chain.kernels import KERNELS
 from applications.toy2d import rewards
 from applications.toy2d.__main__ import List, main
-from applications.toy2d.digits import DigitsConfig
-from applications.toy2d.draw import draw
+from applications.toy2d.digits.run import DigitsConfig
 from applications.toy2d.kernels import DESCRIPTIONS
+from applications.toy2d.pictures.of_a_run import draw
 from applications.toy2d.run import COMPARED, RunConfig, run, table
-from flows import checkpoint as checkpoints
+from flows.training import checkpoint as checkpoints
 
 FIELDS = [
     "target",
@@ -287,8 +287,8 @@ def test_options_without_effect_or_out_of_range_are_refused_by_a_gallery(
     def work(*_):
         raise AssertionError("begun")
 
-    monkeypatch.setattr("applications.toy2d.overview.learned_densities", work)
-    monkeypatch.setattr("applications.toy2d.overview.exact_densities", work)
+    monkeypatch.setattr("applications.toy2d.gallery.learned_densities", work)
+    monkeypatch.setattr("applications.toy2d.gallery.exact_densities", work)
     with contextlib.suppress(SystemExit):  # of the parser, which frames and wraps the error
         assert main(["gallery", "--folder", str(tmp_path / "g"), *options]) == 1
     shown = capsys.readouterr().err.replace("│", " ")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from applications.rl.agent import Agent, AgentConfig
 from applications.rl.agents.bam import BAM, BAMConfig
+from applications.rl.agents.base import Agent, AgentConfig
 from applications.rl.agents.bc import BC, BCConfig
 from applications.rl.agents.fql import FQL, FQLConfig
 from applications.rl.agents.ifql import IFQL, IFQLConfig

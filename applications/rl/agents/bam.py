@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adjoint.kernel import Kernel
-from adjoint.rollout import velocity_along
-from applications.rl.actor_critic import pessimistic
-from applications.rl.agent import Metrics, Noise
-from applications.rl.flow_pair import FlowPair, FlowPairConfig
-from applications.rl.flow_policy import behaviour_loss, condition
-from applications.rl.samples import Samples
+from adjoint import Kernel, velocity_along
+from applications.rl.agents.actor_critic import pessimistic
+from applications.rl.agents.base import Metrics, Noise
+from applications.rl.agents.flow_pair import FlowPair, FlowPairConfig
+from applications.rl.agents.flow_policy import behaviour_loss, condition
+from applications.rl.agents.samples import Samples
 
 if TYPE_CHECKING:
-    from applications.rl.replay import Batch
+    from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)

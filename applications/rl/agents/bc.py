@@ -1,6 +1,6 @@
 """BC: a flow fitted to the actions of the data, without critics; the baseline of the others.
 
-The loss is L_BC of `applications.rl.flow_policy`, the policy its ODE.
+The loss is L_BC of `applications.rl.agents.flow_policy`, the policy its ODE.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from applications.rl.agent import Agent, AgentConfig, Metrics, Noise, Shapes
-from applications.rl.flow_policy import behaviour_loss, flow_action
+from applications.rl.agents.base import Agent, AgentConfig, Metrics, Noise, Shapes
+from applications.rl.agents.flow_policy import behaviour_loss, flow_action
 
 if TYPE_CHECKING:
-    from applications.rl.replay import Batch
+    from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 r"""FQL: a behaviour flow, and a one-step policy that imitates it and climbs the critics.
 
-The total is L_Q + L_BC + the loss of `applications.rl.one_step`, in which the flow imitated is that
-of the behaviour.  The agent acts, and bootstraps, by clip g(s, z).  Gradients are not clipped, and
-only the critics have slow copies.
+The total is L_Q + L_BC + the loss of `applications.rl.agents.one_step`, in which the flow imitated
+is that of the behaviour.  The agent acts, and bootstraps, by clip g(s, z).  Gradients are not
+clipped, and only the critics have slow copies.
 
 Source: Park et al., "Flow Q-learning" (arXiv 2502.02538), with chunks and an ensemble of critics as
 in Li and Levine (arXiv 2601.14234).
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from applications.rl.actor_critic import ActorCritic, CriticConfig
-from applications.rl.agent import Metrics, Noise, Shapes, require
-from applications.rl.flow_policy import behaviour_loss, flow_action
-from applications.rl.one_step import one_step_loss
-from applications.rl.samples import Samples
+from applications.rl.agents.actor_critic import ActorCritic, CriticConfig
+from applications.rl.agents.base import Metrics, Noise, Shapes, require
+from applications.rl.agents.flow_policy import behaviour_loss, flow_action
+from applications.rl.agents.one_step import one_step_loss
+from applications.rl.agents.samples import Samples
 
 if TYPE_CHECKING:
-    from applications.rl.replay import Batch
+    from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from applications.rl.actor_critic import ActorCritic, CriticConfig, pessimistic
-from applications.rl.agent import Metrics, Noise, Shapes, require
-from applications.rl.flow_policy import behaviour_loss, flow_action
-from applications.rl.networks import ValueNetwork
-from applications.rl.samples import Samples
+from applications.rl.agents.actor_critic import ActorCritic, CriticConfig, pessimistic
+from applications.rl.agents.base import Metrics, Noise, Shapes, require
+from applications.rl.agents.flow_policy import behaviour_loss, flow_action
+from applications.rl.agents.networks import ValueNetwork
+from applications.rl.agents.samples import Samples
 
 if TYPE_CHECKING:
-    from applications.rl.replay import Batch
+    from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adjoint.kernel import Kernel
-from adjoint.lean import Adjoint, lean_adjoint
-from adjoint.loss import adjoint_matching_loss
-from adjoint.reward import Reward
-from adjoint.rollout import rollout, velocity_along
-from applications.rl.agent import Metrics, Noise, require
-from applications.rl.flow_pair import AGENT_KERNELS, FlowPair, FlowPairConfig
-from applications.rl.flow_policy import behaviour_loss, condition
-from applications.rl.samples import Chain, Samples
-from flows.field import Cond
+from adjoint import (
+    Adjoint,
+    Kernel,
+    Reward,
+    adjoint_matching_loss,
+    lean_adjoint,
+    rollout,
+    velocity_along,
+)
+from applications.rl.agents.base import Metrics, Noise, require
+from applications.rl.agents.flow_pair import AGENT_KERNELS, FlowPair, FlowPairConfig
+from applications.rl.agents.flow_policy import behaviour_loss, condition
+from applications.rl.agents.samples import Chain, Samples
+from flows import Cond
 
 if TYPE_CHECKING:
-    from applications.rl.replay import Batch
+    from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)

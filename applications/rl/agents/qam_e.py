@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from applications.rl.agent import Metrics, Noise, Shapes, require
+from applications.rl.agents.base import Metrics, Noise, Shapes, require
+from applications.rl.agents.networks import TanhGaussianActor
 from applications.rl.agents.qam import AdjointMatching, AdjointMatchingConfig
-from applications.rl.networks import TanhGaussianActor
-from applications.rl.samples import Samples
+from applications.rl.agents.samples import Samples
 
 if TYPE_CHECKING:
-    from applications.rl.replay import Batch
+    from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)

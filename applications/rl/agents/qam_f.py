@@ -1,8 +1,8 @@
 r"""QAM-F: QAM whose policy flow is imitated by a one-step policy that climbs the critics.
 
-Besides the losses of QAM, g(s, z) is trained by `applications.rl.one_step` on the action of the
-tilted flow from the same z.  The agent acts, and bootstraps, by clip g(s, z).  With α = 0 there is
-no g, and the agent is QAM.
+Besides the losses of QAM, g(s, z) is trained by `applications.rl.agents.one_step` on the action of
+the tilted flow from the same z.  The agent acts, and bootstraps, by clip g(s, z).  With α = 0 there
+is no g, and the agent is QAM.
 
 Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234).
 """
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from applications.rl.agent import Metrics, Noise, Shapes, require
+from applications.rl.agents.base import Metrics, Noise, Shapes, require
+from applications.rl.agents.networks import OneStepActor
+from applications.rl.agents.one_step import one_step_loss
 from applications.rl.agents.qam import AdjointMatching, AdjointMatchingConfig
-from applications.rl.networks import OneStepActor
-from applications.rl.one_step import one_step_loss
-from applications.rl.samples import Samples
+from applications.rl.agents.samples import Samples
 
 if TYPE_CHECKING:
-    from applications.rl.replay import Batch
+    from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)

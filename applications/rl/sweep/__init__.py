@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from applications.rl.errors import RunError
-from applications.rl.seeds import parse_seeds
 from applications.rl.sweep.config import SweepConfig
 from applications.rl.sweep.cost import cost, measure
 from applications.rl.sweep.folders import Work, collect, updates_done
@@ -24,8 +23,9 @@ from applications.rl.sweep.plan import Job, Run, State
 from applications.rl.sweep.ray import engine, execute, room
 from applications.rl.sweep.table import Table
 from applications.rl.sweep.worker import Train, train_task
-from applications.rl.train_config import TrainConfig
-from flows.checkpoint import ensure_writable
+from applications.rl.training.config import TrainConfig
+from applications.rl.training.seeds import parse_seeds
+from flows.training import ensure_writable
 
 __all__ = ["SweepConfig", "describe", "show_sweep", "sweep"]
 

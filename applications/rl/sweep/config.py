@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from applications.rl.agent import AgentConfig
-from applications.rl.seeds import parse_seeds
+from applications.rl.agents.base import AgentConfig
 from applications.rl.sweep.plan import Plan, make_plan
-from applications.rl.train_config import TrainConfig
+from applications.rl.training.config import TrainConfig
+from applications.rl.training.seeds import parse_seeds
 
 RESULTS = "results.json"
 

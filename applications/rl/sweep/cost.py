@@ -16,14 +16,14 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from applications.rl.dataset import Dataset
-from applications.rl.spaces import Spaces, spaces_of
+from applications.rl.data.dataset import Dataset
+from applications.rl.environments.spaces import Spaces, spaces_of
+from applications.rl.environments.tasks import find_task, make_environment
 from applications.rl.sweep.plan import Job, duration, makespan, slots
-from applications.rl.tasks import find_task, make_environment
-from applications.rl.train_config import TrainConfig
-from applications.rl.training import train
-from flows.callbacks import Callback, Metrics
-from flows.trainer import Trainer
+from applications.rl.training.config import TrainConfig
+from applications.rl.training.train import train
+from flows import Callback, Trainer
+from flows.training.callbacks import Metrics
 
 WARM = 5
 """Updates before the clock starts."""
@@ -54,7 +54,8 @@ def measure(config: TrainConfig, seconds: float = 10.0) -> float:
     """Updates per second of one seed alone, as ``config`` trains it, on this machine.
 
     Raises:
-        ValueError, ImportError: as `applications.rl.training.train`; and ValueError if it is for a
+        ValueError, ImportError: as `applications.rl.training.train.train`; and ValueError if it is
+        for a
             GPU, and this machine has none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """What the folder of a run tells while a sweep goes on; also across machines that share it.
 
-Beside the files of `applications.rl.runs`, a worker of a sweep writes
+Beside the files of `applications.rl.run_folder`, a worker of a sweep writes
 
     worker.json      the attempt, host, node and process that have the run, or had it last
     finished.json    settings, updates and hours of a run that is done
@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from applications.rl import runs
-from applications.rl.groups import UNTOLD
-from applications.rl.results import PHASES, read_folder
+from applications.rl import run_folder
+from applications.rl.report.groups import UNTOLD
+from applications.rl.report.results import PHASES, read_folder
 from applications.rl.sweep.plan import Job, Plan, Run, State
-from applications.rl.train_config import TrainConfig
-from flows.checkpoint import write_json
+from applications.rl.training.config import TrainConfig
+from flows.training import write_json
 
 WORKER = "worker.json"
 FINISHED = "finished.json"
@@ -94,13 +94,13 @@ def started(run: Run, attempt: str) -> bool:
 
 def updates_done(folder: Path) -> int:
     """Updates by the last row of the metrics, of which there is one in ``log_every``."""
-    last = _last_line(folder / runs.METRICS).partition(",")[0]
+    last = _last_line(folder / run_folder.METRICS).partition(",")[0]
     return int(last) if last.isdecimal() else 0
 
 
 def latest_success(folder: Path) -> float | None:
     """Success of the last evaluation, None before the first."""
-    cells = _last_line(folder / runs.EVALUATION).split(",")
+    cells = _last_line(folder / run_folder.EVALUATION).split(",")
     try:
         return float(cells[2])
     except (IndexError, ValueError):  # none yet, or the header
@@ -109,7 +109,7 @@ def latest_success(folder: Path) -> float | None:
 
 def checkpoint_stamp(job: Job) -> tuple[int, ...]:
     """Changes when a run of the job has written another checkpoint."""
-    paths = [run.folder / runs.CHECKPOINT for run in job.runs]
+    paths = [run.folder / run_folder.CHECKPOINT for run in job.runs]
     return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
 

@@ -19,10 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from applications.rl.agents import find_agent
-from applications.rl.official import SPARSE
-from applications.rl.presets import DOMAINS, preset
-from applications.rl.tasks import ENVIRONMENTS, TASK_NUMBERS, find_task
-from applications.rl.train_config import TrainConfig
+from applications.rl.agents.presets import DOMAINS, preset
+from applications.rl.environments.tasks import ENVIRONMENTS, TASK_NUMBERS, find_task
+from applications.rl.report.published import SPARSE
+from applications.rl.training.config import TrainConfig
 
 PUBLISHED = "published"
 """The word that stands for the tasks of the published table."""

@@ -25,7 +25,7 @@ from applications.rl.errors import RunError
 from applications.rl.sweep import folders
 from applications.rl.sweep.plan import Job, Run, State, slots
 from applications.rl.sweep.worker import Train, one_line, work
-from flows.process import prepare_process
+from flows.training import prepare_process
 
 PATIENCE = 5.0
 """Seconds that an address has to answer."""

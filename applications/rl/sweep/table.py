@@ -20,7 +20,7 @@ from typing import TextIO
 
 from applications.rl.sweep import folders
 from applications.rl.sweep.plan import Run, State, duration
-from applications.rl.train_config import TrainConfig
+from applications.rl.training.config import TrainConfig
 
 ORDER = ("training", "failed", "waiting", "done")
 """Of the rows; also the names of what a run can be seen to do."""

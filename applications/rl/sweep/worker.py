@@ -20,15 +20,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from applications.rl.dataset import data_folder, find_files, load_shards
+from applications.rl.data.dataset import data_folder, find_files, load_shards
+from applications.rl.environments.tasks import ENVIRONMENTS, find_task
 from applications.rl.errors import RunError
 from applications.rl.sweep import folders
 from applications.rl.sweep.plan import Job
-from applications.rl.tasks import ENVIRONMENTS, find_task
-from applications.rl.train_config import TrainConfig
-from applications.rl.training import Trained, train
-from flows.checkpoint import CheckpointError, ensure_writable, write_json
-from flows.trainer import TrainingDiverged
+from applications.rl.training.config import TrainConfig
+from applications.rl.training.train import Trained, train
+from flows.training import CheckpointError, TrainingDiverged, ensure_writable, write_json
 
 Train = Callable[[TrainConfig], list[Trained]]
 LOCK = ".lock"
@@ -68,7 +67,7 @@ def work(job: Job, attempt: str, train: Train, node: str = "") -> dict[int, str]
 
 
 def train_task(config: TrainConfig) -> list[Trained]:
-    """Train as `applications.rl.training.train` does; data that are missing are downloaded once."""
+    """Train as `applications.rl.train` does; data that are missing are downloaded once."""
     task = find_task(config.task) if config.use_data else None
     own = config.data is not None and config.data.suffix == ".npz"
     if task is not None and task.environment in ENVIRONMENTS and not own:

@@ -1,0 +1,1 @@
+"""The memoryless chain: kernels, trajectories, adjoints, control variates."""

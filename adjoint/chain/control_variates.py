@@ -1,0 +1,103 @@
+r"""Control variates of the lean adjoint: the noise in it that the model knows.
+
+The regression of adjoint matching sees one sample of the adjoint λ_k at each state, whose noise can
+be many times the control itself where much is still undecided.  It comes from the steps that
+follow, x_{j+1} = m_j + std_j ε_j, and most of it is known: the control says what the adjoint at
+x_{j+1} is on average, Λ(x_{j+1}) = -(read_v / read_a) (v_θ - v_β), and so how it changes with ε_j.
+The odd part of that change,
+
+    C_{j+1} = ½ [Λ(m_j + std_j ε_j) - Λ(m_j - std_j ε_j)],    with -∇r as Λ at the last noisy step,
+
+carried back like the adjoint itself, e_k = A_kᵀ (e_{k+1} + C_{k+1}) from e_K = 0, is taken from the
+target, λ_k - e_k.  No expectation changes: given x_j, C_{j+1} is odd in ε_j and A_j is a function
+of x_j, so that the mean of e_k at a state is zero whatever Λ is, and the fixed point is that of
+adjoint matching.  What changes is the variance.  If Λ is the exact mean, then what is left of the
+step's noise is even in ε_j, of second order in std_j: little on a fine grid, and less on a finer
+one, though the first steps of a memoryless chain renew most of the noise on any grid.  At the base,
+Λ is zero, and only the last step's noise is taken away.  Unlike in bootstrapping the model's error
+is never taken for a target.
+
+Importance weights w.  Under the tilted path law ε_j is neither centred nor symmetric, so that w e
+has a mean, of the order of the step.  Only w λ is weighted therefore: the gradient of the loss is
+that of w (read_v (v_θ - v_β) + read_a λ) - read_a e (`adjoint.loss`).  A cap on the terms of the
+loss would spoil the mean as well, and is refused.
+
+Other kernels.  Where the residual of step k reads λ_{k+1}, the noise of step k is in it too, and so
+C_{k+1} is added to e_{k+1}; Λ(x_{j+1}) is then the mean of λ_{j+2}, a little off.  Before a
+noiseless last step Λ is -∇r at its end, without the Jacobian of that step.  Where the noise is
+L(x_j) ε_j with a full covariance, the adjoint has a term odd in ε_j, from the derivative of L; C is
+left out of that term, as their product would be even.
+
+The price: a second pass of the adjoint, the model at K - 1 mirrored states and the base at twice as
+many, each in one batch, and one more gradient of the reward.
+
+Sources: antithetic variates as in Owen, "Monte Carlo theory", ch. 8; estimators without noise at
+the optimum, Roeder et al. 1703.09194 ("sticking the landing").  The combination with the lean
+adjoint was derived for this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from adjoint.chain.kernels import Kernel
+from adjoint.chain.rollout import Trajectory, velocity_along
+from flows.field import Cond, VelocityField
+
+
+@torch.no_grad()
+def control_variates(
+    field: VelocityField,
+    base: VelocityField,
+    kernel: Kernel,
+    trajectory: Trajectory,
+    end: Tensor,
+    terminal: Callable[[Tensor], Tensor],
+    cond: Cond | None = None,
+    *,
+    micro_batch: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """C_1 … C_K, (K, B, *), of a trajectory that ``field`` made; see the module docstring.
+
+    Arguments:
+        end: -∇r at the end of the trajectory, (B, *).
+        terminal: the same of other states (B, *).
+        cond: conditions with leading size B.
+        micro_batch, device: see `adjoint.chain.rollout`.
+    """
+    xs, noise = trajectory.xs, trajectory.noise
+    noisy = kernel.steps - int(kernel.noiseless_last)  # C of a noiseless step is zero
+    std, mean_x, mean_v, ratio = (
+        column.to(xs.device, xs.dtype).reshape(-1, *([1] * (xs.ndim - 1)))
+        for column in (kernel.std, kernel.mean_x, kernel.mean_v, kernel.read_v / kernel.read_a)
+    )
+    if trajectory.roots is None:
+        kick = std * noise
+    else:
+        at = torch.device(device or xs.device).type
+        with torch.autocast(at, enabled=False):  # as in `rollout`
+            kick = (trajectory.roots @ noise.flatten(2).unsqueeze(3)).reshape(noise.shape)
+    mirrored = (xs[1:] - 2 * kick)[:noisy]
+
+    def along(field: VelocityField, states: Tensor, times: Tensor) -> Tensor:
+        v = velocity_along(field, states, times, cond, micro_batch=micro_batch, device=device)
+        return v.to(xs.dtype)
+
+    other_end = mirrored[-1]
+    if kernel.noiseless_last:
+        v = along(base, other_end[None], kernel.t[noisy:-1])[0]
+        other_end = mean_x[-1] * other_end + mean_v[-1] * v
+    last = (end - terminal(other_end))[None]
+    rest = torch.zeros_like(xs[noisy + 1 :])
+    if noisy == 1:
+        return torch.cat([last / 2, rest])
+    states = [xs[1:noisy], mirrored[:-1]]
+    times = kernel.t[1:noisy]
+    v_base = along(base, torch.cat(states), times.repeat(2))
+    there = along(field, states[1], times)
+    own, other = (torch.cat([trajectory.v[1:noisy], there]) - v_base).chunk(2)
+    return torch.cat([ratio[1:noisy] * (other - own) / 2, last / 2, rest])

@@ -1,0 +1,1 @@
+"""Models to train: low-rank adapters, and models that see the reward."""

@@ -1,0 +1,1 @@
+"""Rewards: scaling, sums, and rewards of decoded samples."""

@@ -1,0 +1,283 @@
+"""What a reward is: a differentiable function of a sample, its gradient, its scale and its limits.
+
+The tilt is p*(x) ∝ p(x) exp(r(x)).  A reward is any callable ``r(x, cond) -> (B,)``.  The adjoint
+needs only its gradient at the end of a trajectory, a_1 = -∇r(X_1); the certificate needs its value.
+Three optional transformations, each of which defines a new reward or a new gradient:
+
+- scale: r ← scale · r.  A temperature T is the scale 1/T.
+- smoothing: r ← mean_j r(x + s ξ_j) with ``probes`` fixed antithetic Gaussian directions ξ_j, so
+  that value and gradient stay those of one deterministic function.
+- max_norm: caps ‖∇r‖ per sample.  The capped field is no longer the gradient of r: it keeps
+  training stable where r is steep and biases the tilt there, which the certificate, computed with
+  the uncapped value, will show.
+
+Rewards add, subtract, and multiply with numbers, exactly: with g what `Reward.value_and_gradient`
+returns as the gradient, g(a r + b q) = a g(r) + b g(q).  So a cap of a term stays that of the term,
+in proportion to its factor, whereas a temperature leaves the caps where they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flows.autodiff import pullback, recording
+from flows.field import Cond, check_cond
+
+ValueFunction = Callable[[Tensor, Cond | None], Tensor]
+GradientFunction = Callable[[Tensor, Cond | None], Tensor]
+SomeReward = TypeVar("SomeReward", bound="Reward")
+
+
+class Reward:
+    """A reward with its gradient.
+
+    Arguments:
+        value: differentiable ``r(x, cond)``; x has shape (B, *), the result has shape (B,).
+        gradient: ``∇r(x, cond)`` of the shape of x where it is known in closed form or where the
+            value is not differentiable; autograd otherwise.
+        scale: multiplies value and gradient (1 / temperature).
+        max_norm: cap on the Euclidean norm of the scaled gradient, per sample.
+        smoothing: standard deviation s of the Gaussian smoothing; 0 is none.
+        probes: number of smoothing directions, even.
+        name: what logs and errors call it; by default the name of the function or class.
+
+    Raises:
+        TypeError: ``value`` does not take the two arguments (x, cond).
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        value: ValueFunction,
+        *,
+        gradient: GradientFunction | None = None,
+        scale: float = 1.0,
+        max_norm: float | None = None,
+        smoothing: float = 0.0,
+        probes: int = 8,
+        name: str | None = None,
+    ) -> None:
+        if not callable(value):
+            raise TypeError(f"reward must be a callable (x, cond) -> (B,), got {value!r}")
+        try:
+            called = value.forward if isinstance(value, nn.Module) else value
+            if not torch.compiler.is_compiling():  # PyTorch 2.6 cannot trace it
+                inspect.signature(called).bind(None, None)
+        except TypeError as error:
+            raise TypeError(f"reward must take two arguments (x, cond): {error}") from error
+        except ValueError:  # a builtin without a signature: let the first call decide
+            pass
+        _check_cap(max_norm)
+        if not smoothing >= 0:
+            raise ValueError(f"smoothing must be at least 0, got {smoothing}")
+        if probes < 2 or probes % 2:
+            raise ValueError(f"probes must be an even number of at least 2, got {probes}")
+        own = getattr(value, "__name__", type(value).__name__)
+        self.name = name or ("reward" if own == "<lambda>" else own)
+        self._value = value
+        self._gradient = gradient
+        self.scale = scale
+        self.max_norm = max_norm
+        self.smoothing = smoothing
+        self.probes = probes
+
+    def scaled(self: SomeReward, factor: float) -> SomeReward:
+        """The same reward, of the same class, with its scale multiplied by ``factor``.
+
+        Caps stay as they are: they are on the gradient that is used.
+        """
+        return self._times(factor, 1.0)
+
+    def capped(self: SomeReward, max_norm: float | None) -> SomeReward:
+        """The same reward, of the same class, with the cap ``max_norm`` instead of its own.
+
+        The cap of a sum is on its total gradient, that of a decoded reward on the gradient with
+        respect to the latents; caps of the terms, and of the reward of the image, stay in force.
+        """
+        _check_cap(max_norm)
+        clone = copy.copy(self)
+        clone.max_norm = max_norm
+        return clone
+
+    def _times(self: SomeReward, factor: float, cap_factor: float) -> SomeReward:
+        """A copy whose scale is multiplied by ``factor`` and whose cap by ``cap_factor``."""
+        clone = copy.copy(self)
+        clone.scale = self.scale * factor
+        if self.max_norm is not None:
+            clone.max_norm = self.max_norm * cap_factor
+        return clone
+
+    def _directions(self, x: Tensor) -> Tensor:
+        """Fixed antithetic smoothing directions, shape (probes, 1, *)."""
+        generator = torch.Generator().manual_seed(0)
+        half = torch.randn(self.probes // 2, 1, *x.shape[1:], generator=generator)
+        return torch.cat([half, -half]).to(x) * self.smoothing
+
+    def _smoothed(self, function: ValueFunction, x: Tensor, cond: Cond | None) -> Tensor:
+        """Mean of ``function`` over the smoothing directions; the function itself without them.
+
+        Raises:
+            ValueError: the function asks for a condition that is not there.
+        """
+        check_cond(cond, x)
+        try:
+            if not self.smoothing:
+                return function(x, cond)
+            return torch.stack([function(x + step, cond) for step in self._directions(x)]).mean(0)
+        except (KeyError, TypeError, AttributeError) as error:
+            absent = isinstance(error, KeyError) and not set(error.args) <= set(cond or {})
+            if absent or (cond is None and "NoneType" in str(error)):
+                raise ValueError(
+                    f"reward {self.name!r} needs a condition that it is not given: {error}; "
+                    f"cond names {sorted(cond or {})}, and a tilt draws it by cond_sampler="
+                ) from error
+            raise
+
+    def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        """Scaled reward of shape (B,).
+
+        Raises:
+            TypeError: the value is not a floating-point tensor.
+            ValueError: the value has another shape or lies on another device, or ``cond`` lacks
+                what the reward asks for.
+        """
+        value = self._smoothed(self._value, x, cond)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"reward must return a floating-point tensor, got {got}")
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"reward returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}; "
+                f"expected one value per sample, shape {tuple(x.shape[:1])}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"reward returned a tensor on {value.device} for x on {x.device}")
+        return self.scale * value
+
+    def value_and_gradient(
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Scaled value (B,) and capped gradient of the shape of x, by default both detached.
+
+        Arguments:
+            create_graph: neither is detached, but can be differentiated in x; see
+                `flows.field.pullback`.  A given gradient must be differentiable for that.
+
+        Raises:
+            TypeError, ValueError: as for a call; and ValueError if the value does not depend
+                differentiably on x, or a given gradient has another shape than x.
+        """
+        if self._gradient is not None:
+            with torch.set_grad_enabled(create_graph and recording(x)):
+                value = self(x, cond)
+                gradient = self.scale * self._smoothed(self._gradient, x, cond)
+            if gradient.shape != x.shape:
+                raise ValueError(
+                    f"gradient returned shape {tuple(gradient.shape)}, expected that of x, "
+                    f"{tuple(x.shape)}"
+                )
+        else:
+            value, pull = pullback(lambda x: self(x, cond), x, create_graph=create_graph)
+            if pull is None:
+                raise ValueError(
+                    "reward is not differentiable: its value does not depend on x through "
+                    "torch operations; pass gradient= or avoid detach, numpy and argmax"
+                )
+            gradient = pull(torch.ones_like(value))
+        return value, cap_norm(gradient, self.max_norm)
+
+    def terms(self, x: Tensor, cond: Cond | None = None) -> dict[str, Tensor]:
+        """Values (B,) by name of what the reward is a sum of; of a single one, itself."""
+        return {self.name: self(x, cond)}
+
+    def terms_and_gradient(
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`terms` and the gradient of their sum, as `value_and_gradient` gives both."""
+        value, gradient = self.value_and_gradient(x, cond, create_graph=create_graph)
+        return {self.name: value}, gradient
+
+    def __mul__(self: SomeReward, factor: float) -> SomeReward:
+        """``factor`` times the reward; its caps are multiplied by the size of the factor."""
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"a reward can be multiplied by a finite number, got {factor}")
+        return self._times(factor, abs(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self: SomeReward, divisor: float) -> SomeReward:
+        """The reward divided by a number."""
+        return self * (1 / divisor)
+
+    def __neg__(self: SomeReward) -> SomeReward:
+        """The negative reward: what was sought is avoided."""
+        return self * -1.0
+
+    def __add__(self, other: Reward | ValueFunction) -> Reward:
+        """The sum with another reward or plain callable, see `adjoint.rewards.sums.Sum`."""
+        from adjoint.rewards.sums import Sum  # a Sum is a Reward itself
+
+        return Sum(self, as_reward(other)) if callable(other) else NotImplemented
+
+    def __radd__(self, other: int) -> Reward:
+        """Serves the function ``sum``, which starts at 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: Reward | ValueFunction) -> Reward:
+        """The difference from another reward or plain callable."""
+        return self + -as_reward(other) if callable(other) else NotImplemented
+
+
+def cap_norm(gradient: Tensor, max_norm: float | None) -> Tensor:
+    """``gradient`` (B, *) with the Euclidean norm of each sample capped; itself without a cap."""
+    if max_norm is None:
+        return gradient
+    flat = gradient.flatten(1)
+    # Of the largest entry first: its square may overflow, and the norm be infinite.
+    largest = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+    unit = flat / largest
+    norm = unit.norm(dim=1, keepdim=True).clamp_min(1.0)
+    capped = torch.where(largest * norm <= max_norm, flat, unit * (max_norm / norm))
+    return capped.reshape(gradient.shape)
+
+
+def _check_cap(max_norm: float | None) -> None:
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+
+
+def as_reward(reward: Reward | ValueFunction) -> Reward:
+    """``reward`` itself, or a plain callable wrapped as one."""
+    return reward if isinstance(reward, Reward) else Reward(reward)
+
+
+def check_reward(reward: Reward, x: Tensor, cond: Cond | None = None) -> None:
+    """Evaluate value and gradient once on ``x`` and refuse what training could not survive.
+
+    Raises:
+        TypeError, ValueError: wrong shape, dtype or device, a condition that is missing, not
+            differentiable, or not finite on ``x``.
+    """
+    try:
+        value, gradient = reward.value_and_gradient(x, cond)
+    except RuntimeError as error:
+        raise ValueError(
+            f"reward fails for x of shape {tuple(x.shape)} and {x.dtype} on {x.device}; its "
+            f"weights must have that dtype and device, or cast: {error}"
+        ) from error
+    for name, tensor in (("reward", value), ("the reward's gradient", gradient)):
+        bad = int((~torch.isfinite(tensor)).flatten(1 if tensor.ndim > 1 else 0).sum())
+        if bad:
+            raise ValueError(
+                f"{name} is not finite on samples of the base: {bad} of {tensor.numel()} entries "
+                "are NaN or infinite; expected finite numbers wherever the base has mass"
+            )

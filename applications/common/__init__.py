@@ -1,0 +1,1 @@
+"""What all applications share: run folders, command lines, pictures."""

@@ -1,0 +1,1 @@
+"""Datasets of transitions: loading, making and replaying them."""

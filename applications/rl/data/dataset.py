@@ -1,0 +1,276 @@
+"""Datasets of transitions: OGBench's, one's own, and Minari's.
+
+A row is one transition (s, a, r, mask, terminal, s').  ``terminals`` marks the last transition of
+each trajectory, whatever ended it; ``masks`` is 0 only where the episode *truly* ended, so that
+nothing is bootstrapped from s'.  In OGBench's single tasks that is success alone: r and mask are
+functions of s (since OGBench 1.2.0).  Actions are clipped to ±(1 − 10⁻⁵) as in the published
+protocol, and observations are not normalised.
+
+Data are looked for in a folder: the argument, ``$OGBENCH_DATA``, or ``~/.ogbench/data``, where
+OGBench puts them.  There, the dataset ``puzzle-4x4-play-v0`` is either one file,
+``puzzle-4x4-play-v0.npz``, or a folder of shards: ``puzzle-4x4-play-v0/``,
+``puzzle-4x4-play-100m-v0/``, or the given folder itself, with files like
+``puzzle-4x4-play-v0-000.npz``.  The 100M data are too large for memory, so that `load_shards`
+reads one shard at a time.  Where there are several of these, the first in this order is taken; but
+for the datasets in `LARGE`, whose published figures are of the 100M data, those come first.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from applications.rl.data.download import obtain
+from applications.rl.data.manifest import DataError, verify
+from applications.rl.data.npz import read_arrays, transitions
+from applications.rl.data.own_data import minari_arrays, npz_arrays
+from applications.rl.data.relabel import positions, task_rewards
+from applications.rl.environments.tasks import Task, make_environment
+from applications.rl.environments.wrappers import Standard
+
+CLIP = 1.0 - 1e-5
+"""Dataset actions are clipped to ±CLIP."""
+LARGE = ("cube-quadruple-play-v0", "puzzle-4x4-play-v0")
+"""Datasets of which the published runs had the 100M shards."""
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N transitions; all arrays are float32.
+
+    Attributes:
+        observations, next_observations: (N, d).
+        actions: (N, d_a), in [−CLIP, CLIP].
+        rewards: (N,).
+        masks: (N,); 0 where nothing may be bootstrapped from the next observation.
+        terminals: (N,); 1 at the last transition of each trajectory.
+        source: where it comes from.
+        versions: versions of the packages that made it, as far as its manifest says.
+    """
+
+    observations: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    masks: NDArray[np.float32]
+    terminals: NDArray[np.float32]
+    next_observations: NDArray[np.float32]
+    source: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    @property
+    def observation_dim(self) -> int:
+        """Components d of an observation."""
+        return self.observations.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        """Components d_a of an action."""
+        return self.actions.shape[1]
+
+
+@dataclass(frozen=True)
+class ShardedDataset:
+    """A dataset in one or more files, of which one is in memory at a time.
+
+    ``len`` is the number of files; indexing loads one, and iterating loads one after the other.
+
+    Attributes:
+        task: what the rewards are computed for.
+        paths: the files, in order.
+    """
+
+    task: Task
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Dataset:
+        return load_file(self.task, self.paths[index])
+
+    def __iter__(self) -> Iterator[Dataset]:
+        return (self[index] for index in range(len(self)))
+
+
+def data_folder(folder: Path | None = None) -> Path:
+    """``folder``, or where data are by default; see the module docstring."""
+    return Path(folder or os.environ.get("OGBENCH_DATA") or "~/.ogbench/data").expanduser()
+
+
+def load_dataset(
+    task: Task, *, folder: Path | None = None, download: bool = True, split: Split = "train"
+) -> Dataset:
+    """The data of ``task``.
+
+    Arguments:
+        task: from `applications.rl.environments.tasks.find_task`.
+        folder: where to look, see `data_folder`.
+        download: whether OGBench's data are downloaded if they are not there.
+        split: training or validation data.
+
+    Raises:
+        DataError: there are no data (the message says where they would be, where they are
+            published, and how to make them); they are damaged; they are in several shards; or they
+            do not fit the environment.
+    """
+    shards = load_shards(task, folder=folder, download=download, split=split)
+    if len(shards) > 1:
+        raise DataError(
+            f"the data of {task.name!r} are in {len(shards)} shards in {shards.paths[0].parent}; "
+            "load them one at a time by load_shards, or name a folder that holds a single file"
+        )
+    return shards[0]
+
+
+def load_shards(
+    task: Task, *, folder: Path | None = None, download: bool = True, split: Split = "train"
+) -> ShardedDataset:
+    """The data of ``task`` as files to be loaded one at a time; see `load_dataset`.
+
+    Raises:
+        DataError: there are no data.
+    """
+    if task.kind == "gym":
+        raise DataError(
+            f"task {task.name!r} has no data of its own; give yours by --data FILE.npz (load_npz), "
+            "or learn without by --no-use-data --offline-steps 0"
+        )
+    if task.kind == "minari":
+        return ShardedDataset(task, (Path(task.dataset_name),))
+    paths = find_files(task, folder=folder, split=split)
+    if not paths:
+        paths = [data_folder(folder) / _file_name(task, split)]
+        obtain(task, paths[0], allowed=download)
+    return ShardedDataset(task, tuple(paths))
+
+
+def find_files(task: Task, *, folder: Path | None = None, split: Split = "train") -> list[Path]:
+    """The files of a task's data that are in the folder, in order; empty if there are none.
+
+    Which ones are taken where there are several is said in the module docstring.
+    """
+    place, name = data_folder(folder), task.dataset_name
+    large = f"{name.replace('-v0', '-100m-v0')}/*.npz"
+    patterns = [_file_name(task, split), f"{name}/*.npz", large, f"{name}-*.npz"]
+    for pattern in [large, *patterns] if name in LARGE else patterns:
+        found = [path for path in sorted(place.glob(pattern)) if path.is_file()]
+        found = [path for path in found if path.stem.endswith("-val") == (split == "val")]
+        if found:
+            return found
+    return []
+
+
+def load_file(task: Task, path: Path) -> Dataset:
+    """One file of data for ``task``: of OGBench's layout, with rewards and masks for the task.
+
+    For a ``gym:`` task it is a file for `load_npz`, and for ``minari:`` the path is ignored.
+
+    Raises:
+        DataError: the file is damaged, is not what its manifest describes, or does not fit the
+            environment.
+        FileNotFoundError: there is no such file.
+    """
+    env = _environment(task)
+    if task.kind == "minari":
+        data = load_minari(task.dataset_name)
+    elif task.kind == "gym":
+        data = load_npz(path)
+    else:
+        made_by = verify(path)
+        required = ["observations", "actions", "terminals", *positions(task)]
+        arrays = transitions(read_arrays(path, required), str(path))
+        data = _dataset(arrays | task_rewards(task, env, arrays), str(path), made_by)
+    check_spaces(data, env)
+    return data
+
+
+def load_npz(path: Path) -> Dataset:
+    """One's own data: an npz file with observations, actions, rewards and terminals.
+
+    With ``next_observations`` each row is a transition, and terminals mark the last of each
+    trajectory.  Without, the layout is OGBench's: the row with terminal 1 is the state that a
+    trajectory ends in, and its action and reward are ignored.  ``masks`` is 0 where an episode
+    truly ended; without it, every terminal counts as a true end, so give it if episodes are cut by
+    a time limit.  What is assumed for want of either is said on the standard error stream.
+
+    Arguments:
+        path: the file.  Actions must be in [−1, 1]: rescale them as
+            `applications.rl.environments.wrappers.Standard` does, by the bounds of the
+            environment's actions.
+
+    Raises:
+        DataError: the file is damaged or does not hold this.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    made_by = verify(path)
+    return _dataset(npz_arrays(path), str(path), made_by)
+
+
+def load_minari(name: str) -> Dataset:
+    """A Minari dataset that is on this machine, by name.
+
+    Actions are mapped to [−1, 1] by the bounds of its action space; masks are 0 where an episode
+    terminated, and not where it was truncated.
+
+    Raises:
+        DataError: the package or the dataset is missing, its spaces are not boxes of one
+            dimension, or its numbers are refused.
+    """
+    return _dataset(minari_arrays(name), f"minari:{name}", {})
+
+
+def check_spaces(data: Dataset, env: gymnasium.Env) -> None:
+    """Check that the observations and actions of ``env`` have the shapes of those in ``data``.
+
+    Raises:
+        DataError: they have not.
+    """
+    for name, found, space in (
+        ("observations", data.observation_dim, env.observation_space),
+        ("actions", data.action_dim, env.action_space),
+    ):
+        if space.shape != (found,):
+            known = getattr(env.spec, "id", None) or env
+            raise DataError(
+                f"{data.source}: {name} have {found} components, but those of the environment "
+                f"{known} have the shape {space.shape}"
+            )
+
+
+@functools.lru_cache(maxsize=2)
+def _environment(task: Task) -> Standard:
+    """The environment whose goal and spaces data are compared with: making it takes seconds."""
+    return make_environment(task)
+
+
+def _dataset(
+    arrays: Mapping[str, NDArray[Any]], source: str, made_by: Mapping[str, str]
+) -> Dataset:
+    return Dataset(
+        observations=arrays["observations"],
+        actions=np.clip(arrays["actions"], -CLIP, CLIP),
+        rewards=arrays["rewards"],
+        masks=arrays["masks"],
+        terminals=arrays["terminals"],
+        next_observations=arrays["next_observations"],
+        source=source,
+        versions=made_by,
+    )
+
+
+def _file_name(task: Task, split: Split) -> str:
+    return f"{task.dataset_name}{'-val' if split == 'val' else ''}.npz"

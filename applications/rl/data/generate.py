@@ -1,0 +1,228 @@
+"""Making data: ``python -m applications.rl data --task NAME --transitions N --workers W``.
+
+The episodes are made in parts of about two thousand transitions, each in a file of its own in
+``NAME.parts``; see `applications.rl.data.episode_files`.  So a generation that was killed goes on
+with the parts that are missing, and the result is bitwise the same for any number of workers and
+any interruptions.  At the end the parts become ``NAME.npz`` and ``NAME-val.npz`` (a tenth as many
+episodes more) in OGBench's layout, with a manifest beside them.
+
+More transitions with the same seed begin with the same episodes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from applications.rl.data.dataset import data_folder
+from applications.rl.data.episode_files import (
+    SPLITS,
+    Part,
+    can_generate,
+    collector_class,
+    concatenate,
+    make_parts,
+    save_arrays,
+    write_missing,
+)
+from applications.rl.data.manifest import (
+    DataError,
+    manifest_path,
+    read_manifest,
+    verify,
+    versions,
+    write_manifest,
+)
+from applications.rl.data.npz import read_arrays
+from applications.rl.data.relabel import positions, success_fractions
+from applications.rl.environments.tasks import Task, find_task
+from flows.training import write_json
+
+ASSEMBLING = "assembling"
+"""File in the folder of parts that says that what bears the name of the data is made of them."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Make a dataset with OGBench's experts, or point-maze data with shortest paths."""
+
+    task: str = "pointmaze-medium-navigate-singletask-task1-v0"
+    """Task to make data for; the goal and the reward do not matter, all tasks share the data."""
+    transitions: int = 1_000_000
+    """Transitions of the training file; the validation file has a tenth as many episodes more."""
+    workers: int = 1
+    """Processes; the data are the same for any number."""
+    seed: int = 0
+    """Seed of all episodes."""
+    folder: Path | None = None
+    """Where the data go: by default $OGBENCH_DATA or ~/.ogbench/data, where training looks."""
+    overwrite: bool = False
+    """Throw away finished or unfinished data of that name instead of refusing."""
+
+
+def run_data(config: DataConfig) -> None:
+    """Make the data and print what they are.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as `generate`.
+    """
+    data, manifest = generate(config)
+    counts = ", ".join(f"{manifest['transitions'][split]} ({split})" for split in SPLITS)
+    print(f"\n{manifest['dataset']}: transitions {counts}; seed {manifest['seed']}")
+    print("training states that meet the goal of")
+    for name, fraction in manifest["success_fraction"].items():
+        print(f"  {name}  {fraction:8.4%}")
+    print(f"\nwrote {data}\nwrote {_validation(data)}\nwrote {manifest_path(data)}")
+
+
+def generate(config: DataConfig) -> tuple[Path, dict[str, Any]]:
+    """Make the data that ``config`` describes, or find them made.
+
+    Returns:
+        path of the training file, and the manifest.
+
+    Raises:
+        ValueError: an unknown task, one without an expert here, or an option out of range.
+        DataError: the folder holds other data of that name and ``overwrite`` is not set, or
+            finished data are damaged.
+        OSError: the folder cannot be written, or is full; what was made is kept.
+        RuntimeError: a worker was killed; what was made is kept.
+    """
+    task = find_task(config.task)
+    _validate(config, task)
+    plan: dict[str, Any] = {
+        "dataset": task.dataset_name,
+        "seed": config.seed,
+        "transitions": config.transitions,
+        "protocol": collector_class(task).protocol(task),
+        "versions": versions(),
+    }
+    data = data_folder(config.folder) / f"{task.dataset_name}.npz"
+    folder = data.with_suffix(".parts")
+    if config.overwrite:
+        _discard(data)
+    elif (finished := _finished(data, plan)) is not None:
+        return data, finished
+    parts = list(make_parts(config.transitions, plan["protocol"]["episode"]))
+    _claim(folder, plan)
+    write_missing(folder, parts, task, seed=config.seed, workers=config.workers)
+    _refuse_others(data)  # which may have come meanwhile
+    (folder / ASSEMBLING).touch()
+    manifest = _assemble(data, folder, parts, task, plan)
+    shutil.rmtree(folder)
+    return data, manifest
+
+
+def _validate(config: DataConfig, task: Task) -> None:
+    for name, value in (("transitions", config.transitions), ("workers", config.workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {config.seed}")
+    if not can_generate(task):
+        raise ValueError(
+            f"no expert here can make data for {task.name!r}: there are experts for cube, scene "
+            "and puzzle (play, noisy) and pointmaze (navigate, stitch)"
+        )
+
+
+def _assemble(
+    data: Path, folder: Path, parts: Sequence[Part], task: Task, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Join the parts, then write the manifest, which says that the data are complete."""
+    names = ["observations", "actions", "terminals", "qvel", *positions(task)]
+    fractions: dict[str, float] = {}
+    for split, path in zip(SPLITS, (data, _validation(data)), strict=True):
+        files = [folder / part.name for part in parts if part.split == split]
+        arrays = concatenate([read_arrays(file, names) for file in files])
+        arrays["terminals"] = arrays["terminals"].astype(bool)
+        if split == "train":
+            fractions = success_fractions(task, arrays)
+        save_arrays(path, arrays, compressed=True)
+    content = {
+        **plan,
+        "transitions": {s: sum(p.transitions for p in parts if p.split == s) for s in SPLITS},
+        "episodes": {s: sum(len(p.lengths) for p in parts if p.split == s) for s in SPLITS},
+        "success_fraction": fractions,
+    }
+    return write_manifest(data, content, [data, _validation(data)])
+
+
+def _validation(data: Path) -> Path:
+    return data.with_name(f"{data.stem}-val.npz")
+
+
+def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Make the folder of parts, or check that the parts in it are of this plan.
+
+    Raises:
+        DataError: they are of another one.
+    """
+    path = folder / "plan.json"
+    if not path.exists():
+        write_json(path, plan)
+        return
+    try:
+        difference = _difference(json.loads(path.read_text()), plan)
+    except (AttributeError, json.JSONDecodeError):
+        difference = "its plan is unreadable"
+    if difference:
+        raise DataError(
+            f"{folder} holds parts of an unfinished dataset that was made with other options "
+            f"({difference}); finish it, delete the folder, or use --overwrite"
+        )
+
+
+def _finished(data: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of finished data of this plan; ``None`` if there are no data of that name.
+
+    Raises:
+        DataError: there are other data of that name.
+    """
+    manifest = read_manifest(data)
+    if manifest is None:
+        _refuse_others(data)
+    if manifest is None or not data.exists():
+        return None
+    found = {**manifest, "transitions": manifest.get("transitions", {}).get("train")}
+    found["versions"] = plan["versions"]  # finished data stay good; `verify` warns of other physics
+    if difference := _difference(found, plan):
+        raise DataError(
+            f"{data} exists and was made with other options ({difference}); move it, or use "
+            "--overwrite"
+        )
+    for path in (data, _validation(data)):
+        verify(path)
+    shutil.rmtree(data.with_suffix(".parts"), ignore_errors=True)
+    return manifest
+
+
+def _refuse_others(data: Path) -> None:
+    """Refuse to write over files without a manifest, unless a killed generation left them.
+
+    Raises:
+        DataError: there are some.
+    """
+    if (data.with_suffix(".parts") / ASSEMBLING).exists():
+        return
+    for path in (data, _validation(data)):
+        if path.exists():
+            raise DataError(f"{path} exists and was not made here; move it, or use --overwrite")
+
+
+def _discard(data: Path) -> None:
+    for path in (manifest_path(data), data, _validation(data)):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(data.with_suffix(".parts"), ignore_errors=True)
+
+
+def _difference(found: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{key} is {found.get(key)!r}, asked for {value!r}"
+        for key, value in plan.items()
+        if found.get(key) != value
+    )

@@ -1,0 +1,146 @@
+"""Reading npz files that come from outside: they are data, never code, and checked before use.
+
+OGBench's layout has one row per *state*.  A trajectory of T transitions has T + 1 rows, whose last
+has terminal 1 and an action that leads nowhere:
+
+    observations  s0 s1 s2 s3 s4 | s0 s1 ...
+    actions       a0 a1 a2 a3 a4 | a0 a1 ...
+    terminals      0  0  0  0  1 |  0  0 ...
+
+`transitions` makes it one row per transition, the terminal moving to the last of them.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from applications.rl.data.manifest import DataError
+
+Arrays = dict[str, NDArray[Any]]
+
+ACTION_TOLERANCE = 1e-5
+"""By how much an action may leave [−1, 1] by rounding."""
+_FLAGS = ("terminals", "masks")
+_WHOLE = "button_states"
+_MATRICES = ("observations", "next_observations", "actions", "qpos", "qvel", "button_states")
+
+
+def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Arrays:
+    """The named arrays of an npz file, checked and as float32 (``button_states`` as int64).
+
+    Arguments:
+        path: the file.
+        required: names that must be there.
+        optional: names that are read if they are there.
+
+    Raises:
+        DataError: the file is truncated, damaged or not npz; holds pickled objects; lacks an
+            array; or an array fails `check_arrays`.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the reader of a damaged archive fails in many ways
+        raise DataError(f"{path} is truncated, damaged or not an npz file: {error}") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise DataError(f"{path} holds a single array, expected an npz file")
+    with archive:
+        missing = [name for name in required if name not in archive]
+        if missing:
+            raise DataError(f"{path} lacks {', '.join(missing)}; it has {', '.join(archive.files)}")
+        names = [*required, *(name for name in optional if name in archive)]
+        arrays = {name: _read(archive, name, path) for name in names}
+    return check_arrays(arrays, str(path))
+
+
+def _read(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> NDArray[Any]:
+    try:
+        return archive[name]
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise DataError(
+                f"{path} was refused: {name!r} holds pickled objects, and reading them could run "
+                "code; expected plain numbers"
+            ) from None
+        raise DataError(f"{path} is damaged at {name!r}: {error}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"{path} is truncated or damaged at {name!r}: {error}") from error
+
+
+def check_arrays(arrays: Mapping[str, NDArray[Any]], source: str) -> Arrays:
+    """``arrays`` as float32 (``button_states`` as int64), after checking what they hold.
+
+    Arguments:
+        arrays: observations (N, d), actions (N, d_a) and others of N rows, by name.
+        source: where they come from, for messages.
+
+    Raises:
+        DataError: other than numbers, other shapes, no rows, NaN or infinity, an action outside
+            [−1, 1], or terminals and masks other than 0 and 1.
+    """
+    rows = len(arrays["observations"]) if arrays["observations"].ndim else 0
+    if rows == 0:
+        raise DataError(f"{source} has no rows of observations")
+    return {name: _check(name, array, rows, source) for name, array in arrays.items()}
+
+
+def _check(name: str, array: NDArray[Any], rows: int, source: str) -> NDArray[Any]:
+    dimensions = 2 if name in _MATRICES else 1
+    if array.ndim != dimensions or len(array) != rows:
+        expected = f"({rows}, d)" if dimensions == 2 else f"({rows},)"
+        raise DataError(f"{source}: {name} has the shape {array.shape}, expected {expected}")
+    kinds = "fiub" if dimensions == 1 or name == _WHOLE else "f"
+    if array.dtype.kind not in kinds:
+        expected = "floating point" if kinds == "f" else "numbers"
+        raise DataError(f"{source}: {name} has the type {array.dtype}, expected {expected}")
+    if name == _WHOLE:
+        return array.astype(np.int64, copy=False)
+    array = array.astype(np.float32, copy=False)
+    bad = ~np.isfinite(array)
+    if bad.any():
+        row = int(bad.reshape(rows, -1).any(1).argmax())
+        raise DataError(f"{source}: {name} has NaN or infinity in row {row}: {array[row]}")
+    if name == "actions" and (np.abs(array) > 1.0 + ACTION_TOLERANCE).any():
+        row = int((np.abs(array) > 1.0 + ACTION_TOLERANCE).any(1).argmax())
+        raise DataError(
+            f"{source}: actions must be in [-1, 1], got {array[row]} in row {row}; rescale them by "
+            "2 * (action - low) / (high - low) - 1, with the bounds of the environment's actions"
+        )
+    if name in _FLAGS and not np.isin(array, (0.0, 1.0)).all():
+        row = int((~np.isin(array, (0.0, 1.0))).argmax())
+        raise DataError(f"{source}: {name} must be 0 or 1, got {array[row]} in row {row}")
+    return array
+
+
+def transitions(arrays: Mapping[str, NDArray[Any]], source: str) -> Arrays:
+    """One row per transition from one row per state; see the module docstring.
+
+    Arguments:
+        arrays: observations, terminals and others in OGBench's layout.
+        source: where they come from, for messages.
+
+    Returns:
+        the arrays without the last row of each trajectory, with next_observations added.
+
+    Raises:
+        DataError: no trajectory has a transition.
+    """
+    ends = arrays["terminals"] > 0.5
+    # A last trajectory that is cut off ends at its last row all the same.
+    ends[-1] = True
+    starts = ~ends
+    if not starts.any():
+        raise DataError(f"{source} holds no transition: every row is the end of a trajectory")
+    found = {name: array[starts] for name, array in arrays.items()}
+    found["next_observations"] = arrays["observations"][1:][starts[:-1]]
+    found["terminals"] = ends[1:][starts[:-1]].astype(np.float32)
+    return found

@@ -1,0 +1,267 @@
+"""The replay: offline data followed by a ring of online transitions, sampled in chunks.
+
+Rows.  Transition j is (s_j, a_j, r_j, mask_j, terminal_j, s'_j).  The rows are those of the offline
+data in their own order, then what came online from the oldest to the newest: ``size`` in all.  The
+offline data are kept for good; the online part holds the newest ``capacity`` transitions.
+
+Windows.  A chunk of h actions is learned from h consecutive rows j, ..., j+h-1 whose first is
+uniform in [0, size - h].  With valid_0 = 1 and valid_i = 1 - max(terminal before i),
+
+    A  = (a_j, ..., a_{j+h-1})           all of them, valid or not
+    R  = sum_i gamma^i r_{j+i} valid_i   the reward until the window or the episode ends
+    m  = m_{h-1},  m_i = min(m_{i-1}, mask_{j+i}) where valid, else m_{i-1},  m_{-1} = 1
+    w  = valid_{h-1}                     0 if the episode ends before the last action
+    s' = the last valid next observation
+
+so a window that crosses the end of an episode has w = 0: it bears no loss, but it is counted in the
+mean over the batch, as published.  mask is 0 where a state was terminated (its value is 0), and
+terminal is 1 at the last row of an episode, however it ended.
+
+Seams.  The order above is that of time, not of memory: once the ring is full its oldest row lies at
+the write position, and windows run from there around to the newest row.  So no window joins a row
+to one written a whole ring earlier, and every start in [0, size - h] is admissible; if the oldest
+episode has lost its beginning, the rest of it is as good as any.  One join is not one of time, from
+the last offline row to the oldest online row.  That offline row is made terminal, for which the
+recording stopped there, so windows across it have w = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from applications.rl.data.dataset import Dataset
+
+SCALARS = ("rewards", "masks", "terminals")
+
+
+class Batch(NamedTuple):
+    """Windows of h rows as the losses need them; see the module docstring.
+
+    Attributes:
+        observations: first observations s (B, obs), float32.
+        actions: chunks A (B, h, d_a).
+        rewards: discounted sums R (B,).
+        masks: m (B,), 0 where the window saw a terminated state.
+        valid: w (B,), 0 where the window crosses the end of an episode.
+        next_observations: s' (B, obs).
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    masks: Tensor
+    valid: Tensor
+    next_observations: Tensor
+
+
+class Replay:
+    """Offline rows and a ring of online rows on one device.
+
+    Arguments:
+        capacity: most online transitions kept; with 0 none can be added.
+        observation_dim: numbers in an observation.
+        action_dim: numbers d_a in one action.
+        device: where the rows lie and the batches come from.
+
+    Raises:
+        ValueError: a negative capacity, or a dimension below 1.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        observation_dim: int,
+        action_dim: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value, least in (
+            ("capacity", capacity, 0),
+            ("observation_dim", observation_dim, 1),
+            ("action_dim", action_dim, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.capacity = capacity
+        self.device = torch.device(device)
+        self.widths: dict[str, tuple[int, ...]] = {
+            "observations": (observation_dim,),
+            "actions": (action_dim,),
+            **{name: () for name in SCALARS},
+            "next_observations": (observation_dim,),
+        }
+        self.offline = 0
+        self.online = 0
+        self.position = 0
+        self._rows = self._allocate(capacity)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Dataset, capacity: int = 0, device: torch.device | str = "cpu"
+    ) -> Replay:
+        """A replay whose offline rows are those of ``dataset``.
+
+        Raises:
+            ValueError: no rows, or shapes that do not fit together.
+        """
+        for name in ("observations", "actions"):
+            shape = getattr(dataset, name).shape
+            if len(shape) != 2 or not shape[0]:
+                raise ValueError(f"{name} must have shape (N, *) with N >= 1, got {shape}")
+        replay = cls(capacity, dataset.observations.shape[1], dataset.actions.shape[1], device)
+        replay.replace_offline(dataset)
+        return replay
+
+    def __len__(self) -> int:
+        """Rows that can be drawn."""
+        return self.offline + self.online
+
+    def replace_offline(self, dataset: Dataset) -> None:
+        """Put the rows of ``dataset`` in place of the offline rows; the online rows stay.
+
+        Raises:
+            ValueError: a field has another shape than the replay and the observations ask for.
+        """
+        count = len(dataset.observations)
+        new = {name: torch.as_tensor(getattr(dataset, name)) for name in self.widths}
+        for name, values in new.items():
+            expected = (count, *self.widths[name])
+            if tuple(values.shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(values.shape)}")
+        old = self._rows
+        if count != self.offline:
+            self._rows = self._allocate(count + self.capacity)
+        for name, rows in self._rows.items():
+            rows[:count].copy_(new[name])
+            if rows is not old[name]:
+                rows[count:].copy_(old[name][self.offline :])
+        self._rows["terminals"][count - 1 : count].fill_(1.0)
+        self.offline = count
+
+    def add(
+        self,
+        observation: np.ndarray,
+        action: np.ndarray,
+        reward: float,
+        mask: float,
+        terminal: float,
+        next_observation: np.ndarray,
+    ) -> None:
+        """Append one online transition, over the oldest one if the ring is full.
+
+        Arguments:
+            observation, next_observation: (obs,).
+            action: (d_a,).
+            reward: of this step.
+            mask: 0 if the step terminated the state, else 1.
+            terminal: 1 if the step ended the episode, else 0.
+
+        Raises:
+            ValueError: a capacity of 0, a wrong shape, or a number that is not finite.
+        """
+        if not self.capacity:
+            raise ValueError("no transition can be added to a replay of capacity 0")
+        values = (observation, action, reward, mask, terminal, next_observation)
+        arrays = {}
+        for (name, width), value in zip(self.widths.items(), values, strict=True):
+            arrays[name] = np.asarray(value, dtype=np.float32)
+            if arrays[name].shape != width:
+                raise ValueError(
+                    f"{name}: a row must be of shape {width}, got {arrays[name].shape}"
+                )
+            if not np.isfinite(arrays[name]).all():
+                raise ValueError(f"{name}: a row must be finite, got {value}")
+        for name, array in arrays.items():
+            self._rows[name][self.offline + self.position].copy_(torch.from_numpy(array))
+        self.position = (self.position + 1) % self.capacity
+        self.online = min(self.online + 1, self.capacity)
+
+    def sample(
+        self, batch_size: int, *, horizon: int, discount: float, generator: torch.Generator
+    ) -> Batch:
+        """``batch_size`` windows of ``horizon`` rows, drawn uniformly with replacement.
+
+        No step waits for the device.
+
+        Arguments:
+            generator: on the device of the replay.
+
+        Raises:
+            ValueError: fewer rows than the horizon, or a horizon or batch size below 1.
+        """
+        if horizon < 1 or batch_size < 1:
+            raise ValueError(
+                f"horizon and batch_size must be at least 1, got {horizon} and {batch_size}"
+            )
+        if len(self) < horizon:
+            raise ValueError(
+                f"a window of {horizon} rows needs as many, the replay has {len(self)}"
+            )
+        starts = torch.randint(
+            len(self) - horizon + 1, (batch_size,), generator=generator, device=self.device
+        )
+        return self.windows(starts, horizon=horizon, discount=discount)
+
+    def windows(self, starts: Tensor, *, horizon: int, discount: float) -> Batch:
+        """The windows that begin at ``starts`` (B,), rows in [0, len(self) - horizon]."""
+        offsets = torch.arange(horizon, device=self.device)
+        rows = self._memory(starts[:, None] + offsets)
+        ended = self._rows["terminals"][rows[:, :-1]]
+        valid = torch.cat([torch.ones_like(starts[:, None], dtype=torch.float32), 1 - ended], 1)
+        valid = valid.cumprod(1)
+        powers = torch.pow(discount, offsets.double()).float()
+        masks = torch.where(valid > 0, self._rows["masks"][rows], 1.0)
+        last = rows.gather(1, valid.sum(1, keepdim=True).long() - 1)[:, 0]
+        return Batch(
+            observations=self._rows["observations"][rows[:, 0]],
+            actions=self._rows["actions"][rows],
+            rewards=(powers * self._rows["rewards"][rows] * valid).sum(1),
+            masks=masks.amin(1),
+            valid=valid[:, -1],
+            next_observations=self._rows["next_observations"][last],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The online rows in the order of time; the offline rows are read from their data again."""
+        rows = torch.arange(self.offline, len(self), device=self.device)
+        rows = self._memory(rows)
+        return {name: values[rows] for name, values in self._rows.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what ``state_dict`` gave.
+
+        Raises:
+            ValueError: more rows than the capacity, or rows of another shape.
+        """
+        count = len(state["rewards"])
+        if count > self.capacity:
+            raise ValueError(
+                f"{count} online transitions do not fit a replay of capacity {self.capacity}"
+            )
+        for name, rows in self._rows.items():
+            expected = (count, *self.widths[name])
+            if tuple(state[name].shape) != expected:
+                raise ValueError(
+                    f"{name} must have shape {expected}, got {tuple(state[name].shape)}"
+                )
+            rows[self.offline : self.offline + count].copy_(state[name])
+        self.online = count
+        self.position = count % max(1, self.capacity)
+
+    def _memory(self, rows: Tensor) -> Tensor:
+        """Where rows in the order of time lie in memory."""
+        if self.online < self.capacity or not self.position:
+            return rows
+        in_ring = self.offline + (rows - self.offline + self.position) % self.capacity
+        return torch.where(rows < self.offline, rows, in_ring)
+
+    def _allocate(self, count: int) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(count, *width, device=self.device)
+            for name, width in self.widths.items()
+        }

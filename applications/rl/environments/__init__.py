@@ -1,0 +1,1 @@
+"""Tasks and the environments in which agents act."""

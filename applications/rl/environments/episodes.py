@@ -1,0 +1,159 @@
+"""Episodes of a task, one after the other, that a killed run takes up again exactly.
+
+The randomness of episode i is a function of (seed, i); see
+`applications.rl.environments.reproducible`.  So a simulator needs no snapshot, which most cannot
+give: the state of a run in the midst of an episode is its seed, the episode's number and the
+actions played so far, and they are played again on loading.  The observation that this leads to
+must be the stored one, bit for bit; another physics engine is noticed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from applications.rl.environments.reproducible import episode_seed
+from applications.rl.environments.tasks import Task, make_environment
+from applications.rl.environments.wrappers import Observation, standardise
+from flows.training import CheckpointError
+
+
+class Transition(NamedTuple):
+    """One step of an episode.
+
+    Attributes:
+        observation, next_observation: (d,) float32; at the end of an episode the next one is still
+            that episode's.
+        action: (d_a,) float32, clipped to [−1, 1], as the environment received it.
+        reward: r.
+        mask: 0 if the episode truly ended, so that nothing is bootstrapped; 1 at a time limit.
+        terminal: 1 if the episode ended, for whatever reason.
+        success: whether the environment reports success in this step.
+        done: the same as ``terminal``, as a bool.
+    """
+
+    observation: Observation
+    action: NDArray[np.float32]
+    reward: float
+    mask: float
+    terminal: float
+    next_observation: Observation
+    success: bool
+    done: bool
+
+
+class Episodes:
+    """The endless sequence of a task's episodes; a new one begins as soon as one has ended.
+
+    Arguments:
+        task: a task, or a function that makes an environment with box spaces of one dimension.
+        seed: decides, together with an episode's number, all randomness of that episode.
+
+    Attributes:
+        env: the environment, standardised.
+        episode: number of the running episode, from 0.
+        observation: what the next action is chosen by, (d,) float32.
+    """
+
+    def __init__(self, task: Task | Callable[[], gymnasium.Env], seed: int) -> None:
+        self.env = make_environment(task) if isinstance(task, Task) else standardise(task())
+        self.seed = seed
+        self.observation: Observation
+        self._actions: list[NDArray[np.float32]]
+        self._begin(0)
+
+    @property
+    def steps(self) -> int:
+        """Actions played in the running episode."""
+        return len(self._actions)
+
+    def step(self, action: ArrayLike) -> Transition:
+        """Play ``action`` of shape (d_a,); it is clipped to [−1, 1].
+
+        Raises:
+            ValueError: an action of another shape, or with NaN.
+        """
+        before = self.observation
+        played = np.clip(np.array(action, np.float32), -1.0, 1.0)
+        after, reward, terminated, truncated, info = self.env.step(played)
+        done = terminated or truncated
+        self._actions.append(played)
+        self.observation = after
+        if done:
+            self._begin(self.episode + 1)
+        return Transition(
+            observation=before,
+            action=played,
+            reward=reward,
+            mask=1.0 - terminated,
+            terminal=float(done),
+            next_observation=after,
+            success=info["success"],
+            done=done,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint: seed, episode, its actions (T, d_a), the observation."""
+        actions = np.array(self._actions, np.float32).reshape(-1, self.env.action_dim)
+        return {
+            "seed": self.seed,
+            "episode": self.episode,
+            "actions": torch.from_numpy(actions),
+            "observation": torch.from_numpy(self.observation.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the episode in ``state`` by playing its actions again.
+
+        Raises:
+            CheckpointError: it does not lead to the stored observation: the environment, or the
+                version of its physics engine, is another one.
+        """
+        actions, expected = state["actions"].numpy(), state["observation"].numpy()
+        if actions.shape[1] != self.env.action_dim:
+            raise CheckpointError(
+                f"the stored episode has actions of {actions.shape[1]} components, but the "
+                f"environment takes {self.env.action_dim}"
+            )
+        self.seed = state["seed"]
+        self._begin(state["episode"])
+        for index, action in enumerate(actions):
+            if self.step(action).done:
+                raise CheckpointError(
+                    f"episode {state['episode']} ended after {index + 1} of its {len(actions)} "
+                    "stored actions: the environment is not the one of the checkpoint"
+                )
+        if not np.array_equal(self.observation, expected):
+            apart = (
+                f"the largest difference is {np.abs(self.observation - expected).max():.3g}"
+                if expected.shape == self.observation.shape
+                else f"shapes are {self.observation.shape} and {expected.shape}"
+            )
+            raise CheckpointError(
+                f"playing the {len(actions)} stored actions of episode {state['episode']} again "
+                f"leads to another observation than the stored one ({apart}): the environment or "
+                "the version of its physics engine differs from the checkpoint's"
+            )
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def _begin(self, episode: int) -> None:
+        self.episode = episode
+        self._actions = []
+        self.observation = reset_seeded(self.env, episode_seed(self.seed, episode))
+
+
+def reset_seeded(env: gymnasium.Env, seed: int) -> Observation:
+    """Begin an episode of a standardised ``env`` that depends on ``seed`` in [0, 2³²) alone.
+
+    Returns:
+        the first observation, (d,) float32.
+    """
+    return env.reset(seed=seed)[0]

@@ -1,0 +1,97 @@
+"""The conventions that every environment is brought to before an agent sees it.
+
+Observations are float32 vectors and actions vectors in [−1, 1]^d; an action outside is clipped (an
+environment would accept it silently), and another range of the environment's own is reached by an
+affine map.  Each step's ``info`` has ``success`` as a bool.  The reward may be made sparse,
+r ← −1[r ≠ 0].  Episodes are reproducible, see `applications.rl.environments.reproducible`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from numpy.typing import NDArray
+
+from applications.rl.environments.reproducible import Reproducible
+
+Observation = NDArray[np.float32]
+
+
+class Standard(gymnasium.Wrapper):
+    """``env`` with the conventions of the module docstring.
+
+    Arguments:
+        env: an environment whose spaces are boxes of one dimension, the actions' bounded.
+        sparse: whether the reward becomes −1[r ≠ 0].
+
+    Attributes:
+        observation_dim, action_dim: components d and d_a.
+
+    Raises:
+        ValueError: other spaces.
+    """
+
+    def __init__(self, env: gymnasium.Env, *, sparse: bool = False) -> None:
+        super().__init__(Reproducible(env))
+        self.sparse = sparse
+        outer = _box(env.observation_space, "observation_space")
+        self.observation_space = Box(-np.inf, np.inf, outer.shape, np.float32)
+        actions = _box(env.action_space, "action_space")
+        if not actions.is_bounded():
+            raise ValueError(f"action_space must be bounded, got {actions}")
+        self.action_space = Box(-1.0, 1.0, actions.shape, np.float32)
+        self.observation_dim, self.action_dim = outer.shape[0], actions.shape[0]
+        self._low, self._high = actions.low, actions.high
+        self._rescales = bool((self._low != -1.0).any() or (self._high != 1.0).any())
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode; ``seed`` in [0, 2³²) decides all of its randomness."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return np.array(observation, np.float32), info
+
+    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One step by an action of shape (d,).
+
+        Raises:
+            ValueError: an action of another shape, or with NaN.
+        """
+        observation, reward, terminated, truncated, info = self.env.step(self._inner(action))
+        reward = float(reward)
+        if self.sparse:
+            reward = -float(reward != 0.0)
+        info["success"] = bool(info.get("success", False))
+        state = np.array(observation, np.float32)
+        return state, reward, bool(terminated), bool(truncated), info
+
+    def _inner(self, action: Any) -> NDArray[Any]:
+        action = np.asarray(action, np.float32)
+        if action.shape != (self.action_dim,):
+            raise ValueError(f"action has the shape {action.shape}, expected ({self.action_dim},)")
+        if np.isnan(action).any():
+            raise ValueError(f"action must not contain NaN, got {action}")
+        action = np.clip(action, -1.0, 1.0)
+        if self._rescales:
+            action = self._low + 0.5 * (action + 1.0) * (self._high - self._low)
+        return action
+
+
+def standardise(env: gymnasium.Env) -> Standard:
+    """``env`` itself if it is `Standard` already, else wrapped so.
+
+    Raises:
+        ValueError: its spaces are not boxes of one dimension.
+    """
+    return env if isinstance(env, Standard) else Standard(env)
+
+
+def _box(space: gymnasium.Space, name: str) -> Box:
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise ValueError(f"{name} must be a box of one dimension, got {space}")
+    if space.dtype == np.uint8:
+        raise ValueError(f"{name} must be of floating point, got {space}: images are not supported")
+    return space

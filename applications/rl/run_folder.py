@@ -1,0 +1,173 @@
+"""The folder of a run, one per seed, and how an agent is read back from it.
+
+    config.json      task, agent, seed and all options as they were resolved; versions; the data
+    metrics.csv      metrics of the updates (`flows.training.callbacks.CSVLogger`)
+    evaluation.csv   step, phase, success, episodes, return, length
+    checkpoint.pt    weights and everything that a resume needs
+    snapshot.pt      weights whose evaluation beside training has not come yet
+    tensorboard/     training and evaluation, if asked for
+    wandb.txt        identity of the run at Weights & Biases, if asked for
+    worker.json, finished.json, error.txt    of a sweep (`applications.rl.sweep.folders`)
+
+The checkpoint also says what it belongs to, so that it is of use without its folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from applications.rl.agents import find_agent, make_agent
+from applications.rl.agents.base import Agent, AgentConfig
+from applications.rl.environments.spaces import Spaces
+from flows.training import CheckpointError
+from flows.training import checkpoint as checkpoints
+
+CONFIG = "config.json"
+METRICS = "metrics.csv"
+EVALUATION = "evaluation.csv"
+CHECKPOINT = "checkpoint.pt"
+SNAPSHOT = "snapshot.pt"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb.txt"
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk without room, a quota used up, a file above its limit."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedAgent:
+    """An agent from a checkpoint.
+
+    Attributes:
+        agent: in evaluation mode.
+        name: of the agent, a key of ``AGENTS``.
+        task: name of the task it was trained on.
+        updates: updates done.
+        problem: what the checkpoint says it belongs to.
+    """
+
+    agent: Agent
+    name: str
+    task: str
+    updates: int
+    problem: dict[str, Any]
+
+
+def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write over a run.
+
+    Arguments:
+        folder: of the run.
+        resume: whether it may continue one.
+        overwrite: whether it may take the place of one.
+
+    Raises:
+        ValueError: the folder holds one, and neither is the case.
+        OSError: the folder cannot be written.
+    """
+    path = checkpoints.ensure_writable(folder / CHECKPOINT, "folder")
+    if path.exists() and not resume and not overwrite:
+        raise ValueError(
+            f"folder: {folder} holds a run already; --resume continues it, --overwrite begins it "
+            "anew"
+        )
+
+
+def describe_problem(
+    *, agent: str, task: str, config: AgentConfig, spaces: Spaces, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint belongs to: enough to make the agent again, and the other ``facts``.
+
+    Arguments:
+        facts: plain values that must be the same at a resume, such as the seed.
+    """
+    options = {name: _plain(value) for name, value in asdict(config).items()}
+    return {
+        "agent": agent,
+        "task": task,
+        **spaces._asdict(),
+        **facts,
+        **{f"options.{name}": value for name, value in options.items()},
+    }
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The folders with a checkpoint at ``path`` and below, in order."""
+    return sorted(file.parent for file in path.rglob(CHECKPOINT))
+
+
+def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedAgent:
+    """The agent in a checkpoint, or in the checkpoint of a run folder.
+
+    Raises:
+        FileNotFoundError: there is none; the message names runs in folders below.
+        CheckpointError: the file is damaged, or is no checkpoint of an agent.
+    """
+    folder = path = Path(path)
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.exists():
+        below = run_folders(folder)
+        hint = f"; name a run below it, such as {below[0]}" if below else ""
+        raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}{hint}")
+    state = checkpoints.load(path)
+    try:
+        problem = state["problem"]
+        name = problem["agent"]
+        options: dict[str, Any] = {
+            key.removeprefix("options."): tuple(value) if isinstance(value, list) else value
+            for key, value in problem.items()
+            if key.startswith("options.")
+        }
+        config = find_agent(name)[0](**options)
+        agent = make_agent(name, config, problem["observation_dim"], problem["action_dim"])
+        agent.load_state_dict(state["module"])
+        trained = TrainedAgent(agent.to(device), name, problem["task"], state["iteration"], problem)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of an agent of this version: {type(error).__name__}: {error}"
+        ) from error
+    trained.agent.eval().requires_grad_(False)
+    return trained
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Make the error of a full disk say how to go on.
+
+    Raises:
+        OSError: instead, naming the folder of the run and how to go on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        path = folder / CHECKPOINT
+        kept = (
+            f"free some space, then --resume continues from {path}"
+            if path.exists()
+            else "no checkpoint had been written"
+        )
+        raise OSError(error.errno, f"{folder}: {os.strerror(error.errno or 0)}; {kept}") from error
+
+
+def write_config(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write config.json, atomically; paths become strings.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    checkpoints.write_json(folder / CONFIG, content)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

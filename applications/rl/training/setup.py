@@ -1,0 +1,193 @@
+"""What a training is about, looked up before any file changes: environment, data, agent's options.
+
+`prepare` turns the names in a `TrainConfig` into these; whatever cannot be had is refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from applications.rl.agents import find_agent
+from applications.rl.agents.base import AgentConfig
+from applications.rl.agents.presets import preset
+from applications.rl.data.dataset import Dataset, ShardedDataset, load_npz, load_shards
+from applications.rl.data.manifest import versions
+from applications.rl.data.replay import Replay
+from applications.rl.environments.spaces import Spaces
+from applications.rl.environments.tasks import find_task, make_environment
+from applications.rl.training.config import TrainConfig
+from flows.training import checkpoint as checkpoints
+from flows.training import choose_device
+
+Factory = Callable[[], gymnasium.Env]
+Shards = ShardedDataset | Sequence[Dataset]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all seeds of a training share.
+
+    Attributes:
+        config: the options of the training.
+        options: those of the agent, resolved.
+        factory: makes the environment.
+        shards: the data in one or more parts, none if it learns without.
+        first: the first part, or None.
+        device: of agent and replay.
+    """
+
+    config: TrainConfig
+    options: AgentConfig
+    factory: Factory
+    shards: Shards
+    first: Dataset | None
+    device: torch.device
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the first part's numbers from others: 16 hexadecimal digits, '' if none."""
+        if self.first is None:
+            return ""
+        digest = sha256()
+        for name in ("observations", "actions", "rewards", "masks", "terminals"):
+            digest.update(np.ascontiguousarray(getattr(self.first, name)).data)
+        return digest.hexdigest()[:16]
+
+    def make_replay(self, spaces: Spaces) -> Replay:
+        """A replay of the first part, with room for what comes online."""
+        capacity = self.config.online_steps
+        if self.first is None:
+            return Replay(capacity, *spaces, self.device)
+        return Replay.from_dataset(self.first, capacity, self.device)
+
+    def rotation(self, replay: Replay) -> Rotation | None:
+        """What exchanges the parts in ``replay``; None if there is only one."""
+        if len(self.shards) < 2:
+            return None
+        return Rotation(replay, self.shards, self.config.shard_every)
+
+    def describe(self, seed: int, spaces: Spaces) -> dict[str, Any]:
+        """Content of config.json, see `applications.rl.run_folder`."""
+        content = asdict(replace(self.config, options=self.options))
+        for name in ("seeds", "resume", "overwrite", "folder"):
+            del content[name]
+        first = self.first
+        return {
+            "task": content.pop("task"),
+            "agent": content.pop("agent"),
+            "seed": seed,
+            **content,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            **spaces._asdict(),
+            "versions": checkpoints.versions() | versions(),
+            "dataset": {
+                "source": None if first is None else first.source,
+                "transitions": 0 if first is None else len(first),
+                "shards": len(self.shards),
+                "versions": {} if first is None else dict(first.versions),
+            },
+        }
+
+
+def prepare(
+    config: TrainConfig, environment: Factory | None = None, dataset: Dataset | None = None
+) -> Problem:
+    """Look everything up and load the first part of the data.
+
+    Arguments:
+        environment, dataset: instead of those of the task, see
+        `applications.rl.training.train.train`.
+
+    Raises:
+        ValueError: an unknown task, agent, preset or device, options of another agent, no data, or
+            fewer than a window needs.
+        ImportError: a package that the task needs is not installed.
+    """
+    expected = find_agent(config.agent)[0]
+    options = config.options
+    if environment is None:
+        task = find_task(config.task)
+        environment = partial(make_environment, task)
+        if options is None:
+            options = preset(config.agent, task, config.preset)
+    if options is None:
+        raise ValueError("options must be given where the environment is one's own")
+    if type(options) is not expected:
+        raise ValueError(
+            f"options of agent {config.agent!r} must be a {expected.__name__}, "
+            f"got a {type(options).__name__}"
+        )
+    device = choose_device(config.device)
+    if config.graph and device.type != "cuda":
+        raise ValueError(f"graph must be 0 on device {device}, got {config.graph}: it needs cuda")
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ValueError(
+            f"precision must be float32 or bfloat16 on device {device}, got 'tf32': it needs cuda"
+        )
+    shards: Shards = ()
+    if dataset is not None:
+        shards = [dataset]
+    elif config.use_data and config.data is not None and config.data.suffix == ".npz":
+        shards = [load_npz(config.data)]
+    elif config.use_data:
+        _check_folder(config.data)
+        shards = load_shards(find_task(config.task), folder=config.data)
+    first = shards[0] if len(shards) else None
+    if config.graph and len(shards) > 1:
+        raise ValueError(
+            f"graph must be 0 where the data are shards, which the host exchanges, got "
+            f"{config.graph}; --data names a folder that holds a single file"
+        )
+    if first is not None and len(first) < options.horizon:
+        raise ValueError(
+            f"a window of {options.horizon} rows needs as many, the data have {len(first)}"
+        )
+    if first is None and config.start_training < options.horizon:
+        raise ValueError(
+            f"start_training must be at least the horizon, {options.horizon}, where no data are "
+            f"used, got {config.start_training}"
+        )
+    return Problem(config, options, environment, shards, first, device)
+
+
+def _check_folder(path: Path | None) -> None:
+    """Refuse what looks like a file, for it is none of those that are read.
+
+    Raises:
+        ValueError: it is a file, or has a suffix and is no folder.
+    """
+    if path is not None and (path.is_file() or (path.suffix and not path.is_dir())):
+        raise ValueError(f"data must be a folder or an .npz file, got {str(path)!r}")
+
+
+class Rotation:
+    """Puts one shard of the data after the other into a replay, as a function of the update.
+
+    Online too, as the published code does: the rows that were collected stay.
+
+    Arguments:
+        replay: with the first shard.
+        shards: by number.
+        every: updates that each one stays.
+    """
+
+    def __init__(self, replay: Replay, shards: Shards, every: int) -> None:
+        self.replay, self.shards, self.every = replay, shards, every
+        self.current = 0
+
+    def __call__(self, update: int) -> None:
+        """Have the shard of ``update`` in the replay."""
+        wanted = update // self.every % len(self.shards)
+        if wanted != self.current:
+            self.replay.replace_offline(self.shards[wanted])
+            self.current = wanted

@@ -1,0 +1,375 @@
+"""Real data: a flow of handwritten digits, tilted toward the log-probability of one of them.
+
+The judge is importance-resampling of the base's own samples (``digit_judge``), once for the law of
+the ODE's samples and once for that of the memoryless chain's.
+
+A run's folder holds ``config.json``, ``classifier.csv``, ``base.csv``, ``tilt.csv`` (metrics),
+three checkpoints of the same names, ``report.json``, ``digits.png`` and ``classes.png``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adjoint import Reward, informed, tilt
+from adjoint.certificate import ENOUGH
+from adjoint.chain.conditional_covariance import MAX_DIM
+from adjoint.tilt import TiltConfig, Tilted
+from applications.toy2d.digits import handwriting
+from applications.toy2d.digits import pictures as images
+from applications.toy2d.digits.handwriting import (
+    CLASSES,
+    DIM,
+    SIZE,
+    Classifier,
+    DigitReward,
+    Digits,
+)
+from applications.toy2d.digits.judge import Comparison, compare, distances
+from applications.toy2d.exact_tilt import judged
+from applications.toy2d.run_folder import CONFIG, Resumed, claim, locked
+from flows import Callback, ProgressBar, VelocityField, sample
+from flows.training import CSVLogger, choose_device, write_json
+from flows.training import checkpoint as checkpoints
+
+Report = dict[str, str | int | float]
+
+SAMPLE_STEPS = 50
+"""Adams-Bashforth steps of every ODE sample."""
+
+OF_ODE = (
+    *("target_fraction_exact", "target_fraction_exact_stderr"),
+    *("class_tv", "reward_exact", "nn_distance_exact"),
+)
+OF_CHAIN = (
+    *("chain_fraction_exact", "chain_fraction_exact_stderr"),
+    *("chain_class_tv", "log_z_exact", "log_z_exact_stderr"),
+)
+"""Numbers of a report that are made with the exact tilt of either law of the base."""
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """Tilt a flow of handwritten digits toward one digit, and see how good the tilt is."""
+
+    digit: int = 3
+    """The digit whose log-probability is the reward."""
+    temperature: float = 1.0
+    """The target is p(x) P(digit | x)^(1 / temperature)."""
+    kernel: str = "moment_matched"
+    """Memoryless scheme of the tilt."""
+    steps: int = 20
+    """Steps K of the training chain."""
+    iterations: int = 300
+    """Updates of the tilt."""
+    batch_size: int = 128
+    """Trajectories an update."""
+    lr: float = 2e-3
+    """Learning rate of the tilt."""
+    importance: bool = True
+    """Weight trajectories by their importance."""
+    min_ess: float = 0.5
+    """Batches whose effective sample size / B is smaller go unweighted."""
+    variates: bool = False
+    """Take from the adjoints the noise that the model knows (`adjoint.chain.control_variates`)."""
+    refine: float = 0.0
+    """Fraction of the updates, the last ones, that minimise the variance of log w."""
+    refine_steps: int = 0
+    """Steps of the chain in those updates, and of what is judged; 0 is ``steps``."""
+    compile: bool = False
+    """Compile the networks for the updates; for long trainings."""
+    device: str = "cpu"
+    """Where the tilt is trained (on cuda by CUDA graphs) and judged, cpu, cuda or auto; classifier
+    and base train on the CPU."""
+    informed: bool = False
+    """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
+    width: int = 256
+    """Width of the hidden layers, three each, of the base flow and of an informed model."""
+    base_iterations: int = 2000
+    """Updates of the base flow."""
+    base_batch_size: int = 256
+    """Images an update of the base flow."""
+    classifier_iterations: int = 600
+    """Updates of the classifier."""
+    samples: int = 4096
+    """Samples of the tilted flow, and half the samples of the base."""
+    seed: int = 0
+    """Seed of everything random."""
+    folder: Path = Path("outputs/digits")
+    """Where the run is written."""
+    resume: bool = False
+    """Continue from the checkpoints in the folder."""
+    overwrite: bool = False
+    """Begin anew where the folder holds a run already."""
+    quick: bool = False
+    """A tenth of the training, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            ValueError: naming the option, its value and what was expected.
+        """
+        if not 0 <= self.digit < CLASSES:
+            raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
+        if self.kernel == "covariance_matched":
+            raise ValueError(
+                f"kernel must be one for the {DIM} dimensions of an image, got "
+                f"'covariance_matched', which serves up to {MAX_DIM}"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite must not both be given")
+        object.__setattr__(self, "device", str(choose_device(self.device)))
+        minima = {"samples": 100, "width": 1, "base_batch_size": 1}
+        minima |= {"base_iterations": 0, "classifier_iterations": 0}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def tilt_options(self) -> TiltConfig:
+        """Options of the tilt itself.
+
+        Raises:
+            ValueError: an unknown kernel, or an option out of range.
+        """
+        return TiltConfig(
+            kernel=self.kernel,
+            steps=self.steps,
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            temperature=self.temperature,
+            importance=self.importance,
+            min_ess=self.min_ess,
+            variates=self.variates,
+            refine=self.refine,
+            refine_steps=self.refine_steps,
+            compile=self.compile,
+            graph=torch.device(self.device).type == "cuda",
+            ema_decay=0.99,
+            seed=self.seed,
+            certificate_samples=self.samples,
+            checkpoint_every=100,
+        )
+
+    @property
+    def sized(self) -> DigitsConfig:
+        """The options with what ``quick`` stands for written out."""
+        if not self.quick:
+            return self
+        return replace(
+            self,
+            quick=False,
+            iterations=max(1, self.iterations // 10),
+            base_iterations=max(1, self.base_iterations // 10),
+            classifier_iterations=max(1, self.classifier_iterations // 3),
+            samples=min(self.samples, 1024),
+        )
+
+
+def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu") -> Tensor:
+    """``n`` images (n, 64) by the ODE of ``field``, from noise that depends only on ``seed``.
+
+    ``device`` is that of the field; the noise is drawn on the CPU.
+    """
+    x0 = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed)).to(device)
+    parts = [sample(field, part, grid=SAMPLE_STEPS, method="ab2") for part in x0.split(4096)]
+    return torch.cat(parts)
+
+
+def watchers(config: DigitsConfig, name: str) -> list[Callback]:
+    """What one of the three trainings shows and logs."""
+    shown = f"digits: {name}"
+    return [Resumed(shown), ProgressBar(shown), CSVLogger(config.folder / f"{name}.csv")]
+
+
+def train_judge(config: DigitsConfig, data: Digits) -> Classifier:
+    """The classifier of a run, trained or resumed."""
+    return handwriting.fit_classifier(
+        data,
+        iterations=config.classifier_iterations,
+        seed=config.seed,
+        callbacks=watchers(config, "classifier"),
+        checkpoint=config.folder / "classifier.pt",
+        resume=config.resume,
+    )
+
+
+def train_base(config: DigitsConfig, data: Digits) -> nn.Module:
+    """The base flow of a run, trained or resumed."""
+    return handwriting.fit_base(
+        data,
+        iterations=config.base_iterations,
+        batch_size=config.base_batch_size,
+        width=config.width,
+        seed=config.seed,
+        callbacks=watchers(config, "base"),
+        checkpoint=config.folder / "base.pt",
+        resume=config.resume,
+    )
+
+
+def tilt_digits(
+    config: DigitsConfig, base: nn.Module, reward: DigitReward, *, name: str = "tilt"
+) -> Tilted:
+    """The tilt of a run, trained or resumed; its files are called ``name``."""
+    names = ["digit", "width", "informed"]
+    names += ["base_iterations", "base_batch_size", "classifier_iterations"]
+    model = None
+    if config.informed:
+        model = informed(
+            base,
+            Reward(reward, scale=1 / config.temperature),
+            DIM,
+            hidden=[config.width] * 3,
+            seed=config.seed,
+        )
+    return tilt(
+        base,
+        reward,
+        shape=(DIM,),
+        config=config.tilt_options,
+        model=model,
+        callbacks=watchers(config, name),
+        checkpoint=config.folder / f"{name}.pt",
+        resume=config.resume,
+        problem={key: getattr(config, key) for key in names},
+        device=config.device,
+    )
+
+
+def make_report(config: DigitsConfig, tilted: Tilted, ode: Comparison, chain: Comparison) -> Report:
+    """The numbers of a run, flat.
+
+    Rewards (unscaled) and ``target_fraction_*`` are of the ODE's samples; ``chain_fraction_*``,
+    the log-weights and both log Z of the chain's.
+    """
+    after, before = tilted.certificate, tilted.certificate_base
+    assert after is not None
+    assert before is not None
+    d = config.digit
+    return {
+        "digit": d,
+        "temperature": config.temperature,
+        "kernel": config.kernel,
+        "steps": config.steps,
+        "target_fraction_base": float(ode.base[d]),
+        "target_fraction_tilted": float(ode.tilted[d]),
+        "target_fraction_tilted_stderr": float(ode.tilted_error[d]),
+        "target_fraction_exact": float(ode.exact[d]),
+        "target_fraction_exact_stderr": float(ode.exact_error[d]),
+        "class_tv": ode.total_variation,
+        "chain_fraction_base": float(chain.base[d]),
+        "chain_fraction_tilted": float(chain.tilted[d]),
+        "chain_fraction_exact": float(chain.exact[d]),
+        "chain_fraction_exact_stderr": float(chain.exact_error[d]),
+        "chain_class_tv": chain.total_variation,
+        "log_z": after.log_z,
+        "log_z_stderr": after.log_z_stderr,
+        "log_z_exact": chain.resampled.log_z,
+        "log_z_exact_stderr": chain.resampled.log_z_stderr,
+        "log_weight_std_base": before.log_weight_std,
+        "log_weight_std": after.log_weight_std,
+        "ess_base": before.ess,
+        "ess": after.ess,
+        "path_kl": after.path_kl,
+    }
+
+
+def run(config: DigitsConfig) -> Report:
+    """Train or resume classifier, base and tilt, judge them, and write the folder.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: an unknown kernel, an option out of range, or a folder that is not free
+            (`folders.claim`); before any file changes.
+        OSError: the folder cannot be written; before any training.
+        CheckpointError: resuming from a file that is damaged or of another problem.
+        TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
+    """
+    config = config.sized
+    _ = config.tilt_options  # refuse bad options before files change and classifier and base train
+    checkpoints.ensure_writable(config.folder / "report.json", "folder")
+    with locked(config.folder):
+        return _run(config)
+
+
+def _run(config: DigitsConfig) -> Report:
+    """What ``run`` does once options and folder are known to be in order."""
+    started = time.perf_counter()
+    settings = asdict(config) | {"versions": checkpoints.versions()}
+    claim(config.folder, settings, resume=config.resume, overwrite=config.overwrite)
+    data = handwriting.load(config.seed)
+    classifier = train_judge(config, data).to(config.device)
+    base = train_base(config, data).to(config.device)
+    data = data.to(config.device)
+    reward = DigitReward(classifier, config.digit)
+    tilted = tilt_digits(config, base, reward)
+    write_json(config.folder / CONFIG, settings)  # a resume is what its checkpoints accepted
+
+    print("digits: drawing samples and pictures", file=sys.stderr)
+    first = 1000 * config.seed + 1
+    before = ode_samples(base, 2 * config.samples, seed=first, device=config.device)
+    after = ode_samples(tilted.field, config.samples, seed=first + 1, device=config.device)
+    ode = compare(classifier, before, after, reward, config.temperature)
+    assert tilted.certificate is not None
+    assert tilted.certificate_base is not None
+    chain = compare(
+        classifier,
+        tilted.certificate_base.samples,
+        tilted.certificate.samples,
+        reward,
+        config.temperature,
+    )
+    report = make_report(config, tilted, ode, chain)
+    report |= {
+        "reward_base": float(reward(before).mean()),
+        "reward_tilted": float(reward(after).mean()),
+        "reward_exact": ode.resampled.reward_tilted * config.temperature,
+    }
+    report |= distances(classifier, data, config.digit, after, ode.resampled)
+    report = judged(report, OF_ODE, ode.resampled, "the base's ODE")
+    report = judged(report, OF_CHAIN, chain.resampled, "the base's chain")
+    report["classifier_accuracy"] = classifier.accuracy(data.test, data.test_labels)
+    draw(config, before, after, ode)
+    report["seconds"] = time.perf_counter() - started
+    write_json(config.folder / "report.json", report)
+    return report
+
+
+def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -> None:
+    """Write digits.png (images before and after) and classes.png (frequencies).
+
+    Without those of the exact tilt, where too few effective samples know it.
+    """
+    about = f"reward log P({config.digit} | x), temperature {config.temperature:g}"
+    d = config.digit
+    known = ode.resampled.effective >= ENOUGH
+    images.image_grid(
+        config.folder / "digits.png",
+        before[:96].reshape(-1, SIZE, SIZE).cpu(),
+        after[:96].reshape(-1, SIZE, SIZE).cpu(),
+        value_range=(-1, 1),
+        title=f"Handwritten digits, tilted toward {d}",
+        subtitle=about,
+        captions=(f"{ode.base[d]:.0%} are a {d}", f"{ode.tilted[d]:.0%} are a {d}"),
+    )
+    images.class_frequencies(
+        config.folder / "classes.png",
+        ode.base,
+        ode.tilted,
+        ode.exact if known else None,
+        tilted_error=ode.tilted_error,
+        exact_error=ode.exact_error if known else None,
+        title="Which digits are drawn",
+        subtitle=f"frequency of each digit; {about}",
+    )

@@ -1,0 +1,1 @@
+"""Pictures of tilts in the plane."""

@@ -1,0 +1,1 @@
+"""Is the tilt right on real data?"""

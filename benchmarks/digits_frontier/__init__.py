@@ -1,0 +1,1 @@
+"""Reward against diversity: tilts beside the plain alternatives."""

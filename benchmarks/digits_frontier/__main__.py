@@ -1,0 +1,79 @@
+"""Reward against diversity and closeness on digits: the tilt beside the plain alternatives.
+
+A small UNet flow of scikit-learn's digits is tilted toward three rewards at several temperatures
+(`benchmarks.digits_frontier.rewards`: the log-probability of a digit, ink, and the symmetry of a
+decoded, upscaled image); a second, class-conditional one under guidance toward ink. What is trained
+is a perceptron added to the flow, or low-rank adapters in it (``tilt_lora``). On the same bases,
+and by the same ODE sampler, stand the alternatives of `benchmarks.digits_frontier.alternatives`,
+each at several strengths, and the exact tilt by importance-resampling of the base.
+`benchmarks.digits_frontier.judge` says how diversity is measured and what "at equal reward" means,
+`benchmarks.digits_frontier.kl` how far a method has moved from the base, in relative entropy: what
+a tilt makes least.
+
+A row is one method at one strength (the temperature of a tilt, n of best-of-n, the weight of
+gradient guidance, the updates of reward backpropagation).  Rows of tilts hold besides:
+
+``log_weight_std``, ``ess``, ``path_kl``, ``log_z``
+    the certificate; those of the base have the suffix ``_base``, ``log_z_exact`` is of the base's
+    chain and ``log_z_ode`` of its ODE.  With labels they are means over the labels.
+``within_*``, ``max_z_*``, ``class_tv_*``
+    class frequencies against importance-resampled samples of the base, for the tilted ODE, the
+    tilted chain, and that chain with its weights, each against the base's own law, as in
+    `benchmarks.digits`: of the ten classes those within two standard errors, the largest deviation
+    in standard errors, and the total variation.  Under guidance the samples of a label
+    are nearly all of one class, and rare exceptions have no usable standard error: look at the
+    variation there.
+``METRIC_over_METHOD``
+    the margin in diversity over a method at equal reward, with its standard error; absent where the
+    method does not reach the reward.  ``at_least_METHOD`` says 1 where the margins of coverage and
+    distance are not below minus two standard errors, 0 where one is, and -1 where the reward is not
+    reached.  Rows of the exact tilt have them too: what it misses, no tilt can have.
+``kl``
+    KL to the base in nats; absent where it overflows, as after many updates of backpropagation.
+    ``kl_step_error`` is how much more it is in the first batch than by twice the steps.
+``closeness_over_METHOD``
+    by how many nats the method is further from the base at equal reward, with its standard error;
+    ``as_close_METHOD`` is of this margin what ``at_least_METHOD`` is of those of diversity.
+
+Run: ``python -m benchmarks.digits_frontier``.  Everything that has been computed is kept in the
+folder; a second call computes only what is missing.  Writes ``results/digits_frontier.json``, and
+as figures beside it ``.png`` (the frontiers) and ``_images.png`` (examples).
+"""
+
+from __future__ import annotations
+
+import torch
+import tyro
+
+from benchmarks.digits_frontier import figure as frontier_figure
+from benchmarks.digits_frontier import rows as frontier_rows
+from benchmarks.digits_frontier.config import FrontierConfig
+from benchmarks.digits_frontier.rows import Point, Row
+from benchmarks.digits_frontier.runs import Runs
+from benchmarks.digits_frontier.study import Study
+from flows.training import prepare_process, write_json
+
+
+def main(config: FrontierConfig) -> None:
+    """Compute what is missing, print a table, write the record and the figures."""
+    torch.set_num_threads(config.threads)
+    prepare_process()
+    study = Study.begin(config)
+    points: dict[str, list[Point]] = {}
+    rows: list[Row] = []
+    for name in config.problems:
+        points[name] = Runs(study, name).points()
+        new = frontier_rows.make_rows(points[name])
+        for row in new:
+            row |= {"nearest_held_out": study.judge.held_out}
+            print(frontier_rows.line(row), flush=True)
+        rows += new
+        config.results.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.results, rows)
+        frontier_figure.frontiers(config.results.with_suffix(".png"), points)
+        stem = config.results.with_name(f"{config.results.stem}_images.png")
+        frontier_figure.examples(stem, points)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(FrontierConfig, prog="python -m benchmarks.digits_frontier"))

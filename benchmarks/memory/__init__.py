@@ -1,0 +1,1 @@
+"""How much memory does an update take?"""

@@ -1,0 +1,1 @@
+"""Adjoint matching on control problems whose optimal control is known."""

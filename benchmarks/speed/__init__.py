@@ -1,0 +1,1 @@
+"""How long does an update of QAM take?"""

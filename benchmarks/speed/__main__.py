@@ -1,0 +1,298 @@
+r"""How long an update of QAM takes, where the time goes, and how that compares with its peer.
+
+    python -m benchmarks.speed [--executions eager compiled] [--seeds 1 4 12] [--quick]
+                               [--peer CHECKOUT --peer-python PYTHON]
+    python -m benchmarks.speed --device cuda --check --executions eager compiled graph
+
+The update is the published one at full size: 4x512 networks, 10 critics, batch 256, K = 10, at the
+dimensions of the scene tasks.  ``update`` is one step of the trainer, sampling from a replay
+included, executed as it is written; ``update, compiled`` and ``update, graph`` are what the options
+``--compile`` and ``--graph`` of a training make of it.  With several seeds a row is an update of
+all of them.  The last rows are the parts of an eager update, each run by itself through the
+functions that the update calls, so that their sum may differ from the whole by what lies between
+them.
+
+The peer is the published JAX implementation in the user's own checkout, run by an interpreter that
+has its requirements (jax, flax, optax, distrax, ml_collections).  It makes one update of the same
+sizes on a fixed batch, so that the ratio is best taken with ``update without sampling``.  Both take
+turns in blocks of a few updates, and the order changes from round to round, because a machine
+shared with others is never the same for two minutes.  Times are medians over blocks, the ratio that
+of paired blocks.  Warm-up and compilation are apart.  On a CPU both are kept to the first
+``threads`` processors.
+
+The ceiling is the rate of float32 matrix products of the update's own sizes, measured on the same
+threads: ``fraction_of_ceiling`` is what part of an update they would take at that rate.  With
+``--precision`` tf32 or bfloat16 it may exceed 1; what these do to the numbers, ``--check`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.common.clock import Clock, check_clock, seconds
+from benchmarks.speed import check as speed_check
+from benchmarks.speed import figure as speed_figure
+from benchmarks.speed.peer import Peer
+from benchmarks.speed.update import QUICK, Execution, Sizes, Update, largest_rate, operations, parts
+from flows.training import prepare_process, write_json
+
+Row = dict[str, Any]
+
+WHOLE = "update"
+FIXED = "update without sampling"
+FASTEST = ", fastest block"
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Time updates of QAM, their parts, and the published implementation."""
+
+    device: str = "cpu"
+    """Where the update runs: cpu or cuda."""
+    threads: int = 1
+    """Threads of a CPU."""
+    executions: tuple[Execution, ...] = ("eager",)
+    """How: eager, compiled (a minute before the first update; needs a C++ compiler on a CPU), graph
+    (on cuda)."""
+    seeds: tuple[int, ...] = (1,)
+    """Numbers of agents trained at once."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of matrix products: tf32 on a GPU only; bfloat16 is autocast, there with the rest in tf32."""
+    rounds: int = 8
+    """Blocks of updates of each implementation."""
+    updates: int = 2
+    """Updates in a block (launches, of a graph)."""
+    clock: Clock = "wall"
+    """Time of the wall, or of the processor: see `benchmarks.common.clock`."""
+    peer: Path | None = None
+    """Checkout of the published implementation."""
+    peer_python: Path = Path(sys.executable)
+    """Interpreter that has what the peer requires."""
+    check: bool = False
+    """First compare every execution with the golden values; see `benchmarks.speed.check`."""
+    quick: bool = False
+    """Tiny sizes, to try the benchmark itself."""
+    output: Path = Path("benchmarks/results/speed.json")
+    """Rows {name, device, threads, seeds, ms_per_update, updates_per_s, ratio_to_peer,
+    fraction_of_ceiling, peak_memory_gb, compile_s}, and beside them a figure."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "rounds", "updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.seeds or min(self.seeds) < 1:
+            raise ValueError(f"seeds must be numbers of at least 1, got {self.seeds}")
+        cuda = self.device.startswith("cuda")
+        check_clock(self.clock, self.device)
+        if not cuda and "graph" in self.executions:
+            raise ValueError(f"executions must not name graph on device {self.device!r}")
+        if not cuda and self.precision == "tf32":
+            raise ValueError(
+                f"precision must be float32 or bfloat16 on device {self.device!r}, got 'tf32'"
+            )
+        if self.peer is not None and not (self.peer / "agents" / "qam.py").is_file():
+            raise ValueError(f"peer must be a checkout that has agents/qam.py, got {self.peer}")
+
+    @property
+    def marked(self) -> str:
+        """What a row's name says of the precision."""
+        return "" if self.precision == "float32" else f", {self.precision}"
+
+    def timed(self, run: Callable[[], object], calls: int) -> float:
+        """Seconds a call of a block of them."""
+        return seconds(run, calls, device=self.device, clock=self.clock)
+
+
+@contextlib.contextmanager
+def confined(config: SpeedConfig) -> Iterator[None]:
+    """This process, and those it starts, on the first ``threads`` processors it may use."""
+    before = torch.get_num_threads()
+    pinned = config.device == "cpu" and hasattr(os, "sched_setaffinity")
+    processors = os.sched_getaffinity(0) if pinned else set()
+    torch.set_num_threads(config.threads)
+    try:
+        if pinned:
+            os.sched_setaffinity(0, sorted(processors)[: config.threads])
+        yield
+    finally:
+        if pinned:
+            os.sched_setaffinity(0, processors)
+        torch.set_num_threads(before)
+
+
+def measure(config: SpeedConfig) -> Iterator[list[Row]]:
+    """Rows of the updates, each execution and number of seeds as it is done, then of the parts."""
+    sizes = QUICK if config.quick else Sizes()
+    with confined(config), contextlib.ExitStack() as closing:
+        rate = largest_rate(config.device, lambda run: config.timed(run, 20))
+        if config.precision != "float32" and config.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")
+        work = operations(Update(sizes, config.device))
+        print(f"ceiling {rate / 1e9:.0f} billion operations a second, an update {work / 1e9:.1f}")
+        peer = None
+        if config.peer is not None:
+            interpreter = (config.peer_python, config.device, config.threads)
+            peer = Peer(asdict(sizes), config.peer, *interpreter)
+            closing.callback(peer.close)
+            print(f"warm-up of the peer {peer.compile_s:.1f} s")
+            peer.block(2, config.clock)
+        for execution in config.executions:
+            for seeds in config.seeds:
+                yield _updates(config, sizes, execution, seeds, work / rate, peer)
+        kind = torch.device(config.device).type
+        lower = config.precision == "bfloat16"
+        with torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=False):
+            some = parts(sizes, config.device)
+            rows = [_part(config, name, run, rate) for name, run in some.items()]
+        yield rows
+
+
+def _part(config: SpeedConfig, name: str, run: Callable[[], object], rate: float) -> Row:
+    """The row of a part; ``rate`` is the ceiling."""
+    work = operations(run)
+    print(f"{name}: {work / 1e9:.1f} billion operations")
+    config.timed(run, 2)
+    blocks = [config.timed(run, config.updates) for _ in range(config.rounds)]
+    value = statistics.median(blocks)
+    name += config.marked
+    return _row(config, name, value, fraction_of_ceiling=work / rate / value)
+
+
+def _updates(
+    config: SpeedConfig,
+    sizes: Sizes,
+    execution: Execution,
+    seeds: int,
+    share: float,
+    peer: Peer | None,
+) -> list[Row]:
+    """Rows of one execution and number of seeds, in turns with the peer.
+
+    Arguments:
+        share: seconds of the matrix products of an update of one agent at the ceiling.
+    """
+    if config.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    runs, warm_up = {}, {}
+    for name in (WHOLE, FIXED) if seeds == 1 else (WHOLE,):
+        started = time.perf_counter()
+        runs[name] = Update(
+            sizes,
+            config.device,
+            seeds=seeds,
+            execution=execution,
+            fixed=name == FIXED,
+            autocast=config.precision == "bfloat16",
+        )
+        config.timed(runs[name], 2)
+        warm_up[name] = time.perf_counter() - started
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    theirs: list[float] = []
+    for i in range(config.rounds):
+        together = config.updates * runs[WHOLE].calls  # as many before each is waited for
+        if peer is not None and i % 2:
+            theirs.append(peer.block(together, config.clock))
+        for name in reversed(runs) if i % 2 else runs:
+            block = config.timed(runs[name], config.updates) / runs[name].calls
+            times[name].append(block)
+        if peer is not None and not i % 2:
+            theirs.append(peer.block(together, config.clock))
+    memory = _memory_gb(config.device)
+    suffix = "" if execution == "eager" else f", {execution}"
+    suffix += config.marked
+
+    def row(name: str, value: float, ratio: float | None) -> Row:
+        return _row(
+            config,
+            name,
+            value,
+            seeds=seeds,
+            ratio_to_peer=ratio,
+            fraction_of_ceiling=seeds * share / value,
+            peak_memory_gb=memory,
+            compile_s=warm_up.get(name.removesuffix(FASTEST).removesuffix(suffix)),
+        )
+
+    rows = []
+    for name, values in times.items():
+        pairs = [a / (seeds * b) for a, b in zip(values, theirs, strict=False)]
+        rows.append(
+            row(
+                f"{name}{suffix}",
+                statistics.median(values),
+                statistics.median(pairs) if pairs else None,
+            )
+        )
+    if FIXED in times:
+        best = min(times[FIXED])
+        ratio = best / min(theirs) if theirs else None
+        rows.append(row(f"{FIXED}{suffix}{FASTEST}", best, ratio))
+    if theirs and seeds == 1:
+        beside = f" beside{suffix[1:]}" if suffix else ""
+        for end, value in (("", statistics.median(theirs)), (FASTEST, min(theirs))):
+            compile_s = None if peer is None else peer.compile_s
+            name = f"peer{beside}{end}"
+            rows.append(_row(config, name, value, ratio_to_peer=1.0, compile_s=compile_s))
+    return rows
+
+
+def _row(config: SpeedConfig, name: str, value: float, *, seeds: int = 1, **columns: Any) -> Row:
+    """A row of ``value`` seconds an update of all seeds; columns not given are None."""
+    optional = ("ratio_to_peer", "fraction_of_ceiling", "peak_memory_gb", "compile_s")
+    return {
+        "name": name,
+        "device": config.device,
+        "threads": config.threads,
+        "seeds": seeds,
+        "ms_per_update": 1e3 * value,
+        "updates_per_s": seeds / value,
+        **{column: columns.get(column) for column in optional},
+    }
+
+
+def _memory_gb(device: str) -> float:
+    """Largest memory held: on a GPU by these updates, on a CPU by the process so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def main(config: SpeedConfig) -> None:
+    """Check, measure, print, and write rows and figure, as far as they are, after each execution.
+
+    Raises:
+        AssertionError: an execution does not give the golden values.
+    """
+    if config.check:
+        speed_check.main(config.device, config.executions, quick=config.quick)
+    rows: list[Row] = []
+    for some in measure(config):
+        for row in some:
+            ratio = (
+                "" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:8.2f} of the peer"
+            )
+            print(
+                f"{row['name']:<44}{row['seeds']:3d} {row['ms_per_update']:9.2f} ms{ratio}",
+                flush=True,
+            )
+        rows += some
+        write_json(config.output, rows)
+    speed_figure.draw(config.output.with_suffix(".png"), rows)
+
+
+if __name__ == "__main__":
+    prepare_process()
+    main(tyro.cli(SpeedConfig, prog="python -m benchmarks.speed"))

@@ -1,0 +1,263 @@
+"""The update that `benchmarks.speed` times: agents, replays of random rows, and their trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from adjoint import Reward, adjoint_matching_loss, lean_adjoint, velocity_along
+from applications.rl.agents import make_agent
+from applications.rl.agents.base import Noise
+from applications.rl.agents.flow_policy import behaviour_loss, condition
+from applications.rl.agents.qam import QAM, QAMConfig
+from applications.rl.data.dataset import Dataset
+from applications.rl.data.replay import Batch, Replay
+from applications.rl.training.agent_loss import Objective, Schedule
+from flows import Trainer, TrainerConfig
+from flows.training import Launcher, Together
+
+Execution = Literal["eager", "compiled", "graph"]
+"""How an update is executed: as it is written, with its loss compiled, or launched ten at a time
+from a CUDA graph with its loss compiled."""
+
+ROWS_OF_DATA = 100_000
+LAUNCHED = 10
+"""Updates in a launch of a graph."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What both implementations are given: the published sizes at the dimensions of the scenes."""
+
+    observation: int = 40
+    action: int = 5
+    horizon: int = 5
+    batch: int = 256
+    critics: int = 10
+    steps: int = 10
+    hidden: tuple[int, ...] = (512, 512, 512, 512)
+
+
+QUICK = Sizes(observation=6, action=2, horizon=3, batch=16, critics=2, steps=4, hidden=(32, 32))
+
+
+class FixedBatch(Objective):
+    """The loss on a batch that is always the same; the noise is drawn."""
+
+    batch: Batch | None = None
+
+    def sample(self, module: nn.Module, generator: torch.Generator) -> tuple[Batch, Noise]:
+        """The first batch that was drawn, and new noise."""
+        if self.batch is None:
+            self.batch, _ = super().sample(module, generator)
+        assert isinstance(module, QAM)
+        return self.batch, module.draw_noise(self.batch_size, generator)
+
+
+class Update:
+    """Updates of one or several agents.
+
+    Arguments:
+        sizes: of the problem.
+        device: where everything lies.
+        seeds: agents trained at once.
+        execution: see `Execution`.
+        fixed: leave sampling from the replay out.
+        autocast: bfloat16 where PyTorch finds it safe.
+
+    Attributes:
+        calls: updates of each agent that a call makes.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        device: str,
+        *,
+        seeds: int = 1,
+        execution: Execution = "eager",
+        fixed: bool = False,
+        autocast: bool = False,
+    ) -> None:
+        replay = Replay.from_dataset(random_dataset(sizes), device=device)
+        self.trainers = [
+            make_trainer(
+                sizes,
+                replay,
+                seed,
+                kind=FixedBatch if fixed else Objective,
+                compiled=execution != "eager",
+                autocast=autocast,
+            )
+            for seed in range(seeds)
+        ]
+        self.together = Together(self.trainers) if seeds > 1 else None
+        self.launcher = Launcher(LAUNCHED) if execution == "graph" else None
+        self.calls = LAUNCHED if self.launcher else 1
+
+    def __call__(self) -> None:
+        """Make ``calls`` updates of each agent."""
+        if self.launcher is not None:
+            self.launcher(tuple(self.trainers), self.together)
+            for trainer in self.trainers:
+                trainer.iteration += len(trainer.made)
+                trainer.made.clear()
+        elif self.together is not None:
+            self.together.step()
+        else:
+            self.trainers[0].step()
+
+
+def make_trainer(
+    sizes: Sizes,
+    replay: Replay,
+    seed: int,
+    *,
+    kind: type[Objective] = Objective,
+    compiled: bool = False,
+    autocast: bool = False,
+) -> Trainer:
+    """A trainer of a new QAM agent on the device of the replay."""
+    config = QAMConfig(
+        hidden=sizes.hidden, critics=sizes.critics, flow_steps=sizes.steps, horizon=sizes.horizon
+    )
+    agent = make_agent("qam", config, sizes.observation, sizes.action, seed=seed)
+    endless = 10**9
+    return Trainer(
+        agent.to(replay.device),
+        kind(replay, Schedule(endless), batch_size=sizes.batch, compiled=compiled),
+        TrainerConfig(
+            iterations=endless,
+            lr=config.lr,
+            lr_schedule="constant",
+            ema_decay=0.0,
+            grad_clip=config.grad_clip,
+            autocast=autocast,
+            seed=seed,
+        ),
+    )
+
+
+def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
+    """The parts of an update by name, each a function that does it once."""
+    replay = Replay.from_dataset(random_dataset(sizes), device=device)
+    trainer = make_trainer(sizes, replay, 0)
+    agent, objective, generator = trainer.module, trainer.loss, trainer.generator
+    assert isinstance(agent, QAM)
+    assert isinstance(objective, Objective)
+    batch, noise = objective.sample(agent, generator)
+    s, cond = batch.observations, condition(batch.observations)
+    chunks, kernel = agent.flatten(batch.actions), agent.kernel()
+    samples = agent.samples(batch, noise)
+    assert samples.chain is not None
+    xs, target = samples.chain.xs, agent.target(batch, samples)
+    adjoint = agent.adjoint(kernel, s, xs)
+    reward = Reward(agent.value, scale=agent.config.inverse_temperature)
+    terminal = adjoint.values[-1]
+
+    def critic() -> None:
+        agent.critic_loss(batch, target)[0].backward()
+
+    def behaviour() -> None:
+        behaviour_loss(agent.base, s, chunks, batch.valid, noise).backward()
+
+    def matching() -> None:
+        v = velocity_along(agent.velocity, xs[:-1], kernel.t[:-1], cond)
+        adjoint_matching_loss(v, adjoint, kernel)[0].backward()
+
+    def afresh(part: Callable[[], None]) -> Callable[[], None]:
+        """The part with gradients dropped before it, as in an update."""
+
+        def run() -> None:
+            agent.zero_grad(set_to_none=True)
+            part()
+
+        return run
+
+    online = [p for p in agent.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(agent.loss(batch, noise)[0], online)
+
+    def step() -> None:
+        for parameter, gradient in zip(online, gradients, strict=True):
+            parameter.grad = gradient
+        trainer.parts[:] = [{"loss": gradients[0].new_zeros(())}]
+        trainer.apply()
+
+    return {
+        "sampling": lambda: objective.sample(agent, generator),
+        "chain and actions": lambda: agent.samples(batch, noise),
+        "target": lambda: agent.target(batch, samples),
+        "critic loss": afresh(critic),
+        "behaviour loss": afresh(behaviour),
+        "terminal gradient": lambda: reward.value_and_gradient(xs[-1], cond),
+        "adjoint": lambda: lean_adjoint(agent.reference, kernel, xs, terminal, cond),
+        "matching loss": afresh(matching),
+        "clip, step, slow copies": step,
+    }
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of matrix products in ``total``.
+
+    `FlopCounterMode` follows modules by hooks, which a vector-Jacobian product does not bear.
+    """
+
+    total = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The result of the operation."""
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def operations(run: Callable[[], object]) -> float:
+    """Floating-point operations of the matrix products of a call of ``run``."""
+    with Operations() as counter:
+        run()
+    return counter.total
+
+
+def largest_rate(device: str, time: Callable[[Callable[[], object]], float]) -> float:
+    """Operations per second of float32 products of the sizes of an update, the ceiling of its rate.
+
+    Arguments:
+        time: seconds of a call of a function.
+    """
+    width, rows = 512, 2560
+    a, b = (torch.randn(n, width, device=device) for n in (rows, width))
+    out: Tensor = torch.empty(rows, width, device=device)
+
+    def product() -> None:
+        torch.mm(a, b, out=out)
+
+    time(product)  # the first time is that of loading the library
+    return 2 * rows * width * width / time(product)
+
+
+def random_dataset(sizes: Sizes) -> Dataset:
+    """Rows of random numbers in episodes of 200 steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*width: int) -> Any:
+        return torch.randn(ROWS_OF_DATA, *width, generator=generator).numpy()
+
+    ends = (torch.arange(1, ROWS_OF_DATA + 1) % 200 == 0).float().numpy()
+    return Dataset(
+        observations=normal(sizes.observation),
+        actions=normal(sizes.action).clip(-0.99, 0.99),
+        rewards=normal(),
+        masks=1 - ends,
+        terminals=ends,
+        next_observations=normal(sizes.observation),
+    )

@@ -1,0 +1,1 @@
+"""Small velocity networks."""

@@ -1,0 +1,78 @@
+"""Training: the loop, what watches it, checkpoints, several seeds and several processes.
+
+`fit_flow` is one call; `Trainer` is the loop for a loss of one's own.
+"""
+
+# The loop and its options
+from flows.training.config import TrainerConfig, learning_rate
+from flows.training.trainer import Loss, Problem, Trainer, TrainingDiverged
+
+# Fitting a flow to samples
+from flows.training.fit import COUPLINGS, Sampler, data_sampler, fit_flow
+
+# Callbacks: progress bars and loggers
+from flows.training.callbacks import (
+    Callback,
+    CSVLogger,
+    JSONLLogger,
+    ProgressBar,
+    TensorBoardLogger,
+    check_callbacks,
+)
+
+# Files that survive a kill
+from flows.training.checkpoint import (
+    CheckpointError,
+    ensure_writable,
+    finite,
+    replacing,
+    versions,
+    write_json,
+)
+
+# Several trainings as one, and CUDA graphs
+from flows.training.stacked import Together, TwoPartLoss, train_together
+from flows.training.cuda_graphs import Launcher, RecordedGradient, RecordedLoss, check_recordable
+
+# Processes and devices
+from flows.training.runtime import choose_device, prepare_process
+
+__all__ = [
+    # The loop and its options
+    "TrainerConfig",
+    "learning_rate",
+    "Loss",
+    "Problem",
+    "Trainer",
+    "TrainingDiverged",
+    # Fitting a flow to samples
+    "COUPLINGS",
+    "Sampler",
+    "data_sampler",
+    "fit_flow",
+    # Callbacks: progress bars and loggers
+    "Callback",
+    "CSVLogger",
+    "JSONLLogger",
+    "ProgressBar",
+    "TensorBoardLogger",
+    "check_callbacks",
+    # Files that survive a kill
+    "CheckpointError",
+    "ensure_writable",
+    "finite",
+    "replacing",
+    "versions",
+    "write_json",
+    # Several trainings as one, and CUDA graphs
+    "Together",
+    "TwoPartLoss",
+    "train_together",
+    "Launcher",
+    "RecordedGradient",
+    "RecordedLoss",
+    "check_recordable",
+    # Processes and devices
+    "choose_device",
+    "prepare_process",
+]

@@ -1,0 +1,98 @@
+"""Options of the training loop of ``flows.training.trainer``, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Literal, get_type_hints
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How to train; what is trained and on what loss are arguments of the trainer."""
+
+    iterations: int = 2000
+    """Optimiser steps."""
+    lr: float = 1e-3
+    """Learning rate, the highest of the schedule."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: constant, or half a cosine down to zero."""
+    warmup: int = 0
+    """Iterations over which the rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    ema_decay: float = 0.999
+    """Decay of the average of the weights; 0 turns averaging off."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    accumulate: int = 1
+    """Losses whose mean is one step."""
+    autocast: bool = False
+    """Evaluate the loss with automatic mixed precision in bfloat16."""
+    seed: int = 0
+    """Seed of the generator handed to the loss."""
+    checkpoint_every: int = 500
+    """Iterations between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong type or out of range.
+
+        Raises:
+            TypeError, ValueError: naming the option, its value and what was expected.
+        """
+        _convert(self)
+        at_least = {"iterations": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0}
+        at_least |= {"accumulate": 1, "checkpoint_every": 1}
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise ValueError(
+                f"lr_schedule must be 'constant' or 'cosine', got {self.lr_schedule!r}"
+            )
+
+    @property
+    def restart(self) -> int | None:
+        """Iteration before which training restarts from the average; None for never."""
+        return None
+
+    def stage(self, iteration: int) -> tuple[int, int]:
+        """Iterations since the last (re)start, and how many there are from it to the next."""
+        if self.restart is None or self.restart >= self.iterations:
+            return iteration, self.iterations
+        if iteration < self.restart:
+            return iteration, self.restart
+        return iteration - self.restart, self.iterations - self.restart
+
+
+def _convert(config: TrainerConfig) -> None:
+    """Make numbers of other libraries plain, which a checkpoint takes; refuse what is none.
+
+    Raises:
+        TypeError: a value of another type than the option's.
+    """
+    kinds = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if hint in kinds and (
+            not isinstance(value, kinds[hint]) or (isinstance(value, bool) and hint is not bool)
+        ):
+            raise TypeError(f"{name} must be of type {hint.__name__}, got {value!r}")
+        if hint in kinds:
+            object.__setattr__(config, name, hint(value))
+
+
+def learning_rate(config: TrainerConfig, iteration: int) -> float:
+    """The rate of the iteration with index ``iteration`` = 0, 1, ..."""
+    done, length = config.stage(iteration)
+    if done < config.warmup:
+        return config.lr * (done + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (done - config.warmup) / max(1, length - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

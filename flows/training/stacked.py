@@ -1,0 +1,247 @@
+"""Several trainings at once: one evaluation of the loss for all, and nothing else in common.
+
+Modules of one architecture are stacked: each parameter and buffer of S modules becomes one tensor
+of shape (S, *), and what the modules hold becomes its slices.  So every module, its optimiser, its
+average, its checkpoint and its callbacks stay what they were, while the loss
+
+    sum_s loss(theta_s, inputs_s),     d/d theta_s = gradient of run s alone,
+
+is evaluated once, with a leading axis over weights and inputs (``torch.vmap``).  Small products,
+of which a device does many in the time of one, cost S runs little more than one; and each run gets
+the numbers that it has alone, but for the rounding of products of another shape.
+
+Such a loss comes in two parts, `TwoPartLoss`: what draws random numbers, run by run from each one's
+own generator, and a function of weights and inputs, which has neither state nor randomness of its
+own.  It may change buffers in place.
+
+Runs need not stand at the same iteration, for a run has its own schedules.  One that ends, or
+fails, leaves the others; the last of them goes on as if alone, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from flows.training.trainer import Trainer
+
+Result = TypeVar("Result")
+Drawn = tuple[tuple[Any, ...], dict[str, Tensor]]
+Ahead = Callable[[tuple[Trainer, ...], "Together | None"], None]
+"""Makes updates of trainers ahead, see `cuda_graphs.Launcher`; several come as a `Together`."""
+
+
+class TwoPartLoss(Protocol):
+    """A loss of a trainer in two parts, which are what a call of it does.
+
+    One whose attribute ``compiled`` is true has its second part compiled (`torch.compile`).
+    """
+
+    def draw(self, module: nn.Module, generator: torch.Generator) -> Drawn:
+        """Inputs of the loss, nested tuples and mappings of tensors; and metrics known already."""
+        ...
+
+    def evaluate(
+        self, module: nn.Module, inputs: tuple[Any, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss at these inputs, and the other metrics."""
+        ...
+
+
+class Together:
+    """Trainers whose losses are evaluated as one.
+
+    Arguments:
+        trainers: of modules of one architecture, with losses of two parts and one configuration
+            but for the seed.  The modules share storage until `release`.
+
+    Raises:
+        TypeError: a loss does not come in two parts.
+        ValueError: the modules, or how their losses are evaluated, differ.
+    """
+
+    def __init__(self, trainers: Sequence[Trainer]) -> None:
+        self.trainers = tuple(trainers)
+        for trainer in self.trainers:
+            if not (hasattr(trainer.loss, "draw") and hasattr(trainer.loss, "evaluate")):
+                raise TypeError(f"loss must have the parts of a TwoPartLoss, got {trainer.loss!r}")
+        ways = {(t.config.accumulate, t.config.autocast) for t in self.trainers}
+        if len(ways) > 1:
+            raise ValueError(f"accumulate and autocast must be the same in all, got {ways}")
+        held = [_tensors(trainer.module) for trainer in self.trainers]
+        described = [
+            {name: (t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors.items()}
+            for tensors in held
+        ]
+        if any(other != described[0] for other in described):
+            raise ValueError("modules must have the same parameters and buffers to train together")
+        self._members = {name: [tensors[name] for tensors in held] for name in held[0]}
+        self._stacked = {
+            name: torch.stack([t.detach() for t in members]).requires_grad_(
+                members[0].requires_grad
+            )
+            for name, members in self._members.items()
+        }
+        for name, members in self._members.items():
+            for member, part in zip(members, self._stacked[name].detach().unbind(), strict=True):
+                member.data = part
+        # `functional_call` puts the weights of one run in the place of those of the first module.
+        self._template = _Evaluation(self.trainers[0])
+        self._evaluate = torch.vmap(self._one)
+        if getattr(self.trainers[0].loss, "compiled", False):
+            self._evaluate = torch.compile(self._evaluate, dynamic=False)
+
+    def step(self) -> list[dict[str, Tensor]]:
+        """One optimiser step of each; the metrics that `Trainer.step` returns, of each.
+
+        Raises:
+            TrainingDiverged, ValueError: as in `Trainer.step`.
+        """
+        for trainer in self.trainers:
+            trainer.prepare()
+        self.backward([draw(trainer) for trainer in self.trainers])
+        return [trainer.apply() for trainer in self.trainers]
+
+    def backward(self, drawn: Sequence[Sequence[Drawn]]) -> None:
+        """What `Trainer.backward` does, for all.
+
+        Arguments:
+            drawn: what `draw` gave, of each trainer.
+
+        Raises:
+            ValueError: the loss is not a scalar.
+        """
+        for of_all in zip(*drawn, strict=True):
+            inputs, known = zip(*of_all, strict=True)
+            stacked = pytree.tree_map(lambda *tensors: torch.stack(tensors), *inputs)
+            with self.trainers[0].autocast():
+                losses, metrics = self._evaluate(self._stacked, stacked)
+            if losses.ndim != 1:
+                raise ValueError(f"loss must be a scalar, got shape {tuple(losses.shape[1:])}")
+            (losses.sum() / len(drawn[0])).backward()
+            metrics = {**metrics, "loss": losses.detach()}
+            columns = {name: values.unbind() for name, values in metrics.items()}
+            for s, (trainer, numbers) in enumerate(zip(self.trainers, known, strict=True)):
+                own = {name: values[s] for name, values in columns.items()}
+                trainer.parts.append({**own, **numbers})
+        for name, stack in self._stacked.items():
+            if stack.grad is not None:
+                for member, gradient in zip(self._members[name], stack.grad.unbind(), strict=True):
+                    member.grad = gradient
+                stack.grad = None
+
+    def release(self) -> None:
+        """Give each module storage of its own again; this object is then of no more use."""
+        for members in self._members.values():
+            for member in members:
+                member.data = member.data.clone()
+
+    def _one(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
+        return functional_call(self._template, tensors, inputs)
+
+
+def draw(trainer: Trainer) -> list[Drawn]:
+    """What the losses of the next step draw, one for each that is accumulated."""
+    loss = cast(TwoPartLoss, trainer.loss)
+    count = trainer.config.accumulate
+    return [loss.draw(trainer.module, trainer.generator) for _ in range(count)]
+
+
+def train_together(
+    runs: Sequence[Generator[Trainer, None, Result]], *, ahead: Ahead | None = None
+) -> list[Result | Exception]:
+    """Bring all runs to their end; what each returned, or the error that it ended with.
+
+    An error of one run, such as its divergence, ends that one only; an error of the evaluation
+    that all have in common is raised.
+
+    Arguments:
+        runs: not begun, each what `Trainer.training` gives, perhaps with more around it: an item is
+            the run's trainer, always the same one, and asks for its gradients.  All are closed.
+        ahead: makes updates of several iterations at once where it can.
+
+    Raises:
+        TypeError, ValueError: as in `Together`.
+    """
+    going = dict(enumerate(runs))
+    ended: dict[int, Result | Exception] = {}
+
+    @contextmanager
+    def ending(i: int) -> Iterator[None]:
+        try:
+            yield
+        except StopIteration as stop:
+            ended[i] = stop.value
+        except Exception as error:
+            ended[i] = error
+        if i in ended:
+            del going[i]
+
+    group: Together | None = None
+    with ExitStack() as closing:
+        for run in runs:
+            closing.callback(run.close)
+        while going:
+            trainers: dict[int, Trainer] = {}
+            for i, run in [*going.items()]:
+                with ending(i):
+                    trainers[i] = next(run)
+            due = tuple(trainers.values())
+            if ahead is not None and due and not any(trainer.made for trainer in due):
+                if group is not None and group.trainers != due:
+                    group.release()
+                    group = None
+                if len(due) > 1:
+                    group = group or Together(due)
+                ahead(due, group)
+            if any(trainer.made for trainer in due):
+                continue
+            drawn = {}
+            for i, trainer in trainers.items():
+                with ending(i), _told(going[i]):
+                    if len(trainers) > 1:
+                        drawn[i] = draw(trainer)
+                    else:
+                        trainer.backward()
+            members = tuple(trainers[i] for i in drawn)
+            if group is not None and group.trainers != members:
+                group.release()
+                group = None
+            if members:
+                group = group or Together(members)
+                group.backward([*drawn.values()])
+    return [ended[i] for i in range(len(runs))]
+
+
+@contextmanager
+def _told(run: Generator[Trainer, None, Any]) -> Iterator[None]:
+    """Raise an error of the body in the run, at the place where it waits."""
+    try:
+        yield
+    except Exception as error:
+        run.throw(error)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under the names by which `_Evaluation` has them."""
+    held = [*module.named_parameters(), *module.named_buffers()]
+    return {f"module.{name}": tensor for name, tensor in held}
+
+
+class _Evaluation(nn.Module):
+    """The second part of a trainer's loss as a module."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.module = trainer.module
+        self._loss = cast(TwoPartLoss, trainer.loss)
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics."""
+        return self._loss.evaluate(self.module, inputs)

@@ -1,0 +1,442 @@
+"""``tilt`` given bad input: one clear error each, before any training, and no harm done."""
+
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
+from torch import nn
+
+from adjoint.tilt import TiltConfig, _home, tilt
+from flows.field import Residual, batch_time
+from flows.mixture import GaussianMixture
+from flows.networks.mlp import MLPVelocity
+from flows.training import checkpoint as checkpoints
+from flows.training.callbacks import CSVLogger, ProgressBar
+from flows.training.checkpoint import CheckpointError
+from flows.training.fit import TrainingDiverged
+
+
+class Untouched(Shift):
+    """A model that no bad input may reach."""
+
+    def forward(self, x, t, cond=None):
+        raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "match"),
+    [
+        (lambda x, c: x, ValueError, r"shape \(4096, 2\).*expected one value per sample"),
+        (lambda x, c: x.sum(), ValueError, r"reward returned shape \(\)"),
+        (lambda x, c: x.detach().sum(1), ValueError, "not differentiable"),
+        (
+            lambda x, c: torch.from_numpy(x.detach().numpy()).sum(1),
+            ValueError,
+            "not differentiable",
+        ),
+        (lambda x, c: (x > 0).all(1), TypeError, "floating-point"),
+        (lambda x, c: torch.nan * x.sum(1), ValueError, "reward is not finite"),
+        (lambda x, c: x.sum(1).log(), ValueError, "reward is not finite"),
+        (lambda x, c: (x.sum(1) * 0).sqrt(), ValueError, "gradient is not finite"),
+        (lambda x: x.sum(1), TypeError, "two arguments"),
+        ("digits", TypeError, "reward must be a callable"),
+    ],
+)
+def test_bad_rewards_are_refused_before_training(reward, error, match):
+    with pytest.raises(error, match=match):
+        run(reward=reward, model=Untouched())
+
+
+@pytest.mark.parametrize(
+    ("base", "error", "match"),
+    [
+        (lambda x, t, c=None: x[:, :1], ValueError, r"base returned shape \(64, 1\)"),
+        (lambda x, t, c=None: x.sum(1), ValueError, r"base returned shape \(64,\)"),
+        (lambda x, t, c=None: x.long(), TypeError, "base must return a floating-point"),
+        (lambda x, t, c=None: torch.nan * x, ValueError, "base returned NaN or infinite"),
+        (
+            lambda x, t, c=None: x / (batch_time(t, x) < 0.9),
+            ValueError,
+            "base does not lead to finite samples",
+        ),
+        (lambda x, t, c=None: x * t, ValueError, r"base fails for x .* at a time of shape \(64,\)"),
+        (lambda x, t, c=None: 1e5 * x, ValueError, "base does not lead to finite samples"),
+    ],
+)
+def test_bad_bases_are_refused_before_training(base, error, match):
+    with pytest.raises(error, match=match):
+        tilt(base, Slope(), shape=(2,), config=FAST, model=Untouched())
+
+
+def test_a_base_that_is_random_is_no_base_that_mixes_up_times():
+    def noisy(x, t, cond=None):
+        return BASE(x, t) + 0.5 * torch.randn_like(x)
+
+    found = tilt(noisy, Slope(), shape=(2,), config=with_options(iterations=1), model=Shift())
+    assert bool(found.field.w.any())  # it was trained
+
+
+@pytest.mark.parametrize("one", [lambda t: t[0], lambda t: t[-1], lambda t: t.mean()])
+def test_a_base_that_takes_one_time_for_all_states_is_refused(one):
+    """It is right wherever all times of a batch are equal, so in samples, and wrong in the loss."""
+
+    def careless(x, t, cond=None):
+        return BASE(x, t if t.ndim == 0 else one(t).expand(len(t)))
+
+    with pytest.raises(ValueError, match=r"base must evaluate each state at its own time .* \d+%"):
+        tilt(careless, Slope(), shape=(2,), config=FAST, model=Untouched())
+
+
+def test_a_base_that_follows_the_model_is_refused():
+    model = MLPVelocity(2, hidden=(4,))
+    before = [p.detach().clone() for p in model.parameters()]
+    for base in (lambda x, t, c=None: model(x, t), torch.no_grad()(lambda x, t, c: model(x, t))):
+        with pytest.raises(ValueError, match="base must not change while model is trained"):
+            tilt(base, Slope(), shape=(2,), config=FAST, model=model)
+    assert all(map(torch.equal, before, model.parameters()))
+    frozen_part = MLPVelocity(2, hidden=(4,))
+    residual = Residual(frozen_part, model)  # its trained part is not in the base
+    frozen_part.requires_grad_(False)
+    tilt(lambda x, t, c=None: frozen_part(x, t), Slope(), shape=(2,), config=FAST, model=residual)
+
+
+def test_a_conditional_base_without_conditions_is_refused():
+    base = MLPVelocity(2, hidden=(4,), cond_dims={"c": 1})
+    with pytest.raises(ValueError, match=r"cond must name \['c'\]"):
+        tilt(base, Slope(), shape=(2,), config=FAST)
+
+
+def sampler_of(*values):
+    return lambda n, generator: values[0] if len(values) == 1 else dict([values])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "error", "match"),
+    [
+        ({"c": torch.zeros(3, 1)}, TypeError, "cond_sampler must be a callable .*, got dict"),
+        (sampler_of(torch.zeros(3, 1)), TypeError, "a mapping of names to tensors .*got Tensor"),
+        (sampler_of("c", [0, 1]), TypeError, "must return tensors, got list as 'c'"),
+        (sampler_of("c", torch.tensor(1.0)), ValueError, r"8192 conditions 'c', got shape \(\)"),
+        (sampler_of("c", torch.zeros(3, 1)), ValueError, r"conditions 'c', got shape \(3, 1\)"),
+    ],
+)
+def test_what_is_no_sampler_of_conditions_is_refused(sampler, error, match):
+    base = MLPVelocity(2, hidden=(4,), cond_dims={"c": 1})
+    with pytest.raises(error, match=match):
+        tilt(base, Slope(), shape=(2,), config=FAST, cond_sampler=sampler)
+
+
+def of_no_condition(x, t, cond=None):
+    return x * cond["y"]
+
+
+@pytest.mark.parametrize(
+    ("base", "match"),
+    [
+        (of_no_condition, r"conditions \[\]: TypeError: 'NoneType'"),
+        (lambda x, t: -x, r"called as base\(x, t, cond\).*TypeError: .* takes 2 positional"),
+    ],
+)
+def test_a_base_that_cannot_be_called_so_is_refused(base, match):
+    with pytest.raises(ValueError, match=match):
+        tilt(base, Slope(), shape=(2,), config=FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"config": {"steps": 5}}, TypeError, "config must be a TiltConfig, got dict"),
+        ({"shape": ()}, ValueError, r"shape must have a dimension, got \(\)"),
+        ({"callbacks": [CSVLogger]}, TypeError, "Callback, got the class CSVLogger"),
+        ({"callbacks": ProgressBar()}, TypeError, "callbacks must be a sequence, got <flows"),
+        ({"callbacks": [print]}, TypeError, "Callback, got <built-in function print>"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_any_work(options, error, match):
+    def base(x, t, cond=None):
+        raise AssertionError("work has begun")
+
+    with pytest.raises(error, match=match):
+        tilt(base, Slope(), **{"shape": (2,), "config": FAST, **options})
+
+
+def test_the_device_is_that_of_the_base_where_none_is_named():
+    there = nn.Linear(2, 2, device="meta")
+    assert _home(there, None) == torch.device("meta")
+    assert _home(lambda x, t, cond: x, there) == torch.device("meta")
+    assert _home(lambda x, t, cond: x, None) == torch.device("cpu")
+
+
+def test_a_progress_bar_is_shown_before_and_after_training_too(capsys):
+    config = replace(FAST, iterations=2, certificate_samples=16)
+    run(config)
+    assert capsys.readouterr().err == ""
+    run(config, callbacks=[ProgressBar("tilt")])
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("probe: ", "tilt: ", "certificate: "))
+
+
+def test_a_closed_form_of_images_needs_a_model():
+    def base(x, t, cond=None):
+        return -x
+
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 2\).*needs model="):
+        tilt(base, lambda x, c: x.sum((1, 2, 3)), shape=(1, 2, 2), config=FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kernel": "heun"}, "kernel must be one of .*got 'heun'"),
+        ({"steps": 1}, "steps must be at least 2, got 1"),
+        ({"shift": 0.0}, "shift must be positive and finite, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"late": 1.5}, r"late must lie in \[0, 1\], got 1.5"),
+        ({"late": 0.5, "early": -0.1}, r"early must lie in \[0, 1\], got -0.1"),
+        ({"late": 0.0, "early": 0.0}, "select none of 20 steps"),
+        ({"clip": -1.0}, "clip must be at least 0.*got clip=-1.0"),
+        ({"clip": math.nan}, "clip must be at least 0.*got clip=nan"),
+        ({"clip": 1.0, "clip_quantile": True}, "0 where clip_quantile is on, got clip=1.0"),
+        ({"clip": 1.0, "variates": True}, "variates must be False where clip"),
+        ({"replay": -1}, "replay must be at least 0, got -1"),
+        ({"replay": 100}, "replay must be 0 or at least batch_size=256, got 100"),
+        ({"min_ess": 1.5}, r"min_ess must lie in \[0, 1\], got 1.5"),
+        ({"refresh": 0}, "refresh must be at least 1, got 0"),
+        ({"refresh": 2}, "refresh=2 needs a replay buffer"),
+        ({"certificate_samples": -1}, "certificate_samples must be at least 0, got -1"),
+        ({"micro_batch": -1}, "micro_batch must be at least 0, got -1"),
+        ({"reward_batch": -2}, "reward_batch must be at least 0, got -2"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        TiltConfig(**options)
+
+
+class Poison:
+    """The linear reward until its evaluation number ``at``, then NaN."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def __call__(self, x, cond=None):
+        self.calls += 1
+        value = x @ SLOPES.to(x)
+        return value * torch.nan if self.calls > self.at else value
+
+
+def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
+    path, log = tmp_path / "c.pt", tmp_path / "log.csv"
+    config = with_options(iterations=30, checkpoint_every=4)
+    poison = Poison(3 + 22)  # three evaluations are the checks before training
+    match = r"loss is nan in iteration 23; the last good checkpoint is .*c.pt \(iteration 20\)"
+    with pytest.raises(TrainingDiverged, match=match):
+        run(config, reward=poison, checkpoint=path, callbacks=[CSVLogger(log, every=1)])
+    state = checkpoints.load(path)
+    assert state["iteration"] == 20
+    assert bool(state["module"]["w"].isfinite().all())
+    assert len(log.read_text().splitlines()) == 1 + 22
+    resumed = run(config, checkpoint=path, resume=True, callbacks=[CSVLogger(log, every=1)])
+    assert torch.equal(resumed.field.w, run(config).field.w)  # as if nothing had happened
+    assert len(log.read_text().splitlines()) == 1 + 30
+
+
+def finished(tmp_path, **options):
+    """A checkpoint of a short run with a replay buffer, its path and its options."""
+    path = tmp_path / "c.pt"
+    config = with_options(iterations=3, replay=32, **options)
+    run(config, checkpoint=path, problem={"base": "gaussian"})
+    return path, config
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    path, config = finished(tmp_path)
+    reward = Slope()
+    found = run(config, reward=reward, checkpoint=path, resume=True, problem={"base": "gaussian"})
+    assert reward.sizes == [4096] * 3  # the checks before training
+    assert torch.equal(found.field.w, checkpoints.load(path)["module"]["w"])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "match"),
+    [
+        ({}, {"base": "ring"}, "base: 'gaussian' in the checkpoint, expected 'ring'"),
+        ({}, {}, "base: 'gaussian' in the checkpoint, expected 'absent'"),
+        ({"steps": 7}, {"base": "gaussian"}, "steps: 5 in the checkpoint, expected 7"),
+        ({"temperature": 2.0}, {"base": "gaussian"}, "temperature: 1.0 in the checkpoint"),
+        ({"seed": 1}, {"base": "gaussian"}, "seed: 0 in the checkpoint, expected 1"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_problem_is_refused(tmp_path, options, problem, match):
+    path, config = finished(tmp_path)
+    content = path.read_bytes()
+    with pytest.raises(CheckpointError, match=f"another problem; .*{match}"):
+        run(replace(config, **options), checkpoint=path, resume=True, problem=problem)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("factor", [-1.0, 2.0])
+def test_a_checkpoint_toward_another_reward_is_warned_of(tmp_path, factor):
+    path, config = finished(tmp_path)
+
+    def resume(reward):
+        return run(
+            config, reward=reward, checkpoint=path, resume=True, problem={"base": "gaussian"}
+        )
+
+    with pytest.warns(UserWarning, match="the reward is not the one that the checkpoint was"):
+        resume(lambda x, cond: factor * (x @ SLOPES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a little random, or a constant more, is the same
+        resume(lambda x, cond: x @ SLOPES + 7 + 0.01 * torch.randn(len(x)))
+
+
+def test_a_resume_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="resume must be False without checkpoint, the file"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": "a"},
+        {"batch_size": 2.5},
+        {"seed": "x"},
+        {"iterations": True},
+        {"lr": "1e-3"},
+        {"importance": 1},
+        {"kernel": 3},
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(TypeError, match=rf"{name} must be of type \w+, got {value!r}"):
+        TiltConfig(**wrong)
+
+
+def test_numbers_of_other_libraries_are_options(tmp_path):
+    numbers = {"iterations": np.int64(2), "steps": np.int32(4), "lr": np.float32(0.5)}
+    path = tmp_path / "c.pt"
+    run(with_options(**numbers, temperature=2), checkpoint=path)
+    assert checkpoints.load(path)["config"]["lr"] == 0.5
+
+
+def test_damaged_checkpoints_and_pickles_with_code_are_refused(tmp_path):
+    path, config = finished(tmp_path)
+    whole, marker = path.read_bytes(), tmp_path / "executed"
+
+    def resume():
+        run(config, checkpoint=path, resume=True, problem={"base": "gaussian"})
+
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="truncated, damaged or not a checkpoint"):
+            resume()
+
+    class Bomb:
+        def __reduce__(self):
+            return marker.touch, ()
+
+    for state in (Bomb(), {"problem": Bomb()}):
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match=r"was refused.*could run code"):
+            resume()
+    assert not marker.exists()
+    path.write_bytes(whole)
+    resume()
+
+
+def test_an_unwritable_checkpoint_is_known_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"checkpoint: cannot write .*below"):
+        run(checkpoint=tmp_path / "file" / "below" / "c.pt", model=Untouched())
+    with pytest.raises(OSError, match=r"checkpoint: cannot write .*it is a folder"):
+        run(checkpoint=tmp_path, model=Untouched())
+    with pytest.raises(OSError, match="logger: cannot write"):
+        run(callbacks=[CSVLogger(tmp_path / "file" / "log.csv")])
+
+
+def test_a_model_is_checked_too():
+    with pytest.raises(ValueError, match=r"model returned shape \(4, 1\)"):
+        run(model=Narrow())
+
+
+class Narrow(Shift):
+    """A model that drops a coordinate."""
+
+    def forward(self, x, t, cond=None):
+        return super().forward(x, t, cond)[:, :1]
+
+
+@pytest.mark.parametrize("shape", [2, (2.0,), "2"])
+def test_a_shape_is_a_tuple_of_sizes(shape):
+    with pytest.raises(ValueError, match="shape must be a tuple of sizes"):
+        tilt(lambda x, t, c=None: x, Slope(), shape=shape)
+
+
+def test_a_reward_that_few_samples_carry_is_not_blamed_on_the_base(recwarn):
+    """r = 60 x under N(0, 1): the exact log Z is 1800, and a single sample makes both estimates."""
+    base = GaussianMixture.isotropic(torch.zeros(1, 1), 1.0)
+    config = TiltConfig(iterations=1, batch_size=16, certificate_samples=512, probe_samples=512)
+    found = tilt(base, lambda x, c: 60 * x[:, 0], shape=(1,), config=config)
+    assert (found.log_z_ode_stderr, found.certificate_base.log_z_stderr) == (math.inf, math.inf)
+    assert found.log_z_ode < 300
+    assert not [w for w in recwarn if "log Z" in str(w.message)]
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_base_that_is_no_flow_of_independent_noise_is_noticed(conditional):
+    """The optimal-transport flow of N(0, 1) to N(0, 9): its chain samples another law."""
+
+    def transport(x, t, cond=None):
+        stretch = 2.0 if cond is None else cond["c"]
+        return stretch * x / (1 + stretch * batch_time(t, x))
+
+    def stretches(n, generator):
+        return {"c": 1.9 + 0.2 * torch.rand(n, 1, generator=generator)}
+
+    config = TiltConfig(steps=20, iterations=1, batch_size=16, certificate_samples=2000)
+    with pytest.warns(UserWarning, match=r"ODE gives log Z = 1\.\d+.*memoryless chain 0\.\d+"):
+        tilt(
+            transport,
+            lambda x, c: 0.5 * x[:, 0],
+            shape=(1,),
+            config=config,
+            cond_sampler=stretches if conditional else None,
+        )
+
+
+@pytest.mark.parametrize("samples", [64, 100, 127])
+def test_a_small_certificate_of_conditions_is_not_taken_for_one_of_a_single_law(samples):
+    """log Z differs by four from condition to condition, of which it has two at least."""
+
+    def sampler(n, generator):
+        return {"c": (torch.arange(n, dtype=torch.float64) % 2)[:, None]}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tilt(
+            BASE,
+            lambda x, cond: 4 * cond["c"][:, 0] + x @ SLOPES.to(x),
+            shape=(2,),
+            config=with_options(iterations=1, certificate_samples=samples),
+            model=Shift(),
+            cond_sampler=sampler,
+            dtype=torch.float64,
+        )
+    assert found.certificate.groups == 2
+    assert "log_z by ODE" not in str(found)
+    assert float(found.certificate_base.grouped.mean(1).diff()) == pytest.approx(4, abs=0.5)

@@ -1,0 +1,47 @@
+"""The page of an agent names every option it has and every metric it logs, with its default."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from helpers.agent_problems import batch, make, noise
+
+from applications.rl.agents import AGENTS
+from applications.rl.agents.actor_critic import CriticConfig
+
+DOCS = Path(__file__).parents[2] / "docs" / "agents"
+
+
+def pages(name):
+    """The overview, the agent's page, and that of the agent it extends."""
+    names = ["README", name, *(["qam"] if name.startswith("qam-") else [])]
+    return "\n".join((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in names)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_every_metric_and_option_is_explained(name):
+    agent, text = make(name), pages(name)
+    _, metrics = agent.loss(batch(), noise(agent))
+    options = {field.name for field in fields(AGENTS[name][0])}
+    missing = {key for key in metrics.keys() | options if f"`{key}`" not in text}
+    assert not missing
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_defaults_of_an_agents_own_options_are_those_said(name):
+    config = AGENTS[name][0]()
+    own = {field.name for field in fields(config)} - {field.name for field in fields(CriticConfig)}
+    said = {}
+    for line in pages(name).splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 5:
+            said.setdefault(cells[1].strip("`"), []).append(cells[2].strip("`"))
+    for option in own:
+        value = getattr(config, option)
+        word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+        expected = word if isinstance(word, str) else f"{word:g}".replace("-", "−")
+        assert expected in said[option], option
+
+
+def test_every_agent_has_a_page_and_no_page_lacks_an_agent():
+    assert {path.stem for path in DOCS.glob("*.md")} == {"README", *AGENTS}

@@ -1,0 +1,58 @@
+"""Small agents in float64 with no trivial parameter, and batches with every kind of window."""
+
+from dataclasses import replace
+
+import torch
+
+from applications.rl.agents import AGENTS, make_agent
+from applications.rl.data.replay import Batch
+
+OBS, ACT, HORIZON, B = 5, 2, 3, 6
+
+OPTIONS = {
+    "bc": {},
+    "qam": {"inverse_temperature": 0.8},
+    "qam-e": {"inverse_temperature": 0.8, "edit_scale": 0.3},
+    "qam-f": {"inverse_temperature": 0.8, "alpha": 3.0},
+    "fql": {"alpha": 5.0},
+    "ifql": {"expectile": 0.8, "best_of_n": 4},
+    "bam": {"inverse_temperature": 5.0},
+}
+SHARED = {"hidden": (8, 7), "horizon": HORIZON, "flow_steps": 4, "critics": 3}
+
+
+def make(name, *, seed=0, dtype=torch.float64, shake=0.1, **options):
+    """An agent whose slow copies differ from their networks."""
+    config = AGENTS[name][0]()
+    options = SHARED | OPTIONS[name] | options
+    config = replace(config, **{k: v for k, v in options.items() if hasattr(config, k)})
+    agent = make_agent(name, config, OBS, ACT, seed).to(dtype)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+            parameter.add_(shake * noise)
+    return agent
+
+
+def batch(seed=0, dtype=torch.float64, size=B):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    masks, valid = torch.ones(size, dtype=dtype), torch.ones(size, dtype=dtype)
+    masks[1::4] = 0.0
+    valid[2::3] = 0.0
+    return Batch(
+        observations=randn(size, OBS),
+        actions=randn(size, HORIZON, ACT).tanh(),
+        rewards=randn(size),
+        masks=masks,
+        valid=valid,
+        next_observations=randn(size, OBS),
+    )
+
+
+def noise(agent, seed=0, size=B):
+    return agent.draw_noise(size, torch.Generator().manual_seed(seed))

@@ -1,0 +1,200 @@
+"""Golden values of the published implementation, and how its parameters map onto ours.
+
+tests/rl/golden/*.npz hold inputs, injected noises and outputs of the released JAX code in float32,
+three updates u0, u1, u2 a case, all parameters perturbed so that none has a trivial value.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from applications.rl.agents import find_agent, make_agent
+from applications.rl.agents.base import Agent
+from applications.rl.agents.networks import MLP, Critics, FlowActor, OneStepActor, TanhGaussianActor
+from applications.rl.data.replay import Batch
+
+OBSERVATION_DIM, ACTION_DIM = 6, 2
+
+# Networks by their published names; slow copies are "target_...".
+PAIR = {
+    "critic": "critic",
+    "target_critic": "slow_critic",
+    "actor_slow": "base",
+    "target_actor_slow": "slow_base",
+    "actor_fast": "policy",
+}
+
+
+@functools.lru_cache
+def archive(name: str) -> dict[str, np.ndarray]:
+    with np.load(
+        Path(__file__).parents[1] / "rl" / "golden" / f"{name}.npz", allow_pickle=False
+    ) as file:
+        return dict(file)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of one archive; ``options`` are those of our configuration."""
+
+    file: str
+    name: str
+    agent: str
+    options: dict
+    networks: dict[str, str] = field(default_factory=lambda: PAIR)
+
+    def __str__(self) -> str:
+        return f"{self.agent}-{self.name}"
+
+    def get(self, key: str) -> Tensor:
+        return torch.from_numpy(np.array(archive(self.file)[f"{self.name}.{key}"]))
+
+    def has(self, key: str) -> bool:
+        return f"{self.name}.{key}" in archive(self.file)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Entries below ``prefix``, by the rest of their keys."""
+        start = f"{self.name}.{prefix}."
+        values = archive(self.file)
+        return {
+            k[len(start) :]: torch.from_numpy(v) for k, v in values.items() if k.startswith(start)
+        }
+
+    def batch(self, update: int) -> Batch:
+        """What the published losses read of the window: sums and flags of its last step."""
+        x = self.group(f"u{update}.in")
+        return Batch(
+            observations=x["observations"],
+            actions=x["actions"],
+            rewards=x["rewards"][:, -1],
+            masks=x["masks"][:, -1],
+            valid=x["valid"][:, -1],
+            next_observations=x["next_observations"][:, -1],
+        )
+
+    def noise(self, update: int) -> dict[str, Tensor]:
+        return self.group(f"u{update}.noise")
+
+    def make(self) -> Agent:
+        """Our agent with the case's initial parameters."""
+        config = find_agent(self.agent)[0](horizon=3, critics=3, **self.options)
+        agent = make_agent(self.agent, config, OBSERVATION_DIM, ACTION_DIM)
+        with torch.no_grad():
+            for name, parameter in self.leaves(agent):
+                value = self.get(f"params0.modules_{name}")
+                parameter.copy_(ours(name, value).reshape(parameter.shape))
+        return agent
+
+    def leaves(self, agent: Agent) -> Iterator[tuple[str, nn.Parameter]]:
+        """Published name of every parameter of the agent."""
+        for published, attribute in self.networks.items():
+            yield from leaves(published, getattr(agent, attribute))
+
+
+def leaves(published: str, module) -> Iterator[tuple[str, nn.Parameter]]:
+    if isinstance(module, nn.Parameter):
+        yield f"{published}/log_value", module
+    elif isinstance(module, FlowActor | OneStepActor):
+        yield from of_mlp(f"{published}/mlp", module.mlp)
+    elif isinstance(module, TanhGaussianActor):
+        yield from of_mlp(f"{published}/MLP_0", module.trunk)
+        for head, layers in (("Mean", module.mean), ("LogStd", module.log_std)):
+            yield f"{published}/OutputDense{head}/kernel", layers.layers[0].weight
+            yield f"{published}/OutputDense{head}/bias", layers.layers[0].bias
+    elif isinstance(module, Critics):
+        for i, (weight, bias) in enumerate(zip(module.weights, module.biases, strict=True)):
+            yield f"{published}/value_net/Dense_{i}/kernel", weight
+            yield f"{published}/value_net/Dense_{i}/bias", bias
+        for i, (scale, shift) in enumerate(zip(module.scales, module.shifts, strict=True)):
+            yield f"{published}/value_net/LayerNorm_{i}/scale", scale
+            yield f"{published}/value_net/LayerNorm_{i}/bias", shift
+    else:
+        yield from of_mlp(f"{published}/value_net", module.mlp)
+
+
+def of_mlp(prefix: str, mlp: MLP) -> Iterator[tuple[str, nn.Parameter]]:
+    for i, layer in enumerate(mlp.layers):
+        yield f"{prefix}/Dense_{i}/kernel", layer.weight
+        yield f"{prefix}/Dense_{i}/bias", layer.bias
+    for i, norm in enumerate(mlp.norms):
+        yield f"{prefix}/LayerNorm_{i}/scale", norm.weight
+        yield f"{prefix}/LayerNorm_{i}/bias", norm.bias
+
+
+def ours(name: str, value: Tensor) -> Tensor:
+    """A published value in our layout: (in, out) kernels are transposed, but for the critics."""
+    return value.T if name.endswith("kernel") and value.ndim == 2 else value
+
+
+SMALL = {"hidden": (16, 16)}
+FOUR_STEPS = {
+    "action_chunking": False,
+    "grad_clip": 0.0,
+    "flow_steps": 4,
+    "slow_gradient": False,
+    "clip_terminal": False,
+    "rho": 0.0,
+    "best_of_n": 2,
+    "slow_base": False,
+}
+WIDE = {"hidden": (32, 32)}
+WITHOUT_SLOW_BASE = {k: v for k, v in PAIR.items() if k != "target_actor_slow"}
+
+QAM = Case("golden_qam", "default", "qam", WIDE | {"inverse_temperature": 0.3})
+ALT = Case(
+    "golden_qam", "alt", "qam", WIDE | {"inverse_temperature": 0.3} | FOUR_STEPS, WITHOUT_SLOW_BASE
+)
+RESIDUAL = Case(
+    "golden_qam",
+    "residual",
+    "qam",
+    WIDE | {"inverse_temperature": 3.0, "residual": True, "actor_layer_norm": True},
+)
+QAM_F = Case(
+    "golden_qam",
+    "fql",
+    "qam-f",
+    WIDE | {"inverse_temperature": 3.0, "alpha": 10.0},
+    PAIR | {"one_step_actor": "one_step"},
+)
+QAM_E = Case(
+    "golden_qam_e",
+    "default",
+    "qam-e",
+    SMALL | {"inverse_temperature": 1.0, "edit_scale": 0.1},
+    PAIR | {"edit_actor": "editor", "edit_alpha": "log_alpha"},
+)
+FQL = Case(
+    "golden_fql",
+    "default",
+    "fql",
+    SMALL | {"alpha": 100.0},
+    {
+        "critic": "critic",
+        "target_critic": "slow_critic",
+        "actor_bc_flow": "base",
+        "actor_onestep_flow": "one_step",
+    },
+)
+IFQL = Case(
+    "golden_ifql",
+    "default",
+    "ifql",
+    SMALL | {"expectile": 0.9},
+    {
+        "critic": "critic",
+        "target_critic": "slow_critic",
+        "actor_flow": "base",
+        "value": "value",
+    },
+)
+BAM = Case("golden_bam", "default", "bam", SMALL | {"inverse_temperature": 10.0})
+
+CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM)

@@ -1,0 +1,305 @@
+"""What every agent promises: pure functions of noise, seeds, slow copies, shapes, clear errors."""
+
+import copy
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from helpers.agent_problems import ACT, HORIZON, OBS, OPTIONS, B, batch, make, noise
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from applications.rl.agents import AGENTS, find_agent, make_agent
+from applications.rl.agents.flow_policy import condition, flow_action
+from flows.sampling import sample
+
+AGENT = pytest.mark.parametrize("name", OPTIONS)
+WITH_CRITICS = pytest.mark.parametrize("name", [n for n in OPTIONS if n != "bc"])
+KERNELS = ("euler_published", "euler_consistent", "ancestral_pair", "ancestral", "moment_matched")
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@AGENT
+def test_actions_and_losses_are_functions_of_their_noise(name):
+    agent, data = make(name), batch()
+    eps = noise(agent)
+    first, second = agent.loss(data, eps)[0], agent.loss(data, eps)[0]
+    assert torch.equal(first, second)
+    assert not torch.equal(first, agent.loss(data, noise(agent, seed=1))[0])
+    draw = agent.act_noise(B, gen())
+    state = torch.get_rng_state()
+    actions = agent.act(data.observations, draw)
+    assert torch.equal(actions, agent.act(data.observations, draw))
+    assert torch.equal(actions, agent.act(data.observations, gen()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(actions, agent.act(data.observations, gen(1)))
+
+
+@AGENT
+def test_actions_have_the_shape_of_chunks_and_stay_in_the_box(name):
+    agent = make(name, shake=1.0)
+    s = 5 * torch.randn(40, OBS, dtype=torch.float64, generator=gen())
+    actions = agent.act(s, gen())
+    assert actions.shape == (40, HORIZON, ACT)
+    assert not actions.requires_grad
+    assert actions.abs().max() == 1
+    single = make(name, action_chunking=False)
+    assert single.act(s, gen()).shape == (40, 1, ACT)
+
+
+@AGENT
+def test_rows_of_a_batch_act_alone(name):
+    agent = make(name)
+    s = batch().observations
+    draw = agent.act_noise(B, gen())
+    together = agent.act(s, draw)
+    for i in range(B):
+        row = {key: value[i : i + 1] for key, value in draw.items()}
+        torch.testing.assert_close(agent.act(s[i : i + 1], row)[0], together[i])
+
+
+@AGENT
+def test_chunks_are_time_major(name):
+    agent = make(name)
+    flat = agent.flatten(batch().actions)
+    assert torch.equal(flat[:, :ACT], batch().actions[:, 0])
+    assert torch.equal(flat[:, -ACT:], batch().actions[:, -1])
+    single = make(name, action_chunking=False)
+    assert torch.equal(single.flatten(batch().actions), batch().actions[:, 0])
+
+
+@AGENT
+def test_single_actions_are_learned_with_returns_over_the_horizon(name):
+    agent, data = make(name, action_chunking=False), batch()
+    loss, _ = agent.loss(data, noise(agent))
+    assert loss.isfinite()
+    if name not in ("bc", "ifql"):
+        eps = noise(agent)
+        samples = agent.samples(data, eps)
+        value = agent.next_value(data, samples)
+        expected = data.rewards + 0.99**HORIZON * data.masks * value
+        torch.testing.assert_close(agent.target(data, samples), expected)
+
+
+@AGENT
+def test_noise_has_the_laws_and_the_independence_it_should(name):
+    agent = make(name, dtype=torch.float32)
+    n = 4000
+    drawn = agent.draw_noise(n, gen())
+    for key, value in drawn.items():
+        assert value.dtype == torch.float32
+        deviation, mean = value.std().item(), value.mean().item()
+        uniform = key == "bc_t"
+        error = 5 / math.sqrt(n)
+        assert abs(mean - (0.5 if uniform else 0)) < error
+        assert abs(deviation - (1 / math.sqrt(12) if uniform else 1)) < error
+        assert not uniform or (value.min() >= 0 and value.max() < 1)
+    # Start and steps of the chain, which the released code draws from one key, are independent.
+    flat = [value.flatten(1)[:, 0] for key, value in drawn.items() if key != "sde_eps"]
+    flat += list(drawn["sde_eps"][..., 0]) if "sde_eps" in drawn else []
+    correlation = torch.corrcoef(torch.stack(flat)) - torch.eye(len(flat))
+    assert correlation.abs().max() < 5 / math.sqrt(n)
+
+
+@AGENT
+def test_weights_depend_on_the_seed_alone(name):
+    config = make(name).config
+    state = torch.get_rng_state()
+    first, second = (make_agent(name, config, OBS, ACT, seed=3) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    other = make_agent(name, config, OBS, ACT, seed=4)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+    assert not torch.equal(first.base.mlp.layers[0].weight, other.base.mlp.layers[0].weight)
+
+
+@WITH_CRITICS
+def test_slow_copies_start_equal_and_follow_the_weights(name):
+    agent = make(name, shake=0.0, slow_rate=0.1)
+    pairs = agent.slow_copies()
+    for network, slow in pairs:
+        for p, q in zip(network.parameters(), slow.parameters(), strict=True):
+            assert torch.equal(p, q)
+            assert p.data_ptr() != q.data_ptr()
+    with torch.no_grad():
+        for p in agent.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    before = [copy.deepcopy(slow) for _, slow in pairs]
+    agent.update_slow()
+    for (network, slow), old in zip(pairs, before, strict=True):
+        for p, q, r in zip(network.parameters(), slow.parameters(), old.parameters(), strict=True):
+            torch.testing.assert_close(q, 0.1 * p + 0.9 * r)
+            assert not q.requires_grad
+
+
+def test_the_policy_does_not_start_as_a_copy_of_the_behaviour():
+    agent = make("qam", shake=0.0)
+    assert not torch.equal(agent.policy.mlp.layers[0].weight, agent.base.mlp.layers[0].weight)
+
+
+@AGENT
+def test_state_of_an_agent_is_all_it_is(name):
+    agent, other = make(name, seed=1), make(name, seed=2)
+    other.load_state_dict(agent.state_dict())
+    eps = noise(agent)
+    assert torch.equal(agent.loss(batch(), eps)[0], other.loss(batch(), eps)[0])
+    clone = copy.deepcopy(agent)
+    assert torch.equal(agent.loss(batch(), eps)[0], clone.loss(batch(), eps)[0])
+    clone.update_slow()
+    assert torch.equal(agent.loss(batch(), eps)[0], other.loss(batch(), eps)[0])
+
+
+@WITH_CRITICS
+def test_best_of_n_is_the_candidate_the_critics_rank_first(name):
+    agent, s = make(name, best_of_n=5, shake=0.5), batch().observations
+    draw = agent.act_noise(B, gen())
+    assert {value.shape for value in draw.values()} == {(B, 5, agent.chunk_dim)}
+    actions = agent.act(s, draw).flatten(1)
+    picked = []
+    for i in range(B):
+        rows = s[i].expand(5, -1)
+        with torch.no_grad():
+            proposals = agent.propose(rows, {key: value[i] for key, value in draw.items()})
+            values = agent.critic(rows, proposals)
+        score = values.amin(0) if name == "ifql" else values.mean(0)
+        picked.append(int(score.argmax()))
+        torch.testing.assert_close(actions[i], proposals[picked[-1]])
+    assert len(set(picked)) > 1
+
+
+@WITH_CRITICS
+def test_metrics_are_detached_scalars_of_the_two_kinds(name):
+    agent = make(name)
+    _, metrics = agent.loss(batch(), noise(agent))
+    assert {"critic/loss", "critic/q_mean", "critic/q_min", "critic/q_max"} <= metrics.keys()
+    for key, value in metrics.items():
+        assert key.split("/")[0] in ("critic", "actor", "value")
+        assert value.shape == ()
+        assert not value.requires_grad
+    assert metrics["critic/q_min"] < metrics["critic/q_mean"] < metrics["critic/q_max"]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what would make the host wait for the device, or has a size only the data tell."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.FORBIDDEN), f"waits in {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def cases_of_waiting():
+    yield from ((name, {}) for name in OPTIONS)
+    yield from (("qam", {"kernel": kernel}) for kernel in KERNELS[1:])
+    yield "qam", {"residual": True, "best_of_n": 3, "slow_base": False}
+
+
+@pytest.mark.parametrize(("name", "options"), cases_of_waiting(), ids=str)
+def test_an_update_and_an_action_never_wait_for_the_device(name, options):
+    agent, data = make(name, **options), batch()
+    eps = noise(agent)
+    draw = agent.act_noise(B, gen())
+    with NoWaiting():
+        agent.loss(data, eps)[0].backward()
+        agent.update_slow()
+        agent.act(data.observations, draw)
+    with pytest.raises(AssertionError, match="waits in"), NoWaiting():
+        float(data.rewards.sum())
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_flow_action_is_the_core_sampler_clipped_at_the_end(solver):
+    agent, s = make("bc", shake=0.5), batch().observations
+    x = 2 * torch.randn(B, agent.chunk_dim, dtype=torch.float64, generator=gen())
+    expected = sample(agent.base, x, grid=7, method=solver, cond=condition(s))
+    assert expected.abs().max() > 1
+    actual = flow_action(agent.base, s, x, 7, solver)
+    torch.testing.assert_close(actual, expected.clamp(-1, 1))
+    assert actual.requires_grad
+
+
+def test_the_solver_is_an_option_of_acting():
+    euler, ab2 = make("qam", shake=0.5), make("qam", shake=0.5, solver="ab2")
+    draw = euler.act_noise(B, gen())
+    s = batch().observations
+    assert not torch.equal(euler.act(s, draw), ab2.act(s, draw))
+
+
+def test_act_refuses_wrong_observations_and_noise():
+    agent, s = make("qam-e"), batch().observations
+    draw = agent.act_noise(B, gen())
+    with pytest.raises(ValueError, match=r"observations must have shape \(B, 5\), got \(6, 4\)"):
+        agent.act(s[:, :4], draw)
+    with pytest.raises(ValueError, match=r"observations must have shape \(B, 5\), got \(5,\)"):
+        agent.act(s[0], draw)
+    with pytest.raises(ValueError, match=r"noise must hold 'edit_eps' .*, got \['noise'\]"):
+        agent.act(s, {"noise": draw["noise"]})
+    with pytest.raises(ValueError, match=r"of shape \(6, 1, 6\), got \(6, 6\)"):
+        agent.act(s, draw | {"noise": draw["noise"][:, 0]})
+
+
+def test_unknown_agents_and_foreign_configurations_are_refused():
+    with pytest.raises(ValueError, match=r"agent must be one of bc, .*, got 'sac'"):
+        find_agent("sac")
+    with pytest.raises(TypeError, match="config of agent 'qam' must be a QAMConfig, got FQLConfig"):
+        make_agent("qam", AGENTS["fql"][0](), OBS, ACT)
+    with pytest.raises(ValueError, match="action_dim must be at least 1, got 0"):
+        make_agent("qam", AGENTS["qam"][0](), OBS, 0)
+
+
+BAD = [
+    ("bc", "hidden", ()),
+    ("bc", "hidden", (8, 0)),
+    ("bc", "horizon", 0),
+    ("bc", "discount", 1.5),
+    ("bc", "flow_steps", 0),
+    ("bc", "solver", "heun"),
+    ("bc", "lr", float("nan")),
+    ("bc", "grad_clip", -1.0),
+    ("fql", "critics", 0),
+    ("fql", "rho", -0.1),
+    ("fql", "slow_rate", 0.0),
+    ("fql", "best_of_n", 0),
+    ("fql", "alpha", -1.0),
+    ("ifql", "expectile", 1.0),
+    ("qam", "inverse_temperature", 0.0),
+    ("qam", "flow_steps", 1),
+    ("qam", "kernel", "covariance_matched"),
+    ("qam-e", "edit_scale", -0.1),
+    ("qam-e", "target_entropy", float("inf")),
+    ("qam-f", "alpha", float("nan")),
+    ("bam", "inverse_temperature", float("nan")),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), BAD)
+def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, option, value):
+    with pytest.raises(ValueError, match=rf"^{option} must be .*, got ") as error:
+        replace(AGENTS[name][0](), **{option: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam")]
+    + [(n, 0.0) for n in ("bc", "fql", "ifql")],
+)
+def test_published_optimiser_settings_are_the_defaults(name, clip):
+    config = AGENTS[name][0]()
+    assert config.grad_clip == clip
+    assert config.lr == 3e-4
+    assert config.hidden == (512,) * 4
+    assert config.flow_steps == 10
+    if name != "bc":
+        assert (config.critics, config.rho, config.slow_rate) == (10, 0.5, 0.005)
+
+
+def test_no_option_has_a_name_of_the_training():
+    taken = {"seed", "batch_size", "task", "agent", "folder", "device"}
+    for config_class, _ in AGENTS.values():
+        assert not taken & {field.name for field in fields(config_class)}

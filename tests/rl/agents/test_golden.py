@@ -1,0 +1,252 @@
+"""The agents compute what the published implementation computes, number for number.
+
+Everything goes through what training uses: `Agent.loss`, `Agent.update_slow` and `Agent.act`,
+driven by `flows.training.trainer.Trainer`, alone or together with others by
+`flows.training.stacked.Together`; only the noise is the recorded one.  Tolerances are rtol 1e-5 and
+atol 1e-6, the latter in units of the tensor's largest entry where that exceeds 1: the smallest
+entries of a gradient are sums of terms a million times larger, so float32 rounds them by more.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.golden_values import ALT, BAM, CASES, FQL, IFQL, QAM, QAM_E, QAM_F, RESIDUAL, ours
+
+from applications.rl.agents import make_agent
+from applications.rl.agents.actor_critic import pessimistic
+from flows.training.config import TrainerConfig
+from flows.training.stacked import Together, draw
+from flows.training.trainer import Trainer
+
+RTOL, ATOL = 1e-5, 1e-6
+MEMBERS = {"alone": (0,), "together": (1, 0, 2)}
+"""Who is trained at once, see `make_trainer`; the golden one is in the middle."""
+
+LOSSES = {  # published metric -> ours
+    "critic_loss": "critic/loss",
+    "flow_loss": "actor/flow_loss",
+    "adj_loss": "actor/matching_loss",
+    "fql_distill_loss": "actor/distill_loss",
+    "fql_q_loss": "actor/q_loss",
+    "info.critic/critic_loss": "critic/loss",
+    "info.actor/flow_loss": "actor/flow_loss",
+    "info.actor/bc_flow_loss": "actor/flow_loss",
+    "info.actor/adj_loss": "actor/matching_loss",
+    "info.actor/edit_q_loss": "actor/q_loss",
+    "info.actor/edit_entropy": "actor/edit_entropy",
+    "info.actor/edit_alpha": "actor/edit_alpha",
+    "info.actor/distill_loss": "actor/distill_loss",
+    "info.actor/bam_loss": "actor/path_loss",
+    "info.actor/bc_loss": "actor/path_penalty",
+    "info.value/value_loss": "value/loss",
+    "info.value/v_mean": "value/v_mean",
+}
+"""IFQL's actor loss is compared below: the name stands for something else elsewhere."""
+
+
+def check(actual, expected, what):
+    scale = max(1.0, float(expected.abs().max()))
+    actual = actual.detach().reshape(expected.shape)
+    torch.testing.assert_close(
+        actual, expected, rtol=RTOL, atol=ATOL * scale, msg=lambda text: f"{what}: {text}"
+    )
+
+
+class Replayed:
+    """The recorded batches and noises as the loss of a trainer, update by update from ``first``."""
+
+    def __init__(self, case, first=0):
+        self.case, self.update = case, first
+
+    def draw(self, agent, generator):
+        update, self.update = self.update % 3, self.update + 1
+        return (self.case.batch(update), self.case.noise(update)), {}
+
+    def evaluate(self, agent, inputs):
+        return agent.loss(*inputs)
+
+    def __call__(self, agent, generator):
+        return self.evaluate(agent, self.draw(agent, generator)[0])
+
+    def before_step(self, agent):
+        agent.update_slow()
+
+
+def make_trainer(case, member=0):
+    """A trainer of the case's agent; that of another member has other weights and other batches."""
+    agent = case.make()
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.mul_(1 + 0.3 * member)
+    config = TrainerConfig(
+        lr=agent.config.lr,
+        lr_schedule="constant",
+        ema_decay=0.0,
+        grad_clip=agent.config.grad_clip,
+    )
+    return Trainer(agent, Replayed(case, member), config)
+
+
+@functools.cache
+def trained(name, path="alone"):
+    """Our agent after the three recorded updates, each of them checked."""
+    case = next(case for case in CASES if str(case) == name)
+    trainers = [make_trainer(case, member) for member in MEMBERS[path]]
+    trainer = trainers[len(trainers) // 2]
+    together = Together(trainers) if path == "together" else None
+    for update in range(3):
+        for each in trainers:
+            each.prepare()
+        if together is None:
+            trainer.backward()
+        else:
+            together.backward([draw(each) for each in trainers])
+        check_losses(case, update, trainer)
+        norms = [each.apply()["grad_norm"] for each in trainers]
+        check(norms[len(norms) // 2], case.get(f"u{update}.out.grad_global_norm"), "norm")
+        if case.has(f"u{update}.out.params.modules_critic/value_net/Dense_0/bias"):
+            for name, parameter in case.leaves(trainer.module):
+                expected = ours(name, case.get(f"u{update}.out.params.modules_{name}"))
+                check(parameter, expected, f"{name} after update {update}")
+    return trainer.module
+
+
+def check_losses(case, update, trainer):
+    """Losses and gradients of a trainer that has them, but has not applied them."""
+    prefix, (metrics,) = f"u{update}.out", trainer.parts
+    check(metrics["loss"], case.get(f"{prefix}.total_loss"), "total loss")
+    compared = [(p, name) for p, name in LOSSES.items() if case.has(f"{prefix}.{p}")]
+    assert compared
+    for published, name in compared:
+        check(metrics[name], case.get(f"{prefix}.{published}"), published)
+    if case.has(f"{prefix}.grad.modules_critic/value_net/Dense_0/bias"):
+        for name, parameter in case.leaves(trainer.module):
+            if parameter.requires_grad:
+                expected = ours(name, case.get(f"{prefix}.grad.modules_{name}"))
+                check(parameter.grad, expected, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("path", ["alone", "together"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_three_updates(case, path):
+    trained(str(case), path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_parameter_of_the_agent_is_compared(case):
+    agent = case.make()
+    assert {id(p) for _, p in case.leaves(agent)} == {id(p) for p in agent.parameters()}
+    compared = {f"modules_{name}" for name, _ in case.leaves(agent)}
+    # Without a use for it there is no slow copy, which the published code keeps up all the same.
+    unused = {"target_actor_fast"} | ({"target_actor_slow"} if case is ALT else set())
+    published = {
+        name
+        for name in case.group("params0")
+        if name.split("/")[0][len("modules_") :] not in unused
+    }
+    assert compared == published
+
+
+@pytest.mark.parametrize("case", [QAM, ALT, RESIDUAL, QAM_F, QAM_E], ids=str)
+def test_trajectory_and_adjoint(case):
+    agent, batch, noise = case.make(), case.batch(0), case.noise(0)
+    xs = agent.samples(batch, noise).chain.xs
+    check(xs[:-1], case.get("u0.out.xs"), "states")
+    adjoint = agent.adjoint(agent.kernel(), batch.observations, xs).values
+    check(adjoint[:-1], case.get("u0.out.adjs"), "adjoints")
+    terminal = adjoint[-1].abs()
+    prefix = "u0.out" if case.has("u0.out.adj_max") else "u0.out.info.actor"
+    separator = "." if case.has("u0.out.adj_max") else "/"
+    check(terminal.amax(), case.get(f"{prefix}{separator}adj_max"), "largest gradient")
+    check(terminal.mean(), case.get(f"{prefix}{separator}adj_mean"), "mean gradient")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c is not IFQL], ids=str)
+def test_next_actions_and_values(case):
+    agent, batch, noise = case.make(), case.batch(0), case.noise(0)
+    samples = agent.samples(batch, noise)
+    chunks = samples.next_chunks
+    check(chunks, case.get("u0.out.next_actions"), "next actions")
+    values = agent.slow_critic(batch.next_observations, chunks)
+    check(values, case.get("u0.out.next_qs"), "values of the next actions")
+    discount = 0.99**3
+    next_value = pessimistic(case.get("u0.out.next_qs"), agent.config.rho)
+    expected = batch.rewards + discount * batch.masks * next_value
+    target = agent.target(batch, samples)
+    check(target, expected, "target")
+    if case.has("u0.out.target_q"):
+        check(target, case.get("u0.out.target_q"), "target")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_of_the_data(case):
+    agent, batch = case.make(), case.batch(0)
+    q = agent.critic(batch.observations, agent.flatten(batch.actions))
+    check(q, case.get("u0.out.q"), "values")
+
+
+@pytest.mark.parametrize("case", [QAM_E, FQL, IFQL, BAM], ids=str)
+@pytest.mark.parametrize("kind", ["single", "batch", "bon4"])
+def test_actions_after_three_updates(case, kind):
+    if not case.has(f"eval_{kind}.in.observations"):
+        assert case is IFQL
+        return
+    agent = trained(str(case))
+    observations = case.get(f"eval_{kind}.in.observations")
+    noise = case.group(f"eval_{kind}.noise")
+    if observations.ndim == 1:
+        observations, noise = observations[None], {name: n[None] for name, n in noise.items()}
+    if kind == "bon4":
+        four = replace(agent.config, best_of_n=4)
+        state, agent = agent.state_dict(), make_agent(case.agent, four, 6, 2)
+        agent.load_state_dict(state)
+    actions = agent.act(observations, noise)
+    assert actions.shape == (len(observations), 3, 2)
+    check(actions.flatten(1), case.get(f"eval_{kind}.out.actions"), "actions")
+
+
+def test_parts_of_qam_e():
+    agent, batch, noise = QAM_E.make(), QAM_E.batch(0), QAM_E.noise(0)
+    s = batch.observations
+    flow = agent.samples(batch, noise).flow_chunks
+    check(flow, QAM_E.get("u0.out.flow_actions"), "flow actions")
+    inputs = torch.cat([s, flow], dim=1)
+    mean, log_std = agent.editor(inputs)
+    check(mean, QAM_E.get("u0.out.edit_mean"), "mean of the edit")
+    check(log_std.exp(), QAM_E.get("u0.out.edit_std"), "deviation of the edit")
+    edit, log_prob = agent.editor.sample(inputs, noise["edit_eps"])
+    check(edit, QAM_E.get("u0.out.edit"), "edit")
+    check(log_prob, QAM_E.get("u0.out.edit_log_probs"), "log-probability of the edit")
+    _, metrics = agent.edit_loss(s, flow, noise["edit_eps"])
+    alpha, entropy = metrics["actor/edit_alpha"], metrics["actor/edit_entropy"]
+    check(-alpha * entropy, QAM_E.get("u0.out.info.actor/edit_entropy_loss"), "entropy loss")
+    check(alpha * (entropy + 3), QAM_E.get("u0.out.info.actor/edit_alpha_loss"), "α's loss")
+
+
+def test_parts_of_fql():
+    agent, batch, noise = FQL.make(), FQL.batch(0), FQL.noise(0)
+    z = noise["distill_noise"]
+    flow = agent.samples(batch, noise).flow_chunks
+    check(flow, FQL.get("u0.out.flow_actions"), "flow actions")
+    g = agent.one_step(batch.observations, z)
+    check(g, FQL.get("u0.out.onestep_actions"), "one-step actions")
+
+
+def test_parts_of_ifql():
+    agent, batch, noise = IFQL.make(), IFQL.batch(0), IFQL.noise(0)
+    check(agent.value(batch.observations), IFQL.get("u0.out.v"), "value")
+    samples = agent.samples(batch, noise)
+    check(agent.next_value(batch, samples), IFQL.get("u0.out.next_v"), "next value")
+    check(agent.target(batch, samples), IFQL.get("u0.out.target_q"), "target")
+    _, metrics = agent.loss(batch, noise)
+    check(metrics["actor/flow_loss"], IFQL.get("u0.out.info.actor/actor_loss"), "actor loss")
+
+
+def test_parts_of_bam():
+    agent, batch, noise = BAM.make(), BAM.batch(0), BAM.noise(0)
+    xs, _ = agent.trajectory(agent.kernel(), batch.observations, noise)
+    check(xs, BAM.get("u0.out.sde_xs"), "states")
+    values = agent.critic(batch.observations, xs[-1])
+    check(values, BAM.get("u0.out.bam_qs"), "values of the end")

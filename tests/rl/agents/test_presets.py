@@ -1,0 +1,106 @@
+"""Presets against the published table, typed in once more by domain instead of by option."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from applications.rl.agents import AGENTS, make_agent
+from applications.rl.agents.presets import DOMAINS, NEAREST, RECIPES, SIZES, TUNED, preset
+from applications.rl.environments.tasks import ENVIRONMENTS, find_task
+
+# qam τ; qam-e τ, scale; qam-f τ, α; fql α; bam τ; ifql κ
+TABLE = {
+    "puzzle-3x3": (3, 1, 0.1, 3, 0, 300, 10, 0.95),
+    "scene": (1, 1, 0, 1, 300, 300, 10, 0.9),
+    "cube-double": (1, 1, 0, 1, 0, 300, 10, 0.9),
+    "antmaze-large": (10, 1, 0.1, 3, 30, 3, 30, 0.9),
+    "humanoidmaze-medium": (3, 3, 0.1, 1, 30, 30, 10, 0.7),
+    "cube-triple": (3, 3, 0.1, 10, 300, 30, 30, 0.95),
+    "cube-quadruple": (1, 3, 0.1, 0.3, 30, 100, 10, 0.95),
+    "puzzle-4x4": (30, 0.1, 0.9, 3, 3, 1, 30, 0.9),
+    "antmaze-giant": (3, 10, 0.1, 3, 30, 3, 30, 0.8),
+    "humanoidmaze-large": (3, 3, 0.1, 0.3, 30, 30, 30, 0.8),
+}
+
+
+def task(domain, horizon=5, discount=0.99):
+    return SimpleNamespace(domain=domain, horizon=horizon, discount=discount)
+
+
+def test_every_domain_of_the_table():
+    assert set(TABLE) == set(DOMAINS)
+    for domain, row in TABLE.items():
+        configs = {name: preset(name, task(domain)) for name in AGENTS}
+        found = (
+            configs["qam"].inverse_temperature,
+            configs["qam-e"].inverse_temperature,
+            configs["qam-e"].edit_scale,
+            configs["qam-f"].inverse_temperature,
+            configs["qam-f"].alpha,
+            configs["fql"].alpha,
+            configs["bam"].inverse_temperature,
+            configs["ifql"].expectile,
+        )
+        assert found == row, domain
+        for name, config in configs.items():
+            assert type(config) is AGENTS[name][0]
+            assert name == "bc" or config.rho == (0.0 if "humanoid" in domain else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "horizon", "discount"),
+    [
+        ("scene-sparse-play-singletask-task1-v0", 5, 0.99),
+        ("cube-single-play-singletask-task1-v0", 5, 0.99),
+        ("antmaze-giant-navigate-singletask-v0", 1, 0.995),
+        ("humanoidmaze-medium-navigate-singletask-v0", 1, 0.995),
+        ("pointmaze-medium-navigate-singletask-task1-v0", 1, 0.99),
+    ],
+)
+def test_horizon_and_discount_are_those_of_the_task(name, horizon, discount):
+    config = preset("qam", find_task(name))
+    assert (config.horizon, config.discount) == (horizon, discount)
+
+
+def test_every_environment_has_values_or_a_neighbour_that_has():
+    for environment in ENVIRONMENTS:
+        assert (environment in DOMAINS) != (environment in NEAREST)
+    assert set(NEAREST.values()) <= set(DOMAINS)
+    near = preset("qam", task("cube-single"))
+    assert near == preset("qam", task("cube-double"))
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_other_domains_take_the_general_defaults(name):
+    config = AGENTS[name][0](horizon=4, discount=0.98)
+    assert preset(name, task("gym", 4, 0.98)) == config
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_small_differs_in_size_only(name):
+    small, full = (preset(name, task("scene"), size) for size in ("small", "published"))
+    different = {key for key, value in asdict(small).items() if asdict(full)[key] != value}
+    assert different == set(SIZES["small"]) - ({"critics"} if name == "bc" else set())
+    assert make_agent(name, small, 4, 2).chunk_dim == 10
+
+
+def test_what_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"agent must be one of .*, got 'sac'"):
+        preset("sac", task("scene"))
+    with pytest.raises(ValueError, match="preset must be one of published, small, got 'tiny'"):
+        preset("qam", task("scene"), "tiny")
+    assert set(TUNED) == set(AGENTS)
+
+
+def test_recipes_are_of_options_that_exist_and_reach_the_agents():
+    for domain, (shared, own) in RECIPES.items():
+        assert domain in NEAREST  # none of the tuned ones
+        assert set(own) <= set(AGENTS)
+        for name in AGENTS:
+            config = preset(name, task(domain), "small")
+            for option, value in (shared | own.get(name, {})).items():
+                assert getattr(config, option, value) == value
+            assert set(own.get(name, {})) <= set(asdict(config))
+        assert set(shared) <= set(asdict(preset("qam", task(domain))))
+        assert preset("qam", task(domain)) == preset("qam", task(NEAREST[domain]))

@@ -15,7 +15,7 @@ from adjoint.certificate import Certificate
 from adjoint.rewards.reward import Reward, ValueFunction, as_reward
 from adjoint.rewards.decoded import decoded
 from adjoint.models.lora import load_adapters, lora, merge, save_adapters
-from adjoint.models.reward_informed import Informed, informed
+from adjoint.models.reward_informed import RewardInformed, informed
 
 # A loop of one's own
 from adjoint.tilt_loss import CondSampler, TiltLoss
@@ -45,7 +45,7 @@ __all__ = [
     "lora",
     "merge",
     "save_adapters",
-    "Informed",
+    "RewardInformed",
     "informed",
     # A loop of one's own
     "CondSampler",

@@ -63,11 +63,11 @@ class TiltConfig(TrainerConfig):
     """Trajectories kept for reuse; 0 is none."""
     refresh: int = 1
     """With replay: losses per fresh rollout (updates, unless they accumulate)."""
-    probe_samples: int = 8192
+    base_samples: int = 8192
     """ODE samples of the base that its mmse, the checks and the comparison of log Z are made of."""
     certificate_samples: int = 4096
     """Trajectories of each of the two certificates, 64 under each condition; 0 is none."""
-    max_batch: int = 4096
+    eval_batch_size: int = 4096
     """Trajectories or samples at a time in probe and certificates, of one process."""
     micro_batch: int = 0
     """States at which base or model are evaluated at a time, in training, probe and certificates;
@@ -84,7 +84,7 @@ class TiltConfig(TrainerConfig):
     (`flows.training.cuda_graphs`): for small networks, whose kernels end sooner than the host asks
     for the next. Base, reward and sampler of conditions must not wait for the GPU, and must do the
     same at each call, with random numbers from the generator only: not so a `Reward` with
-    smoothing.  A trainer of one's own takes `flows.training.cuda_graphs.RecordedGradient` as its
+    smoothing.  A trainer of one's own takes `flows.training.cuda_graphs.GradientGraph` as its
     ``backward``."""
 
     @property
@@ -108,7 +108,7 @@ class TiltConfig(TrainerConfig):
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         minima = {"steps": 2, "batch_size": 1, "refresh": 1, "replay": 0}
-        minima |= {"certificate_samples": 0, "probe_samples": 64, "max_batch": 1}
+        minima |= {"certificate_samples": 0, "base_samples": 64, "eval_batch_size": 1}
         minima |= {"micro_batch": 0, "reward_batch": 0}
         for name, least in minima.items():
             if getattr(self, name) < least:

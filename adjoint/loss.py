@@ -1,6 +1,6 @@
 r"""The adjoint-matching loss: regress the control onto the lean adjoint.
 
-    L = E Σ_k ‖read_v (v_θ - v_β)(x_k, t_k) + read_a λ‖²,   λ = λ_k or λ_{k+1} by the kernel,
+    L = E Σ_k ‖residual_v (v_θ - v_β)(x_k, t_k) + residual_a λ‖²,    λ = λ_k or λ_{k+1},
 
 on trajectories of the current model, with λ, v_β and the states held constant (Domingo-Enrich et
 al. 2409.08861, eq. 37).  Its only critical point is the optimal control; it is a regression, so
@@ -76,23 +76,28 @@ def adjoint_matching_loss(
         clip: cap on the term of one step of one trajectory.
         known: (K+1, B, *) noise of the adjoints that is known, of mean zero at each state; see
             `adjoint.chain.control_variates`.  It is taken from the target unweighted: the gradient
-            of a term is that of weight ‖read_v (v_θ - v_β) + read_a (λ - known / weight)‖².
+            of a term is that of weight ‖residual_v (v_θ - v_β) + residual_a (λ - known / weight)‖².
 
     Returns:
         The loss, the mean over the batch of the sum over steps and dimensions, and the metrics
         ``adjoint_norm`` (mean ‖λ‖ over steps), ``control_norm`` (mean ‖v - v_β‖) and
         ``term_quantile`` (the 0.9 quantile of the unclipped terms, for a running cap).
     """
-    lam = adjoint.values[1:] if kernel.read_next else adjoint.values[:-1]
-    v_base, read_v, read_a = adjoint.v_base, kernel.read_v, kernel.read_a
+    lam = adjoint.values[1:] if kernel.residual_at_next else adjoint.values[:-1]
+    v_base, residual_v, residual_a = adjoint.v_base, kernel.residual_v, kernel.residual_a
     if steps is not None:
         index = steps.to(v.device)
-        lam, v_base, read_v, read_a = lam[index], v_base[index], read_v[index], read_a[index]
+        lam, v_base, residual_v, residual_a = (
+            lam[index],
+            v_base[index],
+            residual_v[index],
+            residual_a[index],
+        )
     shape = (-1, *([1] * (v.ndim - 1)))
-    read_v = read_v.to(v.dtype).reshape(shape)
-    read_a = read_a.to(v.dtype).reshape(shape)
+    residual_v = residual_v.to(v.dtype).reshape(shape)
+    residual_a = residual_a.to(v.dtype).reshape(shape)
     control = v - v_base
-    terms = (read_v * control + read_a * lam).square().flatten(2).sum(2)
+    terms = (residual_v * control + residual_a * lam).square().flatten(2).sum(2)
     # As torch.quantile, which `torch.vmap` does one by one; of very many a cap needs not all.
     ordered = terms.detach().flatten()[: 2**24].float().sort().values
     place = 0.9 * (len(ordered) - 1)
@@ -103,10 +108,10 @@ def adjoint_matching_loss(
     if weights is not None:
         per_trajectory = per_trajectory * weights
     if known is not None:
-        off = known[1:] if kernel.read_next else known[:-1]
+        off = known[1:] if kernel.residual_at_next else known[:-1]
         off = off if steps is None else off[index]
-        linear = 2 * (read_v * control + read_a * lam) - read_a * off
-        per_trajectory = per_trajectory - (linear * read_a * off).flatten(2).sum((0, 2))
+        linear = 2 * (residual_v * control + residual_a * lam) - residual_a * off
+        per_trajectory = per_trajectory - (linear * residual_a * off).flatten(2).sum((0, 2))
     metrics = {
         "adjoint_norm": lam.flatten(2).norm(dim=2).mean(),
         "control_norm": control.detach().flatten(2).norm(dim=2).mean(),

@@ -98,7 +98,7 @@ def probe(
     Raises:
         TypeError, ValueError: as `tilt`.
     """
-    n, size = distributed.share(config.probe_samples), config.max_batch
+    n, size = distributed.share(config.base_samples), config.eval_batch_size
     if config.kernel == "covariance_matched" and math.prod(shape) > MAX_DIM:
         raise ValueError(
             f"kernel 'covariance_matched' serves up to {MAX_DIM} dimensions, got shape {shape}; "

@@ -34,13 +34,13 @@ from flows.networks.mlp import MLPVelocity
 from flows.training import Trainer, distributed
 from flows.training.callbacks import Callback, ProgressBar, check_callbacks
 from flows.training.checkpoint import ensure_writable
-from flows.training.cuda_graphs import RecordedGradient
+from flows.training.cuda_graphs import GradientGraph
 from flows.weights import fingerprint
 
 __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]
 
 FREE = (
-    *("checkpoint_every", "certificate_samples", "max_batch"),
+    *("checkpoint_every", "certificate_samples", "eval_batch_size"),
     *("micro_batch", "reward_batch", "offload", "compile", "graph"),  # no change beyond rounding
 )
 """Options that a resumed run may change."""
@@ -142,7 +142,7 @@ def tilt(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    problem: Mapping[str, str | int | float | bool | None] | None = None,
+    identity: Mapping[str, str | int | float | bool | None] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tilted:
@@ -176,8 +176,8 @@ def tilt(
             leaves out the weights of the model that are not trained; a resume of a model with
             others, with adapters of another scale, or on another base is refused, one toward
             another reward warned of.
-        problem: what identifies the run beside the options (names of base and reward, say); a
-            checkpoint of another problem is refused.
+        identity: what identifies the run beside the options (names of base and reward, say); a
+            checkpoint of another identity is refused.
         device, dtype: of the SDE state; by default where the base is, in float32.  The reward must
             live on that device.
 
@@ -185,7 +185,7 @@ def tilt(
         TypeError, ValueError: base, model or reward return the wrong type or shape, are not finite,
             or the reward is not differentiable; before any training.  With ``graph`` also after
             the first updates, where these cannot be recorded.
-        CheckpointError: a checkpoint that is damaged or belongs to another problem.
+        CheckpointError: a checkpoint that is damaged or belongs to another identity.
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
     """
     config = TiltConfig() if config is None else config
@@ -249,16 +249,16 @@ def tilt(
         config,
         callbacks=callbacks,
         checkpoint=checkpoint,
-        problem={
+        identity={
             **options,
-            **{f"problem.{k}": v for k, v in (problem or {}).items()},
+            **{f"identity.{k}": v for k, v in (identity or {}).items()},
             "shape": list(shape),
             "base": _fingerprint(base),
             "adapters": adapter_scales(model),
         },
         save_frozen=False,  # the caller has them
     )
-    field = trainer.fit(resume=resume, backward=RecordedGradient(trainer) if config.graph else None)
+    field = trainer.fit(resume=resume, backward=GradientGraph(trainer) if config.graph else None)
     judged = [field_in_parts(v, config.micro_batch) for v in (base, field)]
     value = reward_in_parts(scaled, config.reward_batch)
     judge = partial(certificate_of, device=device, dtype=dtype, progress=progress)

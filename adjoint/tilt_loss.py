@@ -48,7 +48,7 @@ from adjoint.loss import (
 from adjoint.models.lora import prepare_dropout
 from adjoint.rewards.reward import Reward
 from adjoint.rewards.sums import total
-from adjoint.trajectory_buffer import ReplayBuffer
+from adjoint.trajectory_buffer import TrajectoryBuffer
 from flows.field import Cond, VelocityField
 from flows.training import distributed
 
@@ -111,11 +111,11 @@ class TiltLoss:
             )
         self.calls = 0
         self.cap: Tensor | None = None
-        self.buffer: ReplayBuffer | None = None
+        self.buffer: TrajectoryBuffer | None = None
         if config.replay:
             capacity = distributed.share(config.replay)
             dims = {"xs": 1, "values": 1, "v_base": 1, "known": 1}
-            self.buffer = ReplayBuffer(capacity, dims, device=self.home)
+            self.buffer = TrajectoryBuffer(capacity, dims, device=self.home)
 
     def _rollout(
         self, module: nn.Module, n: int, groups: int, generator: torch.Generator
@@ -183,10 +183,12 @@ class TiltLoss:
         if self.config.variates:
             variates = self._variates(module, trajectory, -gradient, cond)
             noise = carry(torch.zeros_like(gradient), variates=variates).values
-            if self.kernel.read_next:  # the residual of a step sees the noise of that step too
+            if (
+                self.kernel.residual_at_next
+            ):  # the residual of a step sees the noise of that step too
                 noise[1:] += variates
             known["known"] = noise
-        log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.home_kernel)
+        log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel_on_storage)
         return {
             "xs": trajectory.xs[:-1],
             "values": adjoint.values,
@@ -265,7 +267,7 @@ class TiltLoss:
         loss, metrics = adjoint_matching_loss(
             v,
             Adjoint(batch["values"], batch["v_base"]),
-            self.home_kernel,
+            self.kernel_on_storage,
             steps=steps,
             weights=weights,
             clip=clip,
@@ -300,7 +302,7 @@ class TiltLoss:
         v = self._velocity(self._field(module), trajectory.xs[:-1], steps, cond)
         if steps is not None:
             v = trajectory.v.index_copy(0, steps.to(v.device), v)
-        log_ratio, kl = path_log_ratio(trajectory, v_base, self.home_kernel, v)
+        log_ratio, kl = path_log_ratio(trajectory, v_base, self.kernel_on_storage, v)
         log_w = value + log_ratio
         metrics = _judged(value, log_w.detach(), kl.detach())
         metrics |= {name: v.mean() for name, v in _named(terms).items()}
@@ -312,7 +314,7 @@ class TiltLoss:
         return self._kernels[self.form]
 
     @property
-    def home_kernel(self) -> Kernel:
+    def kernel_on_storage(self) -> Kernel:
         """The same where trajectories are kept."""
         return self.kernel.to(self.home)
 

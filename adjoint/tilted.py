@@ -119,7 +119,7 @@ class Tilted:
             seen=self.certificate.log_weights if self.certificate and cond is None else None,
             cut=cut,
             cond=cond,
-            batch_size=config.max_batch,
+            batch_size=config.eval_batch_size,
             generator=generator,
             progress=progress,
         )
@@ -177,7 +177,7 @@ def certificate_of(
         x0,
         cond=cond,
         groups=groups,
-        batch_size=config.max_batch,
+        batch_size=config.eval_batch_size,
         generator=generator,
         progress=progress,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class ReplayBuffer:
+class TrajectoryBuffer:
     """Named tensors stored along their batch dimension.
 
     Arguments:

@@ -7,7 +7,7 @@ table (`adjoint.chain.kernels`), J the Jacobian of v_β and Λ_K = -r',
     M_k(x)  = E[Λ_{k+1}(x_{k+1}) | x_k = x],     x_{k+1} = mean_x x + mean_v v_θ(x, t_k) + std ε,
     Λ_k(x)  = (adjoint_x + adjoint_v J(x, adjoint_t)) M_k(x)  =  E[λ_k | x_k = x],
               plus (scale_{k+1} / scale_k) L'(x) E[ε Λ_{k+1}] where the noise is L(x) ε,
-    v_θ(x, t_k) = v_β(x, t_k) - (read_a / read_v) · (M_k if read_next else Λ_k)(x).
+    v_θ(x, t_k) = v_β(x, t_k) - (residual_a / residual_v) · (M_k if residual_at_next else Λ_k)(x).
 
 Solved backward in k on a grid of states, M_k by Gauss-Hermite quadrature.  The mean of the step
 depends on v_θ(x, t_k), so every state has a scalar equation to solve; at K = 5 a few states of a
@@ -180,9 +180,11 @@ def fixed_point(problem: Problem, kernel: Kernel, *, weighted: bool = False) -> 
             back = back + pull[:, None] * NODES
         else:
             spread = np.full_like(STATES, 0.0 if follows_base else float(kernel.std[k]))
-        read_v, read_a = float(kernel.read_v[k]), float(kernel.read_a[k])
-        read = read_a / read_v if read_v else 0.0  # a step without a residual keeps the base
-        factor = -read * (np.ones_like(back) if kernel.read_next else back)
+        residual_v, residual_a = float(kernel.residual_v[k]), float(kernel.residual_a[k])
+        read = (
+            residual_a / residual_v if residual_v else 0.0
+        )  # a step without a residual keeps the base
+        factor = -read * (np.ones_like(back) if kernel.residual_at_next else back)
 
         mean_v = float(kernel.mean_v[k])
         start = float(kernel.mean_x[k]) * STATES + mean_v * v_base

@@ -48,7 +48,7 @@ CUBE = "cube-single-play-singletask-task1-v0"
 AGENTS = ("bc", "fql", "qam", "qam-f")
 Row = dict[str, str | int | float]
 
-FAST = {"compile": True, "eval_beside": True}
+FAST = {"compile": True, "background_eval": True}
 PATHS: dict[str, dict[str, Any]] = {
     "plain": {},
     "fast": FAST,

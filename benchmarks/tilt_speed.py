@@ -43,7 +43,7 @@ from applications.toy2d.targets import find_target
 from benchmarks.common.clock import Clock, check_clock, seconds
 from benchmarks.memory.__main__ import ConvField, square
 from flows import MLPVelocity, Trainer, VelocityField, frozen, uniform
-from flows.training import RecordedGradient, prepare_process, write_json
+from flows.training import GradientGraph, prepare_process, write_json
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -208,7 +208,7 @@ def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Ten
         trainer.generator.manual_seed(0)
         if not graph:
             return lambda: trainer.step()["loss"]
-        backward = RecordedGradient(trainer)
+        backward = GradientGraph(trainer)
 
         def update() -> Tensor:
             trainer.prepare()
@@ -246,7 +246,7 @@ def measure(args: Args, name: str) -> list[Row]:
         middle = time.perf_counter()
         losses[who].append(float(update()))
         first[who] = middle - start - 2 * (time.perf_counter() - middle)
-    for _ in range(RecordedGradient.WARM):  # then it is recorded
+    for _ in range(GradientGraph.WARM):  # then it is recorded
         for who, update in updates.items():
             losses[who].append(float(update()))
     reference = losses["plain loop", "eager"]

@@ -3,8 +3,8 @@ r"""Control variates of the lean adjoint: the noise in it that the model knows.
 The regression of adjoint matching sees one sample of the adjoint λ_k at each state, whose noise can
 be many times the control itself where much is still undecided.  It comes from the steps that
 follow, x_{j+1} = m_j + std_j ε_j, and most of it is known: the control says what the adjoint at
-x_{j+1} is on average, Λ(x_{j+1}) = -(read_v / read_a) (v_θ - v_β), and so how it changes with ε_j.
-The odd part of that change,
+x_{j+1} is on average, Λ(x_{j+1}) = -(residual_v / residual_a) (v_θ - v_β), and so how it changes
+with ε_j. The odd part of that change,
 
     C_{j+1} = ½ [Λ(m_j + std_j ε_j) - Λ(m_j - std_j ε_j)],    with -∇r as Λ at the last noisy step,
 
@@ -19,8 +19,8 @@ is never taken for a target.
 
 Importance weights w.  Under the tilted path law ε_j is neither centred nor symmetric, so that w e
 has a mean, of the order of the step.  Only w λ is weighted therefore: the gradient of the loss is
-that of w (read_v (v_θ - v_β) + read_a λ) - read_a e (`adjoint.loss`).  A cap on the terms of the
-loss would spoil the mean as well, and is refused.
+that of w (residual_v (v_θ - v_β) + residual_a λ) - residual_a e (`adjoint.loss`).  A cap on the
+terms of the loss would spoil the mean as well, and is refused.
 
 Other kernels.  Where the residual of step k reads λ_{k+1}, the noise of step k is in it too, and so
 C_{k+1} is added to e_{k+1}; Λ(x_{j+1}) is then the mean of λ_{j+2}, a little off.  Before a
@@ -73,7 +73,12 @@ def control_variates(
     noisy = kernel.steps - int(kernel.noiseless_last)  # C of a noiseless step is zero
     std, mean_x, mean_v, ratio = (
         column.to(xs.device, xs.dtype).reshape(-1, *([1] * (xs.ndim - 1)))
-        for column in (kernel.std, kernel.mean_x, kernel.mean_v, kernel.read_v / kernel.read_a)
+        for column in (
+            kernel.std,
+            kernel.mean_x,
+            kernel.mean_v,
+            kernel.residual_v / kernel.residual_a,
+        )
     )
     if trajectory.roots is None:
         kick = std * noise

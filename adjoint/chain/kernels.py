@@ -9,10 +9,10 @@ The lean adjoint λ runs backward with one vector-Jacobian product of the *base*
 
     λ_k = adjoint_x λ_{k+1} + adjoint_v J(x_k, adjoint_t)ᵀ λ_{k+1},    J = ∂v_β/∂x,  λ_K = -∇r(x_K),
 
-and the loss regresses the control onto it, ‖read_v (v_θ - v_β)(x_k, t) + read_a λ‖².  A scheme is
-a table of these nine columns; rollout, adjoint, loss and certificate read the table and know no
-scheme by name.  A step with std = 0 carries no information about the drift: there both chains
-follow the base, so that their laws stay absolutely continuous.
+and the loss regresses the control onto it, ‖residual_v (v_θ - v_β)(x_k, t) + residual_a λ‖².  A
+scheme is a table of these nine columns; rollout, adjoint, loss and certificate read the table and
+know no scheme by name.  A step with std = 0 carries no information about the drift: there both
+chains follow the base, so that their laws stay absolutely continuous.
 
 Mean and reading belong together.  The schemes, with h = s - t:
 
@@ -95,9 +95,9 @@ class Kernel:
         t: (K+1,) grid.
         mean_x, mean_v, std: (K,) the chain.
         adjoint_t, adjoint_x, adjoint_v: (K,) the backward rule.
-        read_v, read_a: (K,) the residual.
+        residual_v, residual_a: (K,) the residual.
         adjoint_scale: (K+1,) λ = a / adjoint_scale: ones where λ is the adjoint a, t where it is c.
-        read_next: the residual of step k uses λ_{k+1} rather than λ_k.
+        residual_at_next: the residual of step k uses λ_{k+1} rather than λ_k.
         noiseless_last: std[-1] is 0, and the last step follows the base.
         own_time: per step, whether adjoint_t equals t (then one evaluation serves both).
         bridge, gain: (K,) q and g², and start_covariance: (d, d) Cov(X_1), of a chain whose noise
@@ -112,10 +112,10 @@ class Kernel:
     adjoint_t: Tensor
     adjoint_x: Tensor
     adjoint_v: Tensor
-    read_v: Tensor
-    read_a: Tensor
+    residual_v: Tensor
+    residual_a: Tensor
     adjoint_scale: Tensor
-    read_next: bool
+    residual_at_next: bool
     noiseless_last: bool
     own_time: tuple[bool, ...]
     bridge: Tensor | None = None
@@ -153,10 +153,10 @@ def _euler(grid: Tensor, *, published: bool) -> Kernel:
     ones = torch.ones_like(grid)
     if published:
         adjoint_x, adjoint_v = 1 - h / s, 2 * h
-        read_v, read_a = 2 / sigma, sigma
+        residual_v, residual_a = 2 / sigma, sigma
     else:  # the noiseless step has no residual
         adjoint_x, adjoint_v = mean_x, mean_v
-        read_v, read_a = (mean_v / std).nan_to_num(posinf=0.0), std
+        residual_v, residual_a = (mean_v / std).nan_to_num(posinf=0.0), std
     return Kernel(
         name="euler_published" if published else "euler_consistent",
         t=grid,
@@ -166,10 +166,10 @@ def _euler(grid: Tensor, *, published: bool) -> Kernel:
         adjoint_t=s if published else t,
         adjoint_x=adjoint_x,
         adjoint_v=adjoint_v,
-        read_v=read_v,
-        read_a=read_a,
+        residual_v=residual_v,
+        residual_a=residual_a,
         adjoint_scale=ones,
-        read_next=not published,
+        residual_at_next=not published,
         noiseless_last=True,
         own_time=tuple([not published] * len(t)),
     )
@@ -197,10 +197,10 @@ def _ancestral_pair(grid: Tensor) -> Kernel:
         adjoint_t=t,
         adjoint_x=mean_x,
         adjoint_v=mean_v,
-        read_v=torch.where(std > 0, mean_v / std, torch.zeros_like(std)),
-        read_a=std,
+        residual_v=torch.where(std > 0, mean_v / std, torch.zeros_like(std)),
+        residual_a=std,
         adjoint_scale=torch.ones_like(grid),
-        read_next=True,
+        residual_at_next=True,
         noiseless_last=True,
         own_time=tuple([True] * len(t)),
     )
@@ -226,7 +226,7 @@ def own_time_kernel(grid: Tensor, mmse: Tensor | None = None) -> Kernel:
     weight = torch.where(variance > 0, mean_v**2 / variance, torch.full_like(t, torch.nan))
     weight = torch.where(weight.isnan(), weight.nan_to_num(0.0).amax(), weight)
     weight = weight.clamp_max(WEIGHT_CAP * weight.median())
-    read_v = (weight / weight.mean()).sqrt()
+    residual_v = (weight / weight.mean()).sqrt()
     return Kernel(
         name="ancestral" if mmse is None else "moment_matched",
         t=grid,
@@ -236,10 +236,10 @@ def own_time_kernel(grid: Tensor, mmse: Tensor | None = None) -> Kernel:
         adjoint_t=left,
         adjoint_x=s**2 / left + (1 - s) ** 2 / (1 - left),
         adjoint_v=s**2 * (1 - left) / left - left * (1 - s) ** 2 / (1 - left),
-        read_v=read_v,
-        read_a=read_v * (1 - t),
+        residual_v=residual_v,
+        residual_a=residual_v * (1 - t),
         adjoint_scale=torch.cat([left, grid[-1:]]),
-        read_next=False,
+        residual_at_next=False,
         noiseless_last=mmse is None,
         own_time=(False, *[True] * (len(t) - 1)),  # all but the step from t = 0
     )

@@ -48,7 +48,7 @@ FEATURES = ("estimate", "slope")
 """Names under which a correction finds x̂_1 and s among its conditions."""
 
 
-class Informed(Corrected):
+class RewardInformed(Corrected):
     """``base + (1 - t) gain(t) s + correction``; see the module docstring.
 
     Arguments:
@@ -133,11 +133,11 @@ def informed(
     hidden: Sequence[int] = (256, 256, 256),
     cond_dims: Mapping[str, int] | None = None,
     seed: int = 0,
-) -> Informed:
-    """An `Informed` model of a flow of vectors (B, dim), with a perceptron as its correction.
+) -> RewardInformed:
+    """An `RewardInformed` model of a flow of vectors (B, dim), with a perceptron as its correction.
 
     Arguments:
-        base, reward: see `Informed`.
+        base, reward: see `RewardInformed`.
         dim: of the samples.
         hidden: widths of the perceptron's hidden layers.
         cond_dims: name and size of each condition of the flow that the perceptron is to see; it
@@ -154,4 +154,4 @@ def informed(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         correction = MLPVelocity(dim, hidden=hidden, cond_dims=dims, zero_init=True)
-        return Informed(base, reward, correction)
+        return RewardInformed(base, reward, correction)

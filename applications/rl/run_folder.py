@@ -52,14 +52,14 @@ class TrainedAgent:
         name: of the agent, a key of ``AGENTS``.
         task: name of the task it was trained on.
         updates: updates done.
-        problem: what the checkpoint says it belongs to.
+        identity: what the checkpoint says it belongs to.
     """
 
     agent: Agent
     name: str
     task: str
     updates: int
-    problem: dict[str, Any]
+    identity: dict[str, Any]
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -82,7 +82,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def describe_problem(
+def describe_identity(
     *, agent: str, task: str, config: AgentConfig, spaces: Spaces, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint belongs to: enough to make the agent again, and the other ``facts``.
@@ -120,17 +120,19 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
         raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}{hint}")
     state = checkpoints.load(path)
     try:
-        problem = state["problem"]
-        name = problem["agent"]
+        identity = state["identity"]
+        name = identity["agent"]
         options: dict[str, Any] = {
             key.removeprefix("options."): tuple(value) if isinstance(value, list) else value
-            for key, value in problem.items()
+            for key, value in identity.items()
             if key.startswith("options.")
         }
         config = find_agent(name)[0](**options)
-        agent = make_agent(name, config, problem["observation_dim"], problem["action_dim"])
+        agent = make_agent(name, config, identity["observation_dim"], identity["action_dim"])
         agent.load_state_dict(state["module"])
-        trained = TrainedAgent(agent.to(device), name, problem["task"], state["iteration"], problem)
+        trained = TrainedAgent(
+            agent.to(device), name, identity["task"], state["iteration"], identity
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is no checkpoint of an agent of this version: {type(error).__name__}: {error}"

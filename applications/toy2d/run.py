@@ -106,14 +106,14 @@ class RunConfig:
         return self.folder or Path("outputs") / f"{self.target}-{self.reward}"
 
     @property
-    def problem(self) -> dict[str, str | int | float | bool]:
-        """What identifies the run: a checkpoint of another problem is refused."""
-        problem: dict[str, str | int | float | bool] = {
+    def identity(self) -> dict[str, str | int | float | bool]:
+        """What identifies the run: a checkpoint of another identity is refused."""
+        identity: dict[str, str | int | float | bool] = {
             "target": self.target,
             "reward": self.reward,
             "base": self.base,
         }
-        return problem | ({"base_iterations": self.base_iterations} if self.trains_base else {})
+        return identity | ({"base_iterations": self.base_iterations} if self.trains_base else {})
 
     @property
     def trains_base(self) -> bool:
@@ -163,7 +163,7 @@ class Run:
 
     Attributes:
         config: its options.
-        target, reward: the problem.
+        target, reward: the identity.
         tilted: the tilt, with the base and both certificates.
         base_samples, tilted_samples: (N, 2) by the ODE.
         exact: the exact tilt of the base's law.
@@ -195,7 +195,7 @@ def validate(config: RunConfig, target: Target) -> None:
     _ = config.tilt_options, config.base_options
 
 
-def watchers(config: RunConfig, name: str, log: str) -> list[Callback]:
+def training_callbacks(config: RunConfig, name: str, log: str) -> list[Callback]:
     """What a training shows and logs."""
     return [Resumed(name), ProgressBar(name), CSVLogger(config.path / log)]
 
@@ -215,10 +215,10 @@ def make_base(config: RunConfig, target: Target) -> VelocityField:
         data_sampler(data),
         config=config.base_options,
         batch_size=512,
-        callbacks=watchers(config, "base flow", "base.csv"),
+        callbacks=training_callbacks(config, "base flow", "base.csv"),
         checkpoint=config.path / "base.pt",
         resume=config.resume,
-        problem={
+        identity={
             "target": config.target,
             "seed": config.seed,
             "base_iterations": config.base_iterations,
@@ -301,7 +301,7 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
         ValueError: an unknown target, reward or kernel, an option out of range, or a folder that
             is not free (`folders.claim`); before any file changes.
         OSError: the folder cannot be written; before any training.
-        CheckpointError: resuming from a file that is damaged or of another problem.
+        CheckpointError: resuming from a file that is damaged or of another identity.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     target = find_target(config.target)
@@ -323,10 +323,10 @@ def _run(config: RunConfig, target: Target, reward: ToyReward, base: VelocityFie
         reward,
         shape=(2,),
         config=config.tilt_options,
-        callbacks=watchers(config, "tilt", "tilt.csv"),
+        callbacks=training_callbacks(config, "tilt", "tilt.csv"),
         checkpoint=config.path / "tilt.pt",
         resume=config.resume,
-        problem=config.problem,
+        identity=config.identity,
     )
     write_json(config.path / CONFIG, settings)  # a resume is what its checkpoints accepted
     exact = exact_tilt(config, target, reward, base)

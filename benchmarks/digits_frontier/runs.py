@@ -24,7 +24,7 @@ from benchmarks.digits_frontier.judge import CLOSENESS
 from benchmarks.digits_frontier.kl import best_of_kl, ode_kl, tilt_kl
 from benchmarks.digits_frontier.rewards import make_rewards
 from benchmarks.digits_frontier.rows import Point, Row
-from benchmarks.digits_frontier.study import Study, watchers
+from benchmarks.digits_frontier.study import Study, training_callbacks
 
 IMAGES = 96
 """Samples kept of every point, for the pictures."""
@@ -261,7 +261,7 @@ class Runs:
             min_ess=config.min_ess,
             ema_decay=0.99,
             seed=config.seed,
-            probe_samples=min(2048, config.base_samples),
+            base_samples=min(2048, config.base_samples),
             certificate_samples=0,  # `_judged` makes them, with the labels
             checkpoint_every=100,
             compile=config.compile,
@@ -273,10 +273,10 @@ class Runs:
             config=options,
             model=model,
             cond_sampler=draw_labels if self.labelled else None,
-            callbacks=watchers(config, name),
+            callbacks=training_callbacks(config, name),
             checkpoint=config.folder / f"{name}.pt",
             resume=True,
-            problem={"reward": self.problem.reward, "digit": config.digit},
+            identity={"reward": self.problem.reward, "digit": config.digit},
         )
 
     def _judged(self, result: Tilted, temperature: float, ode: Drawn) -> Row:

@@ -18,7 +18,7 @@ from flows.training import CSVLogger
 from flows.training import checkpoint as checkpoints
 
 
-def watchers(config: FrontierConfig, name: str) -> list[Callback]:
+def training_callbacks(config: FrontierConfig, name: str) -> list[Callback]:
     """Progress bar and log of one training."""
     return [ProgressBar(name), CSVLogger(config.folder / f"{name}.csv")]
 
@@ -41,7 +41,7 @@ class Study:
             data,
             iterations=config.classifier_iterations,
             seed=config.seed,
-            callbacks=watchers(config, "classifier"),
+            callbacks=training_callbacks(config, "classifier"),
             checkpoint=config.folder / "classifier.pt",
             resume=True,
         )
@@ -58,7 +58,7 @@ class Study:
                 labelled=labelled,
                 iterations=config.base_iterations,
                 seed=config.seed,
-                callbacks=watchers(config, name),
+                callbacks=training_callbacks(config, name),
                 checkpoint=config.folder / f"{name}.pt",
                 resume=True,
             )

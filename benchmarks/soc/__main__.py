@@ -67,10 +67,10 @@ def euler_maruyama(grid: Tensor) -> Kernel:
         adjoint_t=grid[:-1].double(),
         adjoint_x=ones,
         adjoint_v=h,
-        read_v=h.sqrt(),
-        read_a=h.sqrt(),
+        residual_v=h.sqrt(),
+        residual_a=h.sqrt(),
         adjoint_scale=torch.ones_like(grid, dtype=torch.float64),
-        read_next=True,
+        residual_at_next=True,
         noiseless_last=False,
         own_time=(True,) * len(h),
     )

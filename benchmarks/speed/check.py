@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.speed.update import Execution
 from flows import Trainer, TrainerConfig
-from flows.training import Launcher, Together
+from flows.training import StackedTrainers, UpdateGraph
 
 UPDATES = 3
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
@@ -96,10 +96,10 @@ def largest_error(
     give the numbers too, not only what it was recorded from.
     """
     trainers = [make_trainer(case, device, execution != "eager", autocast) for _ in range(seeds)]
-    together = Together(trainers) if seeds > 1 else None
+    together = StackedTrainers(trainers) if seeds > 1 else None
     results: list[list[dict[str, Tensor]]] = []
     if execution == "graph":
-        launcher = Launcher(UPDATES)
+        launcher = UpdateGraph(UPDATES)
         before = [_snapshot(trainer) for trainer in trainers]
         for _ in range(3):  # warm, recorded and launched, launched
             for trainer, state in zip(trainers, before, strict=True):

@@ -18,9 +18,9 @@ from applications.rl.agents.flow_policy import behaviour_loss, condition
 from applications.rl.agents.qam import QAM, QAMConfig
 from applications.rl.data.dataset import Dataset
 from applications.rl.data.replay import Batch, Replay
-from applications.rl.training.agent_loss import Objective, Schedule
+from applications.rl.training.agent_loss import AgentLoss, Phases
 from flows import Trainer, TrainerConfig
-from flows.training import Launcher, Together
+from flows.training import StackedTrainers, UpdateGraph
 
 Execution = Literal["eager", "compiled", "graph"]
 """How an update is executed: as it is written, with its loss compiled, or launched ten at a time
@@ -47,7 +47,7 @@ class Sizes:
 QUICK = Sizes(observation=6, action=2, horizon=3, batch=16, critics=2, steps=4, hidden=(32, 32))
 
 
-class FixedBatch(Objective):
+class FixedBatch(AgentLoss):
     """The loss on a batch that is always the same; the noise is drawn."""
 
     batch: Batch | None = None
@@ -91,14 +91,14 @@ class Update:
                 sizes,
                 replay,
                 seed,
-                kind=FixedBatch if fixed else Objective,
+                kind=FixedBatch if fixed else AgentLoss,
                 compiled=execution != "eager",
                 autocast=autocast,
             )
             for seed in range(seeds)
         ]
-        self.together = Together(self.trainers) if seeds > 1 else None
-        self.launcher = Launcher(LAUNCHED) if execution == "graph" else None
+        self.together = StackedTrainers(self.trainers) if seeds > 1 else None
+        self.launcher = UpdateGraph(LAUNCHED) if execution == "graph" else None
         self.calls = LAUNCHED if self.launcher else 1
 
     def __call__(self) -> None:
@@ -119,7 +119,7 @@ def make_trainer(
     replay: Replay,
     seed: int,
     *,
-    kind: type[Objective] = Objective,
+    kind: type[AgentLoss] = AgentLoss,
     compiled: bool = False,
     autocast: bool = False,
 ) -> Trainer:
@@ -131,7 +131,7 @@ def make_trainer(
     endless = 10**9
     return Trainer(
         agent.to(replay.device),
-        kind(replay, Schedule(endless), batch_size=sizes.batch, compiled=compiled),
+        kind(replay, Phases(endless), batch_size=sizes.batch, compiled=compiled),
         TrainerConfig(
             iterations=endless,
             lr=config.lr,
@@ -150,7 +150,7 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
     trainer = make_trainer(sizes, replay, 0)
     agent, objective, generator = trainer.module, trainer.loss, trainer.generator
     assert isinstance(agent, QAM)
-    assert isinstance(objective, Objective)
+    assert isinstance(objective, AgentLoss)
     batch, noise = objective.sample(agent, generator)
     s, cond = batch.observations, condition(batch.observations)
     chunks, kernel = agent.flatten(batch.actions), agent.kernel()

@@ -5,7 +5,7 @@
 
 # The loop and its options
 from flows.training.config import TrainerConfig, learning_rate
-from flows.training.trainer import Loss, Problem, Trainer, TrainingDiverged
+from flows.training.trainer import Loss, Identity, Trainer, TrainingDiverged
 
 # Fitting a flow to samples
 from flows.training.fit import COUPLINGS, Sampler, data_sampler, fit_flow
@@ -31,8 +31,8 @@ from flows.training.checkpoint import (
 )
 
 # Several trainings as one, and CUDA graphs
-from flows.training.stacked import Together, TwoPartLoss, train_together
-from flows.training.cuda_graphs import Launcher, RecordedGradient, RecordedLoss, check_recordable
+from flows.training.stacked import StackedTrainers, TwoPartLoss, train_stacked
+from flows.training.cuda_graphs import UpdateGraph, GradientGraph, RecordedLoss, check_recordable
 
 # Processes and devices
 from flows.training.runtime import choose_device, prepare_process
@@ -42,7 +42,7 @@ __all__ = [
     "TrainerConfig",
     "learning_rate",
     "Loss",
-    "Problem",
+    "Identity",
     "Trainer",
     "TrainingDiverged",
     # Fitting a flow to samples
@@ -65,11 +65,11 @@ __all__ = [
     "versions",
     "write_json",
     # Several trainings as one, and CUDA graphs
-    "Together",
+    "StackedTrainers",
     "TwoPartLoss",
-    "train_together",
-    "Launcher",
-    "RecordedGradient",
+    "train_stacked",
+    "UpdateGraph",
+    "GradientGraph",
     "RecordedLoss",
     "check_recordable",
     # Processes and devices

@@ -34,7 +34,7 @@ from torch import Tensor
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, holds code, or belongs to another problem."""
+    """A checkpoint that is damaged, holds code, or belongs to another identity."""
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -65,12 +65,12 @@ def load(
 
     Arguments:
         path: the file.
-        expect: if given, it must equal the entry ``"problem"`` of the checkpoint.
+        expect: if given, it must equal the entry ``"identity"`` of the checkpoint.
         map_location: device of the tensors.
 
     Raises:
         CheckpointError: the file is truncated or damaged, holds anything but tensors and plain
-            data, or its problem differs from ``expect``.
+            data, or its identity differs from ``expect``.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -95,7 +95,7 @@ def load(
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict")
     if expect is not None:
-        _check_problem(path, state.get("problem"), expect)
+        _check_identity(path, state.get("identity"), expect)
     return state
 
 
@@ -225,9 +225,9 @@ def _plain(value: Any, place: str) -> Any:
     )
 
 
-def _check_problem(path: str | Path, found: object, expect: Mapping[str, object]) -> None:
+def _check_identity(path: str | Path, found: object, expect: Mapping[str, object]) -> None:
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} does not say what problem it belongs to, expected {expect}")
+        raise CheckpointError(f"{path} does not say what identity it belongs to, expected {expect}")
     absent = "absent"
     differing = [
         f"{key}: {found.get(key, absent)!r} in the checkpoint, expected {expect.get(key, absent)!r}"
@@ -235,4 +235,4 @@ def _check_problem(path: str | Path, found: object, expect: Mapping[str, object]
         if key not in found or key not in expect or found[key] != expect[key]
     ]
     if differing:
-        raise CheckpointError(f"{path} belongs to another problem; " + "; ".join(differing))
+        raise CheckpointError(f"{path} belongs to another identity; " + "; ".join(differing))

@@ -2,7 +2,7 @@
 
 A GPU finishes the products of a small network sooner than a process can ask for the next.
 
-Many updates a launch (`Launcher`).  N whole updates (inputs drawn, loss, gradient, slow copies,
+Many updates a launch (`UpdateGraph`).  N whole updates (inputs drawn, loss, gradient, slow copies,
 optimiser) are recorded as one graph, and each launch replays them: the same functions in the same
 order on the same random streams, for generators that a graph knows go on from launch to launch.
 The host does what is left to it, which is to count, to log, and to save.
@@ -14,7 +14,7 @@ must not need the host.  Of a loss this asks for three parts (`RecordedLoss`), a
 The first N updates that could be launched are made one by one, on the stream that is then recorded:
 they compile what is compiled, and bring about the state of the optimiser.
 
-A launch an update (`RecordedGradient`).  Loss and gradient are recorded, and the host does the
+A launch an update (`GradientGraph`).  Loss and gradient are recorded, and the host does the
 rest: schedules of rates and averages may be as they like.  A loss must do the same at each call
 (`RepeatedLoss`), and say when it does not.
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.training import distributed
-from flows.training.stacked import Together, TwoPartLoss
+from flows.training.stacked import StackedTrainers, TwoPartLoss
 from flows.training.trainer import Trainer
 
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ class RecordedLoss(TwoPartLoss, Protocol):
         ...
 
 
-class Launcher:
+class UpdateGraph:
     """Makes N updates of trainers at a time, where they can be made ahead of callbacks.
 
     Arguments:
@@ -76,11 +76,11 @@ class Launcher:
         self._on_cuda = capture is None
         self._capture = capture or cuda_graph
         self._trainers: tuple[Trainer, ...] = ()
-        self._together: Together | None = None
+        self._together: StackedTrainers | None = None
         self._warm = False
         self._launch: Block | None = None
 
-    def __call__(self, trainers: tuple[Trainer, ...], together: Together | None) -> None:
+    def __call__(self, trainers: tuple[Trainer, ...], together: StackedTrainers | None) -> None:
         """Make the next N updates of each, whose ``made`` then holds what they are to report.
 
         Does nothing where fewer are left, where they need the host, or between multiples of N.
@@ -178,7 +178,7 @@ class RepeatedLoss(Protocol):
         ...
 
 
-class RecordedGradient:
+class GradientGraph:
     """Losses and gradients of the updates of a trainer, recorded once, then replayed.
 
     What ``trainer.backward()`` does becomes one launch, and all else of an update stays with the
@@ -188,7 +188,7 @@ class RecordedGradient:
 
     Arguments:
         trainer: on a CUDA device, whose loss is a `RepeatedLoss`.
-        capture: as in `Launcher`.
+        capture: as in `UpdateGraph`.
 
     Raises:
         TypeError: the loss is not a `RepeatedLoss`.

@@ -19,12 +19,12 @@ from flows.matching import flow_matching_loss, independent, optimal_transport
 from flows.training import distributed
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig, learning_rate
-from flows.training.trainer import Loss, Problem, Trainer, TrainingDiverged
+from flows.training.trainer import Identity, Loss, Trainer, TrainingDiverged
 
 __all__ = [
     "COUPLINGS",
+    "Identity",
     "Loss",
-    "Problem",
     "Sampler",
     "Trainer",
     "TrainerConfig",
@@ -76,7 +76,7 @@ def fit_flow(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    problem: Problem | None = None,
+    identity: Identity | None = None,
 ) -> nn.Module:
     """Train ``field`` to transport N(0, I) to the law of ``sampler``; returns the averaged field.
 
@@ -89,7 +89,7 @@ def fit_flow(
         callbacks: see ``flows.training.callbacks``.
         checkpoint: file, see ``Trainer``.
         resume: continue from the checkpoint if its file exists.
-        problem: what the checkpoint belongs to.
+        identity: what the checkpoint belongs to.
 
     Raises:
         ValueError: unknown coupling or batch size below 1; otherwise as ``Trainer.fit``.
@@ -110,6 +110,6 @@ def fit_flow(
         return flow_matching_loss(module, x1, x0=x0, cond=cond, generator=generator)
 
     trainer = Trainer(
-        field, loss, config, callbacks=callbacks, checkpoint=checkpoint, problem=problem
+        field, loss, config, callbacks=callbacks, checkpoint=checkpoint, identity=identity
     )
     return trainer.fit(resume=resume)

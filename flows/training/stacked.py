@@ -33,8 +33,8 @@ from flows.training.trainer import Trainer
 
 Result = TypeVar("Result")
 Drawn = tuple[tuple[Any, ...], dict[str, Tensor]]
-Ahead = Callable[[tuple[Trainer, ...], "Together | None"], None]
-"""Makes updates of trainers ahead, see `cuda_graphs.Launcher`; several come as a `Together`."""
+Ahead = Callable[[tuple[Trainer, ...], "StackedTrainers | None"], None]
+"""Makes updates of trainers before callbacks see them (`cuda_graphs.UpdateGraph`)."""
 
 
 class TwoPartLoss(Protocol):
@@ -54,7 +54,7 @@ class TwoPartLoss(Protocol):
         ...
 
 
-class Together:
+class StackedTrainers:
     """Trainers whose losses are evaluated as one.
 
     Arguments:
@@ -153,7 +153,7 @@ def draw(trainer: Trainer) -> list[Drawn]:
     return [loss.draw(trainer.module, trainer.generator) for _ in range(count)]
 
 
-def train_together(
+def train_stacked(
     runs: Sequence[Generator[Trainer, None, Result]], *, ahead: Ahead | None = None
 ) -> list[Result | Exception]:
     """Bring all runs to their end; what each returned, or the error that it ended with.
@@ -167,7 +167,7 @@ def train_together(
         ahead: makes updates of several iterations at once where it can.
 
     Raises:
-        TypeError, ValueError: as in `Together`.
+        TypeError, ValueError: as in `StackedTrainers`.
     """
     going = dict(enumerate(runs))
     ended: dict[int, Result | Exception] = {}
@@ -183,7 +183,7 @@ def train_together(
         if i in ended:
             del going[i]
 
-    group: Together | None = None
+    group: StackedTrainers | None = None
     with ExitStack() as closing:
         for run in runs:
             closing.callback(run.close)
@@ -198,7 +198,7 @@ def train_together(
                     group.release()
                     group = None
                 if len(due) > 1:
-                    group = group or Together(due)
+                    group = group or StackedTrainers(due)
                 ahead(due, group)
             if any(trainer.made for trainer in due):
                 continue
@@ -214,7 +214,7 @@ def train_together(
                 group.release()
                 group = None
             if members:
-                group = group or Together(members)
+                group = group or StackedTrainers(members)
                 group.backward([*drawn.values()])
     return [ended[i] for i in range(len(runs))]
 

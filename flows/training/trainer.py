@@ -69,7 +69,7 @@ from flows.training.ema import WeightAverage
 from flows.weights import fingerprint, frozen_weights
 
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
-Problem = Mapping[str, str | int | float | bool | list | None]
+Identity = Mapping[str, str | int | float | bool | list | None]
 
 CHECK_EVERY = 10
 
@@ -90,7 +90,7 @@ class Trainer:
         only.
         checkpoint: file written every ``checkpoint_every`` iterations and at the end; one of an
             earlier run stays there until this run's first save.
-        problem: what the checkpoint belongs to; a resume from another problem is refused.
+        identity: what the checkpoint belongs to; a resume from another identity is refused.
         save_frozen: whether checkpoints hold the parameters that require no gradient.  If not, the
             caller must have them on resume, and nothing may change them.
 
@@ -116,7 +116,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         checkpoint: str | Path | None = None,
-        problem: Problem | None = None,
+        identity: Identity | None = None,
         save_frozen: bool = True,
     ) -> None:
         distributed.start()
@@ -127,7 +127,7 @@ class Trainer:
         first = distributed.rank() == 0
         self.callbacks = tuple(c for c in callbacks if first or not getattr(c, "writes", False))
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.problem = problem
+        self.identity = identity
         self.save_frozen = save_frozen
         self.iteration = 0
         self.parts: list[dict[str, Tensor]] = []
@@ -205,7 +205,7 @@ class Trainer:
     def apply(self) -> dict[str, Tensor]:
         """The last: the update by what was added up; returns and raises what ``step`` does."""
         result = self.collect()
-        self._look_at(result)
+        self._defer_finite_check(result)
         self.change()
         self.iteration += 1
         return result
@@ -222,7 +222,7 @@ class Trainer:
         result = {"loss": means["loss"], "grad_norm": norm}
         return result | {name: mean for name, mean in means.items() if name not in result}
 
-    def _look_at(self, result: dict[str, Tensor]) -> None:
+    def _defer_finite_check(self, result: dict[str, Tensor]) -> None:
         """See, now or later, whether the numbers of the next iteration are finite."""
         self._unchecked.append((self.iteration + 1, result["loss"], result["grad_norm"]))
         if self._device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
@@ -249,7 +249,7 @@ class Trainer:
 
         Arguments:
             resume: continue from the checkpoint if its file exists.
-            backward: does what the method does, as `flows.training.cuda_graphs.RecordedGradient`.
+            backward: does what the method does, as `flows.training.cuda_graphs.GradientGraph`.
 
         Raises:
             ValueError: to be resumed without a checkpoint file.
@@ -279,7 +279,7 @@ class Trainer:
                     self.prepare()
                 yield self
                 if self.made:
-                    self._look_at(metrics := self.made.popleft())
+                    self._defer_finite_check(metrics := self.made.popleft())
                     self.iteration += 1
                 else:
                     metrics = self.apply()
@@ -367,12 +367,12 @@ class Trainer:
         return {} if self.save_frozen else frozen_weights(self.module)
 
     @cached_property
-    def _described(self) -> Problem | None:
-        """The problem, with a fingerprint of the parameters that checkpoints leave out."""
+    def _described(self) -> Identity | None:
+        """The identity, with a fingerprint of the parameters that checkpoints leave out."""
         left_out = distributed.whole(self._left_out())
         if not left_out:
-            return self.problem
-        return {**(self.problem or {}), "frozen_weights": fingerprint(left_out)}
+            return self.identity
+        return {**(self.identity or {}), "frozen_weights": fingerprint(left_out)}
 
     def _restart(self) -> None:
         """Continue from the average with a fresh optimiser."""
@@ -418,7 +418,7 @@ class Trainer:
             return
         path = self.checkpoint
         state: dict[str, Any] = {
-            "problem": None if self._described is None else dict(self._described),
+            "identity": None if self._described is None else dict(self._described),
             "config": asdict(self.config),
             "versions": checkpoints.versions(),
         }

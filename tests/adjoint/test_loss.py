@@ -52,9 +52,11 @@ def test_minimum_is_the_target_velocity_and_gradient_points_there(name):
     loss, _ = adjoint_matching_loss(v, adjoint, kernel)
     (gradient,) = torch.autograd.grad(loss, v)
     shape = (-1, 1, 1)
-    read_v, read_a = kernel.read_v.reshape(shape), kernel.read_a.reshape(shape)
-    target = adjoint.v_base - read_a / read_v * adjoint.values[:-1]
-    torch.testing.assert_close(gradient, 2 * read_v**2 * (v - target) / B, rtol=1e-11, atol=1e-13)
+    residual_v, residual_a = kernel.residual_v.reshape(shape), kernel.residual_a.reshape(shape)
+    target = adjoint.v_base - residual_a / residual_v * adjoint.values[:-1]
+    torch.testing.assert_close(
+        gradient, 2 * residual_v**2 * (v - target) / B, rtol=1e-11, atol=1e-13
+    )
     if name == "ancestral":
         t = kernel.t[:-1].reshape(shape)
         torch.testing.assert_close(target, adjoint.v_base - (1 - t) * adjoint.values[:-1])
@@ -65,8 +67,8 @@ def test_subset_clip_and_weights():
     kernel = make_kernel("ancestral", grids.uniform(K))
     steps = torch.tensor([1, 4])
     shape = (-1, 1, 1)
-    residual = kernel.read_v.reshape(shape) * (v - adjoint.v_base)
-    residual = residual + kernel.read_a.reshape(shape) * adjoint.values[:-1]
+    residual = kernel.residual_v.reshape(shape) * (v - adjoint.v_base)
+    residual = residual + kernel.residual_a.reshape(shape) * adjoint.values[:-1]
     terms = residual.square().sum(2)
     loss, metrics = adjoint_matching_loss(v[steps], adjoint, kernel, steps=steps)
     assert float(loss) == pytest.approx(float(terms[steps].sum(0).mean()), rel=1e-13)

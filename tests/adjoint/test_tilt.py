@@ -373,7 +373,7 @@ def test_a_flat_reward_leaves_a_model_with_batch_statistics_where_it_is(options)
     torch.manual_seed(0)
     model = Normalised()
     flat = Reward(lambda x, c: 0 * x.sum(1))
-    config = with_options(iterations=3, probe_samples=64, certificate_samples=64, **options)
+    config = with_options(iterations=3, base_samples=64, certificate_samples=64, **options)
     found = tilt(model, flat, shape=(2,), config=config)
     assert found.certificate.log_weight_std < 1e-5
     assert int(found.field.net[1].num_batches_tracked) == 0
@@ -382,15 +382,13 @@ def test_a_flat_reward_leaves_a_model_with_batch_statistics_where_it_is(options)
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_a_resume_on_another_base_is_refused(tmp_path, closed_form):
     """Where all weights are trained, the checkpoint holds none of the base (or its buffers)."""
-    config = TiltConfig(
-        iterations=2, steps=3, batch_size=8, probe_samples=64, certificate_samples=0
-    )
+    config = TiltConfig(iterations=2, steps=3, batch_size=8, base_samples=64, certificate_samples=0)
     path = tmp_path / "tilt.pt"
     torch.manual_seed(0)
     one, other = MLPVelocity(2, hidden=(8,)), MLPVelocity(2, hidden=(8,))
     if closed_form:
         one, other = (GaussianMixture.isotropic(torch.full((1, 2), m), 0.6) for m in (0.0, 3.0))
     tilt(one, Slope(), shape=(2,), config=config, checkpoint=path)
-    with pytest.raises(CheckpointError, match="belongs to another problem; base: "):
+    with pytest.raises(CheckpointError, match="belongs to another run; base: "):
         tilt(other, Slope(), shape=(2,), config=config, checkpoint=path, resume=True)
     tilt(one, Slope(), shape=(2,), config=config, checkpoint=str(path), resume=True)

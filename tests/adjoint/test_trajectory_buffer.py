@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adjoint.trajectory_buffer import ReplayBuffer
+from adjoint.trajectory_buffer import TrajectoryBuffer
 
 DIMS = {"xs": 1}
 
@@ -21,7 +21,7 @@ def drawn(buffer, count=4000, seed=0):
 
 
 def test_keeps_the_newest_and_only_those():
-    buffer = ReplayBuffer(10, DIMS)
+    buffer = TrajectoryBuffer(10, DIMS)
     kept = []
     for start, count in ((1, 4), (5, 3), (8, 10), (18, 5), (23, 9), (32, 1)):
         buffer.add(batch(start, count))
@@ -31,7 +31,7 @@ def test_keeps_the_newest_and_only_those():
 
 
 def test_draws_whole_trajectories_evenly_and_by_the_generator():
-    buffer = ReplayBuffer(8, DIMS)
+    buffer = TrajectoryBuffer(8, DIMS)
     for start in (0, 5):
         buffer.add(batch(start, 5))
     found = drawn(buffer, 8000)
@@ -46,7 +46,7 @@ def test_draws_whole_trajectories_evenly_and_by_the_generator():
 
 
 def test_what_is_stored_and_drawn_is_a_copy():
-    buffer = ReplayBuffer(4, DIMS)
+    buffer = TrajectoryBuffer(4, DIMS)
     given = batch(0, 4)
     buffer.add(given)
     for value in (*given.values(), *drawn(buffer).values()):
@@ -55,10 +55,10 @@ def test_what_is_stored_and_drawn_is_a_copy():
 
 
 def test_a_buffer_restored_in_a_new_process_goes_on_as_the_old_one():
-    old = ReplayBuffer(6, DIMS)
+    old = TrajectoryBuffer(6, DIMS)
     for start in (0, 4):
         old.add(batch(start, 4))
-    new = ReplayBuffer(6, DIMS)  # has seen no batch, so it knows no names yet
+    new = TrajectoryBuffer(6, DIMS)  # has seen no batch, so it knows no names yet
     new.load_state_dict(old.state_dict())
     for start in (8, 11):
         assert torch.equal(drawn(new)["xs"], drawn(old)["xs"])
@@ -73,10 +73,10 @@ def test_a_buffer_restored_in_a_new_process_goes_on_as_the_old_one():
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
-        ReplayBuffer(0, DIMS)
-    buffer = ReplayBuffer(4, DIMS)
+        TrajectoryBuffer(0, DIMS)
+    buffer = TrajectoryBuffer(4, DIMS)
     with pytest.raises(ValueError, match=r"batch of 5 trajectories does not fit .* of 4"):
         buffer.add(batch(0, 5))
     buffer.add(batch(0, 4))
     with pytest.raises(ValueError, match="buffer of 4 trajectories in the state, expected 6"):
-        ReplayBuffer(6, DIMS).load_state_dict(buffer.state_dict())
+        TrajectoryBuffer(6, DIMS).load_state_dict(buffer.state_dict())

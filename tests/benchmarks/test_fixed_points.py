@@ -112,9 +112,9 @@ def test_the_regression_on_simulated_trajectories_is_solved(name, weighted):
     log_w = reward + path_log_ratio(trajectory, adjoint.v_base, kernel)[0]
     w = torch.softmax(log_w, 0) * n if weighted else torch.ones(n, dtype=torch.float64)
     for k in range(steps):
-        lam = adjoint.values[k + 1 if kernel.read_next else k]
+        lam = adjoint.values[k + 1 if kernel.residual_at_next else k]
         control = field(xs[k], kernel.t[k]) - adjoint.v_base[k]
-        residual = (kernel.read_v[k] * control + kernel.read_a[k] * lam)[:, 0] * w
+        residual = (kernel.residual_v[k] * control + kernel.residual_a[k] * lam)[:, 0] * w
         for test in (torch.ones(n), xs[k, :, 0], torch.sin(2 * xs[k, :, 0])):
             moment = residual * test
             stderr = moment.std() / n**0.5

@@ -71,10 +71,10 @@ def test_the_seeds_of_a_fast_path_are_one_run(cuda, tmp_path, monkeypatch):
     for experiment in graphs:
         assert rl.train_config(config, experiment, [0, 2]).graph == 10
     options = rl.train_config(config, fast, [0, 2])
-    assert (options.compile, options.eval_beside, options.together) == (True, True, 2)
-    assert replace(options, compile=False, eval_beside=False, together=1, folder=None) == replace(
-        rl.train_config(config, plain, [0]), seeds=(0, 2), folder=None
-    )
+    assert (options.compile, options.background_eval, options.together) == (True, True, 2)
+    assert replace(
+        options, compile=False, background_eval=False, together=1, folder=None
+    ) == replace(rl.train_config(config, plain, [0]), seeds=(0, 2), folder=None)
 
 
 def test_paths_of_execution_learn_alike():

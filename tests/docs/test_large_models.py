@@ -21,7 +21,7 @@ def test_every_block_runs_and_prints_what_it_says(capsys, tmp_path, monkeypatch)
     torch.manual_seed(0)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-        few = "iterations=3, certificate_samples=64, probe_samples=64"
+        few = "iterations=3, certificate_samples=64, base_samples=64"
         exec(re.sub(r"iterations=\d+", few, block), names)
         printed = capsys.readouterr().out.splitlines()
         for expected in re.findall(r"print\(.*\)  # (.*)$", block, flags=re.MULTILINE):

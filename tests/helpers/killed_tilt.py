@@ -48,6 +48,6 @@ def train(folder, report):
         callbacks=[CSVLogger(folder / "metrics.csv", every=3), report],
         checkpoint=folder / "checkpoint.pt",
         resume=True,
-        problem={"base": "three"},
+        identity={"base": "three"},
     )
     torch.save(tilted.certificate.log_weights, folder / "log_weights.pt")

@@ -52,6 +52,6 @@ def train(folder, report):
         config,
         callbacks=[*loggers, report],
         checkpoint=folder / "checkpoint.pt",
-        problem={"name": "replay", "dims": [3, 16, 1]},
+        identity={"name": "replay", "dims": [3, 16, 1]},
     )
     trainer.fit(resume=True)

@@ -41,7 +41,7 @@ def assert_same_run(found, expected):
     """Two folders of a run hold the same but for rounding."""
     a, b = (checkpoints.load(folder / "checkpoint.pt") for folder in (found, expected))
     assert a["iteration"] == b["iteration"]
-    assert a["problem"] == b["problem"]
+    assert a["identity"] == b["identity"]
     assert torch.equal(a["generator"], b["generator"])  # so the same random numbers were drawn
     for part in ("module", "optimizer"):
         torch.testing.assert_close(a[part], b[part], rtol=1e-3, atol=2e-5)

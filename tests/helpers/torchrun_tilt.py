@@ -26,7 +26,7 @@ CONFIG = TiltConfig(
     clip_quantile=True,
     ema_decay=0.9,
     checkpoint_every=3,
-    probe_samples=128,
+    base_samples=128,
     certificate_samples=64,
 )
 

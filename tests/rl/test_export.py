@@ -22,7 +22,7 @@ from applications.rl.export import (
     run_export,
     show_export,
 )
-from applications.rl.run_folder import describe_problem, load_agent
+from applications.rl.run_folder import describe_identity, load_agent
 from flows.training import checkpoint as checkpoints
 from flows.training.checkpoint import CheckpointError
 
@@ -43,10 +43,10 @@ def make(name, **options):
 def write_checkpoint(folder, name="qam", **options):
     agent = make(name, **options)
     spaces = Spaces(OBSERVATION_DIM, ACTION_DIM)
-    problem = describe_problem(
+    identity = describe_identity(
         agent=name, task=TASK, config=agent.config, spaces=spaces, facts={"seed": 1}
     )
-    state = {"module": agent.state_dict(), "problem": problem, "iteration": 7}
+    state = {"module": agent.state_dict(), "identity": identity, "iteration": 7}
     checkpoints.save(folder / "checkpoint.pt", state)
     return folder
 

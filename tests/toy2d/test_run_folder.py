@@ -22,9 +22,9 @@ def no_pictures(monkeypatch):
 
 
 def command(folder, *extra: str) -> list[str]:
-    problem = ["--target", "two_gaussians", "--reward", "linear", "--base-iterations", "5"]
+    identity = ["--target", "two_gaussians", "--reward", "linear", "--base-iterations", "5"]
     sizes = ["--iterations", "5", "--batch-size", "16", "--steps", "4", "--samples", "400"]
-    return ["run", *problem, *sizes, "--folder", str(folder), "--no-animation", *extra]
+    return ["run", *identity, *sizes, "--folder", str(folder), "--no-animation", *extra]
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -133,12 +133,12 @@ def test_an_interrupt_loses_fifty_updates_at_most(tmp_path, monkeypatch, name):
             if iteration == 70:
                 raise KeyboardInterrupt
 
-    watchers = run.watchers
+    training_callbacks = run.training_callbacks
 
     def interrupting(config, what, log):
-        return watchers(config, what, log) + [Interrupt()] * (what == name)
+        return training_callbacks(config, what, log) + [Interrupt()] * (what == name)
 
-    monkeypatch.setattr(run, "watchers", interrupting)
+    monkeypatch.setattr(run, "training_callbacks", interrupting)
     lengths = ["--base-iterations", "80", "--iterations", "80"]
     assert main(command(tmp_path, *lengths)) == 130
     file = tmp_path / ("base.pt" if name == "base flow" else "tilt.pt")

@@ -73,7 +73,7 @@ class BAM(FlowPair):
         kernel, cond = self.kernel(), condition(observations)
         xs, vs = self.trajectory(kernel, observations, noise)
         base = velocity_along(self.reference, xs[:-2], kernel.t[:-2], cond)
-        weight = 0.5 * kernel.read_v[:-1].to(vs.dtype).square()  # 2 / σ²
+        weight = 0.5 * kernel.residual_v[:-1].to(vs.dtype).square()  # 2 / σ²
         penalty = (weight[:, None, None] * (vs - base).square()).sum((0, 2)).mean()
         values = self.critic(observations, xs[-1], fixed=True)
         q = pessimistic(values, self.config.rho).mean()

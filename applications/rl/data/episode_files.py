@@ -38,7 +38,7 @@ SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
-class Part:
+class EpisodeFile:
     """Episodes that one file holds.
 
     Attributes:
@@ -62,7 +62,7 @@ class Part:
         return sum(self.lengths)
 
 
-def make_parts(transitions: int, episode: int) -> Iterator[Part]:
+def make_parts(transitions: int, episode: int) -> Iterator[EpisodeFile]:
     """The parts of a dataset whose episodes have ``episode`` transitions, the last one the rest.
 
     The validation split has a tenth as many episodes, at least one.
@@ -73,7 +73,7 @@ def make_parts(transitions: int, episode: int) -> Iterator[Part]:
     step = math.ceil(PART_TRANSITIONS / episode)
     for split, all_lengths in zip(SPLITS, (lengths, validation), strict=True):
         for first in range(0, len(all_lengths), step):
-            yield Part(split, first, tuple(all_lengths[first : first + step]))
+            yield EpisodeFile(split, first, tuple(all_lengths[first : first + step]))
 
 
 def can_generate(task: Task) -> bool:
@@ -89,7 +89,7 @@ def collector_class(task: Task) -> type[MazeCollector] | type[ManipulationCollec
 
 
 def write_missing(
-    folder: Path, parts: Sequence[Part], task: Task, *, seed: int, workers: int
+    folder: Path, parts: Sequence[EpisodeFile], task: Task, *, seed: int, workers: int
 ) -> None:
     """Write the parts that are not in ``folder`` yet, with a progress bar over transitions.
 
@@ -114,7 +114,7 @@ def write_missing(
             _share(missing, folder, task, seed, min(workers, len(missing)), bar.update)
 
 
-def write_part(folder: Path, part: Part, task: Task, seed: int) -> int:
+def write_part(folder: Path, part: EpisodeFile, task: Task, seed: int) -> int:
     """Write one part, atomically; the number of its transitions."""
     split = SPLITS.index(part.split)
     episodes = [
@@ -156,7 +156,7 @@ def _collector(task: Task) -> MazeCollector | ManipulationCollector:
 
 
 def _share(
-    missing: Sequence[Part],
+    missing: Sequence[EpisodeFile],
     folder: Path,
     task: Task,
     seed: int,

@@ -21,7 +21,7 @@ from typing import Any
 from applications.rl.data.dataset import data_folder
 from applications.rl.data.episode_files import (
     SPLITS,
-    Part,
+    EpisodeFile,
     can_generate,
     collector_class,
     concatenate,
@@ -131,7 +131,7 @@ def _validate(config: DataConfig, task: Task) -> None:
 
 
 def _assemble(
-    data: Path, folder: Path, parts: Sequence[Part], task: Task, plan: Mapping[str, Any]
+    data: Path, folder: Path, parts: Sequence[EpisodeFile], task: Task, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Join the parts, then write the manifest, which says that the data are complete."""
     names = ["observations", "actions", "terminals", "qvel", *positions(task)]

@@ -27,7 +27,7 @@ Watch = Callable[[gymnasium.Env], None]
 
 
 @dataclass(frozen=True)
-class Leg:
+class ChunkResult:
     """Some steps of an episode.
 
     Attributes:
@@ -45,19 +45,19 @@ class Leg:
     done: bool
 
     @classmethod
-    def nothing(cls, observation: np.ndarray | None = None) -> Leg:
+    def nothing(cls, observation: np.ndarray | None = None) -> ChunkResult:
         """No steps, as after a reset."""
         return cls(
             np.zeros(0, np.float32) if observation is None else observation, 0.0, 0, False, False
         )
 
-    def then(self, other: Leg) -> Leg:
+    def then(self, other: ChunkResult) -> ChunkResult:
         """This leg and the one after it as one."""
         reward, steps = self.reward + other.reward, self.steps + other.steps
-        return Leg(other.observation, reward, steps, other.success, other.done)
+        return ChunkResult(other.observation, reward, steps, other.success, other.done)
 
 
-class Lane:
+class LocalEnvironment:
     """An environment in this process.
 
     Arguments:
@@ -68,7 +68,7 @@ class Lane:
     def __init__(self, factory: Callable[[], gymnasium.Env], watch: Watch | None = None) -> None:
         self.environment = standardise(factory())
         self.watch = watch
-        self._reply = Leg.nothing()
+        self._reply = ChunkResult.nothing()
 
     @property
     def spaces(self) -> Spaces:
@@ -79,21 +79,21 @@ class Lane:
         """Begin the episode of that seed; `receive` then gives a leg of no steps."""
         observation, _ = self.environment.reset(seed=seed)
         self._look()
-        self._reply = Leg.nothing(observation)
+        self._reply = ChunkResult.nothing(observation)
 
     def send_chunk(self, chunk: np.ndarray) -> None:
         """Execute the actions (h, d_a) until the episode ends."""
-        leg = Leg.nothing()
+        leg = ChunkResult.nothing()
         for action in chunk:
             observation, reward, terminated, truncated, info = self.environment.step(action)
             self._look()
             done = terminated or truncated
-            leg = leg.then(Leg(observation, reward, 1, info["success"], done))
+            leg = leg.then(ChunkResult(observation, reward, 1, info["success"], done))
             if done:
                 break
         self._reply = leg
 
-    def receive(self) -> Leg:
+    def receive(self) -> ChunkResult:
         """What came of what was sent last."""
         return self._reply
 
@@ -106,7 +106,7 @@ class Lane:
             self.watch(self.environment)
 
 
-class Remote:
+class WorkerProcess:
     """A process that answers messages in order, after it has told the spaces of its environments.
 
     Arguments:
@@ -193,14 +193,14 @@ class Remote:
         return RunError(f"{self.option}: a worker process ended with exit code {code}; {advice}")
 
 
-class Worker(Remote):
-    """A lane in a process of its own; methods as those of `Lane`.
+class RemoteEnvironment(WorkerProcess):
+    """A lane in a process of its own; methods as those of `LocalEnvironment`.
 
     Arguments:
         factory: makes the environment.
 
     Raises:
-        ValueError, RunError: see `Remote`.
+        ValueError, RunError: see `WorkerProcess`.
     """
 
     option = "workers"
@@ -220,7 +220,7 @@ class Worker(Remote):
 def _serve(factory: Callable[[], gymnasium.Env], connection: Connection) -> None:
     """Be the process of a worker until the connection closes."""
     try:
-        lane = Lane(factory)
+        lane = LocalEnvironment(factory)
         connection.send((None, lane.spaces))
         while True:
             method, argument = connection.recv()

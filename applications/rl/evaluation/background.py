@@ -26,13 +26,13 @@ import gymnasium
 import torch
 
 from applications.rl.agents.base import Agent
-from applications.rl.environments.workers import Remote
+from applications.rl.environments.workers import WorkerProcess
 from applications.rl.errors import RunError
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
 from flows.training import prepare_process
 
 
-class Answer:
+class PendingEvaluation:
     """An evaluation that was asked for.
 
     Arguments:
@@ -63,7 +63,7 @@ class Answer:
         return self.outcome
 
 
-class Beside(Remote):
+class BackgroundEvaluator(WorkerProcess):
     """An `Evaluator` that answers later; close it.
 
     Arguments:
@@ -73,7 +73,7 @@ class Beside(Remote):
         ValueError: the factory cannot be pickled.
     """
 
-    option = "eval_beside"
+    option = "background_eval"
     daemon = False  # there may be workers
 
     def __init__(
@@ -83,10 +83,10 @@ class Beside(Remote):
         environments: int = 4,
         workers: int = 0,
     ) -> None:
-        self._asked: deque[Answer] = deque()
+        self._asked: deque[PendingEvaluation] = deque()
         super().__init__(_serve, factory, environments, workers)
 
-    def __call__(self, agent: Agent, *, episodes: int, seed: int) -> Answer:
+    def __call__(self, agent: Agent, *, episodes: int, seed: int) -> PendingEvaluation:
         """Ask for what an `Evaluator` would return or raise, of the weights that ``agent`` has now.
 
         Raises:
@@ -98,7 +98,7 @@ class Beside(Remote):
         weights = io.BytesIO()
         torch.save(state, weights)
         self.send((made_of, weights.getvalue(), episodes, seed))
-        self._asked.append(Answer(self._collect))
+        self._asked.append(PendingEvaluation(self._collect))
         return self._asked[-1]
 
     def _collect(self, wait: bool) -> bool:

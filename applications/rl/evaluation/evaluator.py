@@ -28,7 +28,12 @@ from torch import Tensor
 from applications.rl.agents.base import Agent
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.spaces import Spaces, check_spaces
-from applications.rl.environments.workers import Lane, Leg, Watch, Worker
+from applications.rl.environments.workers import (
+    ChunkResult,
+    LocalEnvironment,
+    RemoteEnvironment,
+    Watch,
+)
 from applications.rl.report.statistics import wilson_interval
 
 BLOCK = 16
@@ -109,10 +114,12 @@ class Evaluator:
             raise ValueError(f"environments must be at least 1, got {environments}")
         if workers < 0 or (workers and watch is not None):
             raise ValueError(f"workers must be at least 0, and 0 with a watch, got {workers}")
-        self.lanes: list[Lane | Worker] = []
+        self.lanes: list[LocalEnvironment | RemoteEnvironment] = []
         try:
             for _ in range(workers or environments):
-                self.lanes.append(Worker(factory) if workers else Lane(factory, watch))
+                self.lanes.append(
+                    RemoteEnvironment(factory) if workers else LocalEnvironment(factory, watch)
+                )
         except BaseException:
             self.close()
             raise
@@ -166,10 +173,10 @@ class Evaluator:
         episodes: range,
         seed: int,
         progress: Callable[[int, bool], None] | None,
-    ) -> dict[int, Leg]:
+    ) -> dict[int, ChunkResult]:
         """The episodes by number, each as one leg."""
         device = next(agent.parameters()).device
-        results: dict[int, Leg] = {}
+        results: dict[int, ChunkResult] = {}
         waiting = iter(episodes)
         playing: dict[int, _Episode] = {}  # by number of the lane
         while len(results) < len(episodes):
@@ -230,7 +237,7 @@ def evaluate(
 class _Episode:
     index: int
     generator: torch.Generator
-    leg: Leg
+    leg: ChunkResult
 
 
 def _act(

@@ -12,7 +12,7 @@ from applications.rl.report.results import PHASES, Result
 UNTOLD = (
     *("seed", "folder", "resume", "overwrite", "versions", "dataset", "device", "hours", "threads"),
     *("environments", "workers", "checkpoint_every", "log_every", "tensorboard", "wandb"),
-    *("together", "compile", "graph", "eval_beside"),
+    *("together", "compile", "graph", "background_eval"),
 )
 """Settings that never tell two curves apart."""
 

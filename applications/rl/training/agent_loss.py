@@ -5,13 +5,13 @@ One update is one call.  With N offline updates, update i = 1, 2, ... belongs to
     i <= N:  the offline phase, step i;
     i > N:   the online phase, in which M - 1 + i - N environment steps have been taken before it,
 
-where M is the online step from which there is one update per environment step.  ``Schedule`` is
+where M is the online step from which there is one update per environment step.  ``Phases`` is
 this correspondence.  The steps before M are taken in the first online update.  A step counts
 offline updates and online environment steps together.
 
-Acting.  The agent emits a chunk of actions that is executed whole; what is left of it is dropped
-when the episode ends.  Each transition enters the replay with terminal = done and mask = 0 only if
-the state was terminated.
+OnlineCollector.  The agent emits a chunk of actions that is executed whole; what is left of it is
+dropped when the episode ends.  Each transition enters the replay with terminal = done and mask = 0
+only if the state was terminated.
 
 The slow copies follow the weights of before the update, by ``before_step``.
 """
@@ -32,7 +32,7 @@ from applications.rl.environments.episodes import Episodes
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Phases:
     """Which updates are offline and which online, see the module docstring.
 
     Arguments:
@@ -77,7 +77,7 @@ class Schedule:
         return "online" if update > self.offline_steps else "offline"
 
 
-class Acting:
+class OnlineCollector:
     """An agent at work in one environment, whose transitions enter the replay.
 
     Arguments:
@@ -149,7 +149,7 @@ class Acting:
         self._reward, self._length = state["reward"], state["length"]
 
 
-class Objective:
+class AgentLoss:
     """The loss of an agent as ``flows.training.trainer.Trainer`` calls it.
 
     Arguments:
@@ -170,10 +170,10 @@ class Objective:
     def __init__(
         self,
         replay: Replay,
-        schedule: Schedule,
+        schedule: Phases,
         *,
         batch_size: int = 256,
-        acting: Acting | None = None,
+        acting: OnlineCollector | None = None,
         before_sampling: Callable[[int], None] | None = None,
         compiled: bool = False,
     ) -> None:
@@ -259,7 +259,7 @@ class Objective:
         if self.acting is None and state["acting"] is not None and state["acting"]["steps"]:
             raise ValueError("the checkpoint is of the online phase, but online_steps is 0")
         past = {name: state[name] for name in ("offline_steps", "start_training")}
-        was = Schedule(past["offline_steps"], 2**62, past["start_training"])
+        was = Phases(past["offline_steps"], 2**62, past["start_training"])
         if was.step(done) != schedule.step(done) or was.online(done) != schedule.online(done):
             raise ValueError(
                 f"after {done} updates, offline_steps and start_training can no longer change from "

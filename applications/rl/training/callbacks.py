@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from applications.rl import run_folder
 from applications.rl.agents.base import Agent
-from applications.rl.evaluation.background import Answer
+from applications.rl.evaluation.background import PendingEvaluation
 from applications.rl.evaluation.evaluator import Evaluation
-from applications.rl.training.agent_loss import Schedule
+from applications.rl.training.agent_loss import Phases
 from flows import Callback, Trainer
 from flows.training import checkpoint as checkpoints
 from flows.training import replacing
@@ -50,8 +50,9 @@ class ConfigFile(Callback):
 class Evaluations(Callback):
     """Evaluates the agent every so many steps and at the end of each phase; rows of a CSV file.
 
-    An evaluation may be an `Answer`, which comes while training goes on.  Then its weights are kept
-    in a file until its row is written, and a resumed run asks for it again.  There is one at a
+    An evaluation may be a `PendingEvaluation`, which comes while training goes on.  Then its
+    weights are kept in a file until its row is written, and a resumed run asks for it again.  There
+    is one at a
     time: the next one, and the end of the training, wait for it.
 
     Arguments:
@@ -71,9 +72,9 @@ class Evaluations(Callback):
     def __init__(
         self,
         folder: Path,
-        schedule: Schedule,
+        schedule: Phases,
         every: int,
-        evaluate: Callable[[Agent, int, str], Evaluation | Answer],
+        evaluate: Callable[[Agent, int, str], Evaluation | PendingEvaluation],
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
@@ -81,7 +82,7 @@ class Evaluations(Callback):
         self.schedule, self.every, self.evaluate = schedule, every, evaluate
         self.arrived: list[tuple[int, Evaluation]] = []
         self._rows: list[list[str]] = []
-        self._pending: tuple[int, Answer] | None = None
+        self._pending: tuple[int, PendingEvaluation] | None = None
 
     @property
     def latest(self) -> Evaluation | None:
@@ -202,7 +203,7 @@ class Progress(Callback):
     """
 
     def __init__(
-        self, description: str, schedule: Schedule, evaluations: Evaluations | None = None
+        self, description: str, schedule: Phases, evaluations: Evaluations | None = None
     ) -> None:
         self.description, self.schedule, self.evaluations = description, schedule, evaluations
         self._bar: Any = None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from applications.rl.agents.base import AgentConfig
-from applications.rl.training.agent_loss import Schedule
+from applications.rl.training.agent_loss import Phases
 from applications.rl.training.seeds import SEEDS
 
 
@@ -54,7 +54,7 @@ class TrainConfig:
     """Environments that play at once in an evaluation; changes no result."""
     workers: int = 0
     """Processes of an evaluation with one environment each, instead; changes no result."""
-    eval_beside: bool = False
+    background_eval: bool = False
     """Evaluate in a process beside training, which goes on meanwhile; takes a core more and some
     seconds to start.  Changes no result on a CPU; what is trained on a GPU is evaluated on the CPU
     then."""
@@ -121,9 +121,9 @@ class TrainConfig:
             )
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Phases:
         """The phases."""
-        return Schedule(self.offline_steps, self.online_steps, self.start_training)
+        return Phases(self.offline_steps, self.online_steps, self.start_training)
 
     @property
     def path(self) -> Path:

@@ -1,6 +1,6 @@
 """What a training is about, looked up before any file changes: environment, data, agent's options.
 
-`prepare` turns the names in a `TrainConfig` into these; whatever cannot be had is refused there.
+`resolve` turns the names in a `TrainConfig` into these; whatever cannot be had is refused there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Shards = ShardedDataset | Sequence[Dataset]
 
 
 @dataclass(frozen=True)
-class Problem:
+class TrainingSetup:
     """What all seeds of a training share.
 
     Attributes:
@@ -69,11 +69,11 @@ class Problem:
             return Replay(capacity, *spaces, self.device)
         return Replay.from_dataset(self.first, capacity, self.device)
 
-    def rotation(self, replay: Replay) -> Rotation | None:
+    def rotation(self, replay: Replay) -> ShardRotation | None:
         """What exchanges the parts in ``replay``; None if there is only one."""
         if len(self.shards) < 2:
             return None
-        return Rotation(replay, self.shards, self.config.shard_every)
+        return ShardRotation(replay, self.shards, self.config.shard_every)
 
     def describe(self, seed: int, spaces: Spaces) -> dict[str, Any]:
         """Content of config.json, see `applications.rl.run_folder`."""
@@ -99,9 +99,9 @@ class Problem:
         }
 
 
-def prepare(
+def resolve(
     config: TrainConfig, environment: Factory | None = None, dataset: Dataset | None = None
-) -> Problem:
+) -> TrainingSetup:
     """Look everything up and load the first part of the data.
 
     Arguments:
@@ -157,7 +157,7 @@ def prepare(
             f"start_training must be at least the horizon, {options.horizon}, where no data are "
             f"used, got {config.start_training}"
         )
-    return Problem(config, options, environment, shards, first, device)
+    return TrainingSetup(config, options, environment, shards, first, device)
 
 
 def _check_folder(path: Path | None) -> None:
@@ -170,7 +170,7 @@ def _check_folder(path: Path | None) -> None:
         raise ValueError(f"data must be a folder or an .npz file, got {str(path)!r}")
 
 
-class Rotation:
+class ShardRotation:
     """Puts one shard of the data after the other into a replay, as a function of the update.
 
     Online too, as the published code does: the rows that were collected stay.

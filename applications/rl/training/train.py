@@ -35,9 +35,9 @@ from applications.rl.environments.episodes import Episodes
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.spaces import Spaces, check_spaces, spaces_of
 from applications.rl.errors import RunError
-from applications.rl.evaluation.background import Answer, Beside
+from applications.rl.evaluation.background import BackgroundEvaluator, PendingEvaluation
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
-from applications.rl.training.agent_loss import Acting, Objective
+from applications.rl.training.agent_loss import AgentLoss, OnlineCollector
 from applications.rl.training.callbacks import (
     ConfigFile,
     EvaluationPoints,
@@ -46,9 +46,9 @@ from applications.rl.training.callbacks import (
     WandbLogger,
 )
 from applications.rl.training.config import TrainConfig
-from applications.rl.training.setup import Factory, Problem, prepare
+from applications.rl.training.setup import Factory, TrainingSetup, resolve
 from flows import Callback, Trainer, TrainerConfig
-from flows.training import CSVLogger, Launcher, TensorBoardLogger, train_together
+from flows.training import CSVLogger, TensorBoardLogger, UpdateGraph, train_stacked
 
 __all__ = ["TrainConfig", "Trained", "show_train", "train"]
 
@@ -76,7 +76,7 @@ class Trained:
 
 
 SeedRun = Generator[Trainer, None, Trained]
-"""The training of a seed as `flows.training.stacked.train_together` brings it to its end."""
+"""The training of a seed as `flows.training.stacked.train_stacked` brings it to its end."""
 
 
 def train(
@@ -110,8 +110,8 @@ def train(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    problem = prepare(config, environment, dataset)
-    if problem.device.type == "cuda":
+    setup = resolve(config, environment, dataset)
+    if setup.device.type == "cuda":
         exact = config.precision == "float32"
         torch.set_float32_matmul_precision("highest" if exact else "high")
     evaluator = None
@@ -119,20 +119,22 @@ def train(
         if config.eval_every:
             workers = min(config.workers, config.eval_episodes)
             environments = min(config.environments, config.eval_episodes)
-            kind: type[Evaluator | Beside] = Beside if config.eval_beside else Evaluator
-            evaluator = kind(problem.factory, environments=environments, workers=workers)
-            if problem.first is not None:
-                check_spaces(evaluator.spaces, problem.first, "the data")
+            kind: type[Evaluator | BackgroundEvaluator] = (
+                BackgroundEvaluator if config.background_eval else Evaluator
+            )
+            evaluator = kind(setup.factory, environments=environments, workers=workers)
+            if setup.first is not None:
+                check_spaces(evaluator.spaces, setup.first, "the data")
         for seed in config.seeds:
             run_folder.claim(
                 _folder(config, seed), resume=config.resume, overwrite=config.overwrite
             )
         ended: list[Trained | Exception] = []
-        size = config.together or (1 if problem.device.type == "cpu" else len(config.seeds))
+        size = config.together or (1 if setup.device.type == "cpu" else len(config.seeds))
         for start in range(0, len(config.seeds), size):
             seeds = config.seeds[start : start + size]
-            begun = [_train_seed(problem, seed, evaluator, callbacks) for seed in seeds]
-            ended += _all_of(begun, Launcher(config.graph) if config.graph else None)
+            begun = [_train_seed(setup, seed, evaluator, callbacks) for seed in seeds]
+            ended += _all_of(begun, UpdateGraph(config.graph) if config.graph else None)
     finally:
         if evaluator is not None:
             evaluator.close()
@@ -156,10 +158,10 @@ def _folder(config: TrainConfig, seed: int) -> Path:
     return config.path / f"seed{seed}"
 
 
-def _all_of(begun: Sequence[SeedRun], launcher: Launcher | None) -> list[Trained | Exception]:
-    """`train_together`, with advice where the runs do not fit."""
+def _all_of(begun: Sequence[SeedRun], launcher: UpdateGraph | None) -> list[Trained | Exception]:
+    """`train_stacked`, with advice where the runs do not fit."""
     try:
-        return train_together(begun, ahead=launcher)
+        return train_stacked(begun, ahead=launcher)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"{len(begun)} seeds together do not fit the device; --together with a smaller number "
@@ -168,51 +170,54 @@ def _all_of(begun: Sequence[SeedRun], launcher: Launcher | None) -> list[Trained
 
 
 def _train_seed(
-    problem: Problem, seed: int, evaluator: Evaluator | Beside | None, callbacks: Sequence[Callback]
+    setup: TrainingSetup,
+    seed: int,
+    evaluator: Evaluator | BackgroundEvaluator | None,
+    callbacks: Sequence[Callback],
 ) -> SeedRun:
     try:
-        if not problem.config.online_steps:
-            assert problem.first is not None  # there are no updates without data or steps
-            spaces = Spaces(problem.first.observation_dim, problem.first.action_dim)
-            return (yield from _run(problem, seed, spaces, None, evaluator, callbacks))
-        with closing(Episodes(problem.factory, episode_seed(seed, ONLINE_STREAM))) as episodes:
+        if not setup.config.online_steps:
+            assert setup.first is not None  # there are no updates without data or steps
+            spaces = Spaces(setup.first.observation_dim, setup.first.action_dim)
+            return (yield from _run(setup, seed, spaces, None, evaluator, callbacks))
+        with closing(Episodes(setup.factory, episode_seed(seed, ONLINE_STREAM))) as episodes:
             spaces = spaces_of(episodes.env)
-            if problem.first is not None:
-                check_spaces(spaces, problem.first, "the data")
-            return (yield from _run(problem, seed, spaces, episodes, evaluator, callbacks))
+            if setup.first is not None:
+                check_spaces(spaces, setup.first, "the data")
+            return (yield from _run(setup, seed, spaces, episodes, evaluator, callbacks))
     except Exception as error:
-        if len(problem.config.seeds) > 1:
+        if len(setup.config.seeds) > 1:
             tqdm.write(f"seed {seed} failed: {error}", file=sys.stderr)
         raise
 
 
 def _run(
-    problem: Problem,
+    setup: TrainingSetup,
     seed: int,
     spaces: Spaces,
     episodes: Episodes | None,
-    evaluator: Evaluator | Beside | None,
+    evaluator: Evaluator | BackgroundEvaluator | None,
     callbacks: Sequence[Callback],
 ) -> SeedRun:
     started = time.perf_counter()
-    config, options = problem.config, problem.options
-    agent = make_agent(config.agent, options, *spaces, seed=seed).to(problem.device)
-    if problem.first is not None:
-        agent.observe(torch.as_tensor(problem.first.observations))
-    replay = problem.make_replay(spaces)
-    objective = Objective(
+    config, options = setup.config, setup.options
+    agent = make_agent(config.agent, options, *spaces, seed=seed).to(setup.device)
+    if setup.first is not None:
+        agent.observe(torch.as_tensor(setup.first.observations))
+    replay = setup.make_replay(spaces)
+    objective = AgentLoss(
         replay,
         config.schedule,
         batch_size=config.batch_size,
-        acting=None if episodes is None else Acting(episodes, replay),
-        before_sampling=problem.rotation(replay),
+        acting=None if episodes is None else OnlineCollector(episodes, replay),
+        before_sampling=setup.rotation(replay),
         compiled=config.compile,
     )
     folder = _folder(config, seed)
     if not config.resume:  # what a resume finds stays until its checkpoint is accepted
         for name in (run_folder.CHECKPOINT, run_folder.SNAPSHOT):
             (folder / name).unlink(missing_ok=True)
-    content = problem.describe(seed, spaces)
+    content = setup.describe(seed, spaces)
     evaluations = None
     if evaluator is not None:
         evaluations = _evaluations(folder, config, seed, evaluator)
@@ -231,7 +236,7 @@ def _run(
         ),
         callbacks=_callbacks(config, seed, folder, content, evaluations, callbacks),
         checkpoint=folder / run_folder.CHECKPOINT,
-        problem=run_folder.describe_problem(
+        identity=run_folder.describe_identity(
             agent=config.agent,
             task=config.task,
             config=options,
@@ -239,8 +244,8 @@ def _run(
             facts={
                 "seed": seed,
                 "batch_size": config.batch_size,
-                "transitions": 0 if problem.first is None else len(problem.first),
-                "data": problem.digest,
+                "transitions": 0 if setup.first is None else len(setup.first),
+                "data": setup.digest,
                 "shard_every": config.shard_every,
             },
         ),
@@ -252,9 +257,9 @@ def _run(
 
 
 def _evaluations(
-    folder: Path, config: TrainConfig, seed: int, evaluator: Evaluator | Beside
+    folder: Path, config: TrainConfig, seed: int, evaluator: Evaluator | BackgroundEvaluator
 ) -> Evaluations:
-    def evaluate(agent: Agent, step: int, phase: str) -> Evaluation | Answer:
+    def evaluate(agent: Agent, step: int, phase: str) -> Evaluation | PendingEvaluation:
         path = (EVALUATION_STREAM, step, int(phase == "online"))
         return evaluator(agent, episodes=config.eval_episodes, seed=episode_seed(seed, *path))
 

@@ -167,7 +167,7 @@ def fit_classifier(
         config,
         callbacks=callbacks,
         checkpoint=checkpoint,
-        problem={"classifier": "digits", "iterations": iterations, "seed": seed},
+        identity={"classifier": "digits", "iterations": iterations, "seed": seed},
     )
     fitted = trainer.fit(resume=resume)
     assert isinstance(fitted, Classifier)
@@ -204,7 +204,7 @@ def fit_base(
         callbacks=callbacks,
         checkpoint=checkpoint,
         resume=resume,
-        problem={
+        identity={
             "flow": "digits",
             "iterations": iterations,
             "batch_size": batch_size,

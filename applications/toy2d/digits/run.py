@@ -184,7 +184,7 @@ def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu")
     return torch.cat(parts)
 
 
-def watchers(config: DigitsConfig, name: str) -> list[Callback]:
+def training_callbacks(config: DigitsConfig, name: str) -> list[Callback]:
     """What one of the three trainings shows and logs."""
     shown = f"digits: {name}"
     return [Resumed(shown), ProgressBar(shown), CSVLogger(config.folder / f"{name}.csv")]
@@ -196,7 +196,7 @@ def train_judge(config: DigitsConfig, data: Digits) -> Classifier:
         data,
         iterations=config.classifier_iterations,
         seed=config.seed,
-        callbacks=watchers(config, "classifier"),
+        callbacks=training_callbacks(config, "classifier"),
         checkpoint=config.folder / "classifier.pt",
         resume=config.resume,
     )
@@ -210,7 +210,7 @@ def train_base(config: DigitsConfig, data: Digits) -> nn.Module:
         batch_size=config.base_batch_size,
         width=config.width,
         seed=config.seed,
-        callbacks=watchers(config, "base"),
+        callbacks=training_callbacks(config, "base"),
         checkpoint=config.folder / "base.pt",
         resume=config.resume,
     )
@@ -237,10 +237,10 @@ def tilt_digits(
         shape=(DIM,),
         config=config.tilt_options,
         model=model,
-        callbacks=watchers(config, name),
+        callbacks=training_callbacks(config, name),
         checkpoint=config.folder / f"{name}.pt",
         resume=config.resume,
-        problem={key: getattr(config, key) for key in names},
+        identity={key: getattr(config, key) for key in names},
         device=config.device,
     )
 
@@ -293,7 +293,7 @@ def run(config: DigitsConfig) -> Report:
         ValueError: an unknown kernel, an option out of range, or a folder that is not free
             (`folders.claim`); before any file changes.
         OSError: the folder cannot be written; before any training.
-        CheckpointError: resuming from a file that is damaged or of another problem.
+        CheckpointError: resuming from a file that is damaged or of another identity.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     config = config.sized

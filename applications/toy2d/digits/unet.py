@@ -99,7 +99,7 @@ def fit_unet(
         callbacks=callbacks,
         checkpoint=checkpoint,
         resume=resume,
-        problem={
+        identity={
             "flow": "digits, UNet",
             "widths": list(widths),
             "labelled": labelled,

@@ -256,20 +256,20 @@ def finished(tmp_path, **options):
     """A checkpoint of a short run with a replay buffer, its path and its options."""
     path = tmp_path / "c.pt"
     config = with_options(iterations=3, replay=32, **options)
-    run(config, checkpoint=path, problem={"base": "gaussian"})
+    run(config, checkpoint=path, identity={"base": "gaussian"})
     return path, config
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     path, config = finished(tmp_path)
     reward = Slope()
-    found = run(config, reward=reward, checkpoint=path, resume=True, problem={"base": "gaussian"})
+    found = run(config, reward=reward, checkpoint=path, resume=True, identity={"base": "gaussian"})
     assert reward.sizes == [4096] * 3  # the checks before training
     assert torch.equal(found.field.w, checkpoints.load(path)["module"]["w"])
 
 
 @pytest.mark.parametrize(
-    ("options", "problem", "match"),
+    ("options", "identity", "match"),
     [
         ({}, {"base": "ring"}, "base: 'gaussian' in the checkpoint, expected 'ring'"),
         ({}, {}, "base: 'gaussian' in the checkpoint, expected 'absent'"),
@@ -279,11 +279,11 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     ],
     ids=str,
 )
-def test_a_checkpoint_of_another_problem_is_refused(tmp_path, options, problem, match):
+def test_a_checkpoint_of_another_problem_is_refused(tmp_path, options, identity, match):
     path, config = finished(tmp_path)
     content = path.read_bytes()
-    with pytest.raises(CheckpointError, match=f"another problem; .*{match}"):
-        run(replace(config, **options), checkpoint=path, resume=True, problem=problem)
+    with pytest.raises(CheckpointError, match=f"another identity; .*{match}"):
+        run(replace(config, **options), checkpoint=path, resume=True, identity=identity)
     assert path.read_bytes() == content
 
 
@@ -293,7 +293,7 @@ def test_a_checkpoint_toward_another_reward_is_warned_of(tmp_path, factor):
 
     def resume(reward):
         return run(
-            config, reward=reward, checkpoint=path, resume=True, problem={"base": "gaussian"}
+            config, reward=reward, checkpoint=path, resume=True, identity={"base": "gaussian"}
         )
 
     with pytest.warns(UserWarning, match="the reward is not the one that the checkpoint was"):
@@ -339,7 +339,7 @@ def test_damaged_checkpoints_and_pickles_with_code_are_refused(tmp_path):
     whole, marker = path.read_bytes(), tmp_path / "executed"
 
     def resume():
-        run(config, checkpoint=path, resume=True, problem={"base": "gaussian"})
+        run(config, checkpoint=path, resume=True, identity={"base": "gaussian"})
 
     for size in (0, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
@@ -350,7 +350,7 @@ def test_damaged_checkpoints_and_pickles_with_code_are_refused(tmp_path):
         def __reduce__(self):
             return marker.touch, ()
 
-    for state in (Bomb(), {"problem": Bomb()}):
+    for state in (Bomb(), {"identity": Bomb()}):
         torch.save(state, path)
         with pytest.raises(CheckpointError, match=r"was refused.*could run code"):
             resume()
@@ -390,7 +390,7 @@ def test_a_shape_is_a_tuple_of_sizes(shape):
 def test_a_reward_that_few_samples_carry_is_not_blamed_on_the_base(recwarn):
     """r = 60 x under N(0, 1): the exact log Z is 1800, and a single sample makes both estimates."""
     base = GaussianMixture.isotropic(torch.zeros(1, 1), 1.0)
-    config = TiltConfig(iterations=1, batch_size=16, certificate_samples=512, probe_samples=512)
+    config = TiltConfig(iterations=1, batch_size=16, certificate_samples=512, base_samples=512)
     found = tilt(base, lambda x, c: 60 * x[:, 0], shape=(1,), config=config)
     assert (found.log_z_ode_stderr, found.certificate_base.log_z_stderr) == (math.inf, math.inf)
     assert found.log_z_ode < 300

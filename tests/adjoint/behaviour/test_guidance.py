@@ -78,7 +78,7 @@ def tilted(base, model, kernel="euler_consistent", **options):
         steps=STEPS,
         batch_size=8,
         kernel=kernel,
-        probe_samples=2048,
+        base_samples=2048,
         certificate_samples=2048,
     )
     options = {"shape": (1,), "config": config, "model": model, "dtype": F64} | options

@@ -34,7 +34,7 @@ def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path):
     assert expected["iteration"] == ITERATIONS
     assert expected["loss"]["cap"] is not None
     assert set(expected["loss"]["buffer"]["store"]) >= {"xs", "values", "v_base", "log_w"}
-    for part in ("iteration", "module", "ema", "optimizer", "generator", "loss", "problem"):
+    for part in ("iteration", "module", "ema", "optimizer", "generator", "loss", "identity"):
         assert differences(expected[part], found[part]) == [], part
 
     content = (whole / "metrics.csv").read_bytes()

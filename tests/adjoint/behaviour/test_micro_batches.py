@@ -262,9 +262,9 @@ SMALL = replace(
     batch_size=7,
     lr=0.01,
     ema_decay=0.5,
-    probe_samples=64,
+    base_samples=64,
     certificate_samples=20,
-    max_batch=16,
+    eval_batch_size=16,
     checkpoint_every=3,
 )
 PARTS = {"micro_batch": 3, "reward_batch": 2, "offload": True}

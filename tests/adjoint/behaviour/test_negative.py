@@ -4,8 +4,9 @@ The certificate test: the standard deviation of log w on the judge's chain, of t
 the right reward, is near zero.  The velocity test: the velocity is that of the exact tilt.
 
 On a Gaussian base with a linear reward the lean adjoint does not depend on the state, so that a
-scheme's fixed point is known without training: v_β - (read_a / read_v) λ, read off the table step
-by step.  With a mixture the fixed point of a wrong reward is known as an exact tilt by that reward.
+scheme's fixed point is known without training: v_β - (residual_a / residual_v) λ, read off the
+table step by step.  With a mixture the fixed point of a wrong reward is known as an exact tilt by
+that reward.
 """
 
 import math
@@ -50,8 +51,8 @@ def constant_noise(sigma):
         std=std,
         adjoint_x=mean_x,
         adjoint_v=mean_v,
-        read_v=mean_v / std,
-        read_a=std,
+        residual_v=mean_v / std,
+        residual_a=std,
         noiseless_last=False,
     )
 
@@ -65,8 +66,8 @@ class FixedPoint:
         lam = lean_adjoint(BASE, kernel, xs, -gradient).values.flatten()
         if reverse:
             lam = lam.flip(0)
-        lam = lam[1:] if kernel.read_next else lam[:-1]
-        self.shifts = (-kernel.read_a / kernel.read_v * lam).nan_to_num(0.0)
+        lam = lam[1:] if kernel.residual_at_next else lam[:-1]
+        self.shifts = (-kernel.residual_a / kernel.residual_v * lam).nan_to_num(0.0)
 
     def __call__(self, x, t, cond=None):
         # The judge asks for one time a step, or for a batch of steps times trajectories.

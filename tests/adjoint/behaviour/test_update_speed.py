@@ -150,7 +150,7 @@ def test_many_fields_of_one_class_are_compiled(without_compiler, monkeypatch):
 
 def test_a_resume_may_compile(without_compiler, tmp_path):
     def run(*, compile, resume):
-        config = TiltConfig(**SMALL, iterations=2, probe_samples=64, compile=compile)
+        config = TiltConfig(**SMALL, iterations=2, base_samples=64, compile=compile)
         path = tmp_path / "tilt.pt"
         base = network(1)
         return tilt(base, reward, shape=(2,), config=config, checkpoint=path, resume=resume)

@@ -57,7 +57,7 @@ def adjoints(field, kernel, reward, x0, noise):
     adjoint = lean_adjoint(base, kernel, trajectory.xs, end, noise=noise)
     nothing = torch.zeros_like(end)
     known = lean_adjoint(base, kernel, trajectory.xs, nothing, noise=noise, variates=c).values
-    if kernel.read_next:
+    if kernel.residual_at_next:
         known = torch.cat([known[:1], known[1:] + c])
     return trajectory, c, adjoint, known
 
@@ -89,7 +89,7 @@ def test_the_mean_of_the_adjoint_at_a_state_stays(name):
     kernel = kernel_of(name, 6)
     x0, noise = start(20_000, 6, kernel)
     x0 = x0[:1].expand(20_000, 2).contiguous()
-    difference = adjoints(crooked, kernel, curved, x0, noise)[3][int(kernel.read_next)]
+    difference = adjoints(crooked, kernel, curved, x0, noise)[3][int(kernel.residual_at_next)]
     error = difference.std(0) / len(difference) ** 0.5
     assert float(error.min()) > 0
     assert bool((difference.mean(0).abs() < 4 * error).all())
@@ -140,8 +140,8 @@ def test_the_gradient_of_the_loss_is_that_of_the_weighted_residual_less_the_nois
         v[steps], adjoint, kernel, steps=steps, weights=weights, known=known
     )
     (found,) = torch.autograd.grad(loss, v)
-    r, a = (c[steps].reshape(-1, 1, 1) for c in (kernel.read_v, kernel.read_a))
-    index = steps + int(kernel.read_next)
+    r, a = (c[steps].reshape(-1, 1, 1) for c in (kernel.residual_v, kernel.residual_a))
+    index = steps + int(kernel.residual_at_next)
     residual = r * (v - adjoint.v_base)[steps] + a * adjoint.values[index]
     w = 1 if weights is None else weights[:, None]
     expected = 2 * r * (w * residual - a * known[index]) / 3

@@ -54,9 +54,9 @@ def tilt_ratio(kernel: Kernel) -> float:
     lam = lean_adjoint(base, kernel, xs, -gradient).values
     shift = {}
     for k in range(kernel.steps):
-        read = lam[k + 1 if kernel.read_next else k]
-        v = kernel.read_v[k]
-        shift[float(kernel.t[k])] = -kernel.read_a[k] * read / v if v > 0 else torch.zeros(1, 1)
+        read = lam[k + 1 if kernel.residual_at_next else k]
+        v = kernel.residual_v[k]
+        shift[float(kernel.t[k])] = -kernel.residual_a[k] * read / v if v > 0 else torch.zeros(1, 1)
 
     def tilted(x, t, cond=None):
         return base(x, t) + shift[float(t)]
@@ -95,7 +95,7 @@ def test_mixed_pairs_are_wrong_by_the_known_amounts(steps, under, over):
         noiseless_last=False,
     )
     own_jacobian = replace(chain, adjoint_t=t, own_time=(True,) * steps)
-    next_adjoint = replace(chain, read_next=True)
+    next_adjoint = replace(chain, residual_at_next=True)
     assert tilt_ratio(own_jacobian) == pytest.approx(under, abs=1e-2)
     assert tilt_ratio(next_adjoint) == pytest.approx(over, abs=1e-2)
 

@@ -269,7 +269,7 @@ CONFIG = TiltConfig(
     lr=0.02,
     ema_decay=0.9,
     certificate_samples=1000,
-    probe_samples=1000,
+    base_samples=1000,
     checkpoint_every=20,
 )
 
@@ -335,7 +335,7 @@ def test_a_tilt_resumes_exactly_on_its_own_base_only(trained, tmp_path):
     assert held["iteration"] == 40
     assert all("lora_" in name or "frequencies" in name for name in held["module"])
     other = {name: value + 1e-6 for name, value in trained.items()}
-    with pytest.raises(CheckpointError, match=r"another problem; base.*frozen_weights"):
+    with pytest.raises(CheckpointError, match=r"another run; base.*frozen_weights"):
         run(other, checkpoint=path, resume=True)
     field, _, base = fields(trained)
     stronger, _ = lora(field, rank=4, alpha=8)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adjoint.chain.rollout import velocity_along
-from adjoint.models.reward_informed import Informed, informed
+from adjoint.models.reward_informed import RewardInformed, informed
 from adjoint.rewards.decoded import decoded
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import TiltConfig, tilt
@@ -103,14 +103,14 @@ def test_guidance_is_the_exact_tilt_of_a_gaussian_by_a_linear_reward(t):
         torch.ones(1, dtype=F64), (MEAN + COVARIANCE @ SLOPE)[None], COVARIANCE[None]
     )
     x, t = points(), torch.tensor(t, dtype=F64)
-    model = Informed(ANISOTROPIC, linear, Guidance()).double()
+    model = RewardInformed(ANISOTROPIC, linear, Guidance()).double()
     torch.testing.assert_close(model(x, t), tilted(x, t), rtol=1e-9, atol=1e-9)
 
 
 def test_the_features_are_the_estimate_and_the_gradient_of_its_reward():
     base, recorder, x = Conditional(), Recorder(), points()
     t = torch.linspace(0.05, 0.95, 6, dtype=F64)
-    Informed(base, steered, recorder).double()(x, t, COND)
+    RewardInformed(base, steered, recorder).double()(x, t, COND)
     z = x.clone().requires_grad_(True)
     estimate = z + (1 - t[:, None]) * base(z, t, COND)
     (slope,) = torch.autograd.grad(steered(estimate, COND).sum(), z)
@@ -122,8 +122,8 @@ def test_the_features_are_the_estimate_and_the_gradient_of_its_reward():
 def test_a_capped_reward_is_pulled_back_capped():
     x, t = 3 * points(), torch.tensor(0.4, dtype=F64)
     capped, whole = Recorder(), Recorder()
-    Informed(ANISOTROPIC, Reward(linear, max_norm=0.1), capped).double()(x, t)
-    Informed(ANISOTROPIC, linear, whole).double()(x, t)
+    RewardInformed(ANISOTROPIC, Reward(linear, max_norm=0.1), capped).double()(x, t)
+    RewardInformed(ANISOTROPIC, linear, whole).double()(x, t)
     expected = whole.seen["slope"] * 0.1 / SLOPE.norm()
     torch.testing.assert_close(capped.seen["slope"], expected)
 
@@ -152,7 +152,7 @@ def test_images_keep_their_shape():
             return 0.5 * x
 
     recorder = Recorder()
-    model = Informed(Scaled(), lambda x, c: x.square().sum((1, 2, 3)), recorder)
+    model = RewardInformed(Scaled(), lambda x, c: x.square().sum((1, 2, 3)), recorder)
     x = torch.randn(4, 3, 2, 2)
     v = model(x, torch.tensor(0.2))
     assert torch.equal(v, 0.5 * x)
@@ -212,7 +212,7 @@ def test_every_kind_of_reward_gives_the_same_jacobian_by_all_ways(name):
 
 
 def test_the_likelihood_of_guidance_is_that_of_the_exact_tilt():
-    model = Informed(ANISOTROPIC, linear, Guidance()).double()
+    model = RewardInformed(ANISOTROPIC, linear, Guidance()).double()
     law = torch.distributions.MultivariateNormal(MEAN + COVARIANCE @ SLOPE, COVARIANCE)
     x1, t0 = points(), 1e-6
     grid = torch.tensor([0.0, 0.5, 1.0], dtype=F64)
@@ -327,7 +327,7 @@ def test_it_learns_sooner_than_a_model_that_sees_the_state_only():
         batch_size=64,
         lr=3e-3,
         ema_decay=0.9,
-        probe_samples=512,
+        base_samples=512,
         certificate_samples=1024,
     )
     own = tilt(base, reward, shape=(16,), config=config, model=informed(base, reward, 16))
@@ -349,7 +349,7 @@ def test_a_tilt_resumes_and_its_options_change_nothing(tmp_path, options):
 
     def train(**more):
         kinds = {"iterations": 4, "steps": 4, "batch_size": 32}
-        kinds |= {"certificate_samples": 0, "probe_samples": 64}
+        kinds |= {"certificate_samples": 0, "base_samples": 64}
         config = TiltConfig(**kinds, checkpoint_every=2, **more.pop("options", {}))
         model = informed(Small(), rewarded, 8, hidden=(16,))
         return tilt(Small(), rewarded, shape=(8,), config=config, model=model, **more).field
@@ -375,11 +375,11 @@ def test_names_of_features_are_refused_among_conditions():
     with pytest.raises(ValueError, match=r"cond_dims must not name \['slope'\]"):
         informed(ANISOTROPIC, linear, 2, cond_dims={"slope": 1})
     with pytest.raises(ValueError, match=r"cond must not name \['estimate'\]"):
-        Informed(ANISOTROPIC, linear, Recorder())(
+        RewardInformed(ANISOTROPIC, linear, Recorder())(
             points(), torch.tensor(0.5), {"estimate": points()}
         )
 
 
 def test_a_condition_that_the_reward_misses_is_named():
     with pytest.raises(ValueError, match="needs a condition"):
-        Informed(ANISOTROPIC, steered, Recorder())(points(), torch.tensor(0.5))
+        RewardInformed(ANISOTROPIC, steered, Recorder())(points(), torch.tensor(0.5))

@@ -221,7 +221,7 @@ def test_the_tilt_of_a_linear_decoded_reward_is_exact():
     matrix, slopes = W[:, :2], torch.tensor([0.5, -0.3, 0.2, 0.1, -0.4], dtype=F64)
     decoder = Linear(matrix)
     reward = decoded(lambda y, c: y @ slopes, decoder, scale=1.3, shift=5.0, chunk=10)
-    found = run(with_options(probe_samples=512, max_batch=64), reward=reward)
+    found = run(with_options(base_samples=512, eval_batch_size=64), reward=reward)
     exact = S2 * slopes @ matrix / 1.3
     torch.testing.assert_close(found.field.w.detach(), exact, rtol=0.015, atol=1e-3)
     assert max(size for size, _ in decoder.seen) == 10

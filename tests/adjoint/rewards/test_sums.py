@@ -180,7 +180,7 @@ def test_a_training_logs_every_term(tmp_path, refine):
         iterations=3,
         batch_size=16,
         steps=4,
-        probe_samples=64,
+        base_samples=64,
         reward_batch=5,
         temperature=2.0,
         refine=refine,

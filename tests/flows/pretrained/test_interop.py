@@ -25,7 +25,7 @@ CONFIG = TiltConfig(
     kernel="ancestral",
     steps=3,
     batch_size=4,
-    probe_samples=64,
+    base_samples=64,
     certificate_samples=0,
 )
 

@@ -150,7 +150,7 @@ class TestRefusals:
         known = {"Convention": Convention, "schedule": Cosine(), "prediction": "noise"}
         field = load(network, convention=eval(advice, known), quiet=True)
         config = TiltConfig(
-            iterations=2, steps=3, batch_size=4, probe_samples=64, certificate_samples=0
+            iterations=2, steps=3, batch_size=4, base_samples=64, certificate_samples=0
         )
         trained = tilt(field, lambda x, cond: x.sum(1), shape=(2,), config=config).field.network
         assert isinstance(trained, Net)
@@ -392,7 +392,7 @@ class TestModule:
             lambda x, cond: x.sum(1),
             shape=(2,),
             config=TiltConfig(
-                iterations=2, steps=3, batch_size=4, probe_samples=64, certificate_samples=0
+                iterations=2, steps=3, batch_size=4, base_samples=64, certificate_samples=0
             ),
             cond_sampler=lambda n, generator: {"label": torch.zeros(n, 2)},
         )

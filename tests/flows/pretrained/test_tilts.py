@@ -17,7 +17,7 @@ OPTIONS = {
     "batch_size": 16,
     "iterations": 40,
     "ema_decay": 0.0,
-    "probe_samples": 64,
+    "base_samples": 64,
     "certificate_samples": 256,
 }
 

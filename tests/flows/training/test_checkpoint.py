@@ -49,7 +49,7 @@ def same(a, b):
 def state():
     generator = torch.Generator().manual_seed(0)
     return {
-        "problem": {"target": "ring", "steps": 10, "sizes": [2, 3]},
+        "identity": {"target": "ring", "steps": 10, "sizes": [2, 3]},
         "module": {"weight": torch.randn(7, 5, generator=generator)},
         "optimizer": {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.999)}},
         "half": torch.randn(4, generator=generator).bfloat16(),
@@ -141,7 +141,7 @@ def test_damage_within_a_tensor_is_found(tmp_path):
 def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(tmp_path):
     marker = tmp_path / "code_ran"
     archive, bare = tmp_path / "archive.pt", tmp_path / "bare.pt"
-    torch.save({"problem": {}, "module": Evil(marker)}, archive)
+    torch.save({"identity": {}, "module": Evil(marker)}, archive)
     bare.write_bytes(pickle.dumps({"module": Evil(marker)}))
 
     with pytest.raises(CheckpointError, match=r"refers to '\w+\.mkdir'.*could run code"):
@@ -157,7 +157,7 @@ def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(tmp_path):
 def test_another_problem_lists_what_differs(tmp_path, state):
     path = tmp_path / "checkpoint.pt"
     save(path, state)
-    load(path, expect=state["problem"])
+    load(path, expect=state["identity"])
     with pytest.raises(CheckpointError) as caught:
         load(path, expect={"target": "moons", "sizes": [2, 3], "kernel": "ancestral"})
     message = str(caught.value)
@@ -170,7 +170,7 @@ def test_another_problem_lists_what_differs(tmp_path, state):
 def test_a_checkpoint_without_problem_or_without_dict_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save(path, {"iteration": 1})
-    with pytest.raises(CheckpointError, match="does not say what problem"):
+    with pytest.raises(CheckpointError, match="does not say what identity"):
         load(path, expect={"target": "ring"})
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="holds a list, expected a dict"):

@@ -12,8 +12,8 @@ from torch import nn
 
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
-from flows.training.cuda_graphs import Launcher, RecordedGradient
-from flows.training.stacked import train_together
+from flows.training.cuda_graphs import GradientGraph, UpdateGraph
+from flows.training.stacked import train_stacked
 from flows.training.trainer import Trainer
 
 CONFIG = TrainerConfig(
@@ -124,7 +124,7 @@ def test_launched_updates_are_those_made_one_by_one(seeds, free, tmp_path):
     for trainer in plain:
         trainer.fit()
     replays = Replays()
-    train_together([t.training() for t in ahead], ahead=Launcher(4, capture=replays))
+    train_stacked([t.training() for t in ahead], ahead=UpdateGraph(4, capture=replays))
     assert (replays.captures, replays.launches) == (1, 2 if free == 14 else 1)
     for a, b, rows, others in zip(plain, ahead, expected, found, strict=True):
         torch.testing.assert_close(rows.rows, others.rows, **CLOSE)
@@ -139,7 +139,7 @@ def test_launched_updates_are_those_made_one_by_one(seeds, free, tmp_path):
 
 def test_a_checkpoint_within_launches_is_that_of_its_iteration(tmp_path):
     saved = []
-    for name, launcher in (("plain", None), ("ahead", Launcher(2, capture=Replays()))):
+    for name, launcher in (("plain", None), ("ahead", UpdateGraph(2, capture=Replays()))):
         trainers, _ = runs((3,), tmp_path / name)
         steps = trainers[0].training()
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_within_launches_is_that_of_its_iteration(tmp_path):
                     return
                 yield each
 
-        train_together([until_eight()], ahead=launcher)
+        train_stacked([until_eight()], ahead=launcher)
         saved.append(torch.load(tmp_path / name / "3.pt", weights_only=True))
     assert saved[0]["iteration"] == saved[1]["iteration"] == 8
     torch.testing.assert_close(saved[0]["module"], saved[1]["module"], **CLOSE)
@@ -158,7 +158,7 @@ def test_a_checkpoint_within_launches_is_that_of_its_iteration(tmp_path):
 def test_nothing_is_launched_between_multiples(tmp_path):
     """Else a block would go past a checkpoint, or past what callbacks are to see."""
     (trainer,), _ = runs((3,), tmp_path)
-    launcher = Launcher(4, capture=Replays())
+    launcher = UpdateGraph(4, capture=Replays())
     made = []
     for _ in range(8):
         launcher((trainer,), None)
@@ -180,18 +180,18 @@ def test_nothing_is_launched_between_multiples(tmp_path):
 def test_what_cannot_be_recorded_is_refused(change, match, tmp_path):
     (trainer,), _ = runs((3,), tmp_path, config=replace(CONFIG, **change))
     with pytest.raises(ValueError, match=match):
-        Launcher(4, capture=Replays())((trainer,), None)
+        UpdateGraph(4, capture=Replays())((trainer,), None)
 
 
 def test_other_devices_and_losses_are_refused(tmp_path):
     (trainer,), _ = runs((3,), tmp_path)
     with pytest.raises(ValueError, match="CUDA graph on cuda, got device cpu"):
-        Launcher(4)((trainer,), None)
+        UpdateGraph(4)((trainer,), None)
     plain = Trainer(Network(3), lambda module, generator: None, CONFIG)
     with pytest.raises(TypeError, match="lacks proceed, sample, ahead"):
-        Launcher(4, capture=Replays())((plain,), None)
+        UpdateGraph(4, capture=Replays())((plain,), None)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        Launcher(0)
+        UpdateGraph(0)
 
 
 class Repeated:
@@ -228,11 +228,11 @@ def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
             Network(0), loss, config, callbacks=[rows], checkpoint=tmp_path / f"{name}.pt"
         )
         replays = Replays(trainer.module)
-        backward = RecordedGradient(trainer, capture=replays) if name == "recorded" else None
+        backward = GradientGraph(trainer, capture=replays) if name == "recorded" else None
         trainer.fit(backward=backward)
         found.append((trainer.module.weight, trainer.ema.weight, rows.rows, loss.calls))
     assert replays.captures == 2, "one of each form"
-    assert replays.launches == 12 - 2 * RecordedGradient.WARM
+    assert replays.launches == 12 - 2 * GradientGraph.WARM
     plain, recorded = found
     assert torch.equal(plain[0], recorded[0])
     assert torch.equal(plain[1], recorded[1])
@@ -242,13 +242,13 @@ def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
 def test_what_cannot_be_recorded_is_said():
     trainer = Trainer(Network(0), Repeated(9), CONFIG)
     with pytest.raises(ValueError, match="CUDA graph on cuda, got device cpu"):
-        RecordedGradient(trainer)
+        GradientGraph(trainer)
 
     def capture(block, generators):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(ValueError, match=r"reward, base or sampler.*graph=False.*not permitted"):
-        trainer.fit(backward=RecordedGradient(trainer, capture=capture))
+        trainer.fit(backward=GradientGraph(trainer, capture=capture))
 
 
 def test_a_recorded_training_resumes(tmp_path):
@@ -261,14 +261,14 @@ def test_a_recorded_training_resumes(tmp_path):
     trainers["plain"].fit()
     stopped = trainers["stopped"]
     steps = stopped.training()
-    backward = RecordedGradient(stopped, capture=Replays())
+    backward = GradientGraph(stopped, capture=Replays())
     for _ in range(8):  # the checkpoint is that of iteration 5
         next(steps)
         backward()
     steps.close()
     (tmp_path / "stopped.pt").rename(tmp_path / "again.pt")
     again = trainers["again"]
-    again.fit(resume=True, backward=RecordedGradient(again, capture=Replays()))
+    again.fit(resume=True, backward=GradientGraph(again, capture=Replays()))
     assert again.loss.calls == 12
     assert torch.equal(again.module.weight, trainers["plain"].module.weight)
     assert torch.equal(again.ema.weight, trainers["plain"].ema.weight)
@@ -277,7 +277,7 @@ def test_a_recorded_training_resumes(tmp_path):
 def test_a_gradient_is_recorded_of_a_repeated_loss_only():
     trainer = Trainer(Network(0), Regression(9), CONFIG)
     with pytest.raises(TypeError, match="RepeatedLoss, lacks calls, form"):
-        RecordedGradient(trainer, capture=Replays())
+        GradientGraph(trainer, capture=Replays())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -285,13 +285,13 @@ def test_a_gradient_is_recorded_of_a_repeated_loss_only():
 @pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)], ids=["one", "three"])
 def test_a_graph_on_a_gpu_makes_the_updates_of_the_host(updates, seeds, tmp_path):
     found = []
-    for ahead in (None, Launcher(updates)):
+    for ahead in (None, UpdateGraph(updates)):
         trainers = []
         for seed in seeds:
             trainer = Trainer(Network(seed).cuda(), OnDevice(14), CONFIG)
             trainer.generator.manual_seed(seed)
             trainers.append(trainer)
-        train_together([t.training() for t in trainers], ahead=ahead)
+        train_stacked([t.training() for t in trainers], ahead=ahead)
         found.append([trainer.module.weight.detach() for trainer in trainers])
     for plain, launched in zip(*found, strict=True):
         torch.testing.assert_close(launched, plain, rtol=1e-5, atol=1e-6)

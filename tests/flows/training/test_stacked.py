@@ -9,7 +9,7 @@ from torch import nn
 
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
-from flows.training.stacked import Together, train_together
+from flows.training.stacked import StackedTrainers, train_stacked
 from flows.training.trainer import Trainer, TrainingDiverged
 
 CONFIG = TrainerConfig(
@@ -127,7 +127,7 @@ def test_each_is_what_it_is_alone(tmp_path):
     each = [make(s, c, checkpoint=paths[s]) for s, c in enumerate(configs)]
     for trainer, _ in alone:
         trainer.fit()
-    assert train_together([trainer.training() for trainer, _ in each]) == [None] * 3
+    assert train_stacked([trainer.training() for trainer, _ in each]) == [None] * 3
     for (expected, expected_rows), (found, rows), path in zip(alone, each, paths, strict=True):
         assert close(expected.state_dict(), found.state_dict())
         assert close(expected_rows.rows, rows.rows)
@@ -141,7 +141,7 @@ def test_each_is_what_it_is_alone(tmp_path):
 def test_a_single_one_is_trained_as_alone_bit_by_bit():
     (expected, _), (found, _) = make(3), make(3)
     expected.fit()
-    train_together([found.training()])
+    train_stacked([found.training()])
     for a, b in zip(expected.module.parameters(), found.module.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -152,7 +152,7 @@ def test_runs_that_were_stopped_anywhere_go_on_together(tmp_path):
         make(seed, short, checkpoint=tmp_path / f"{seed}.pt")[0].fit()
     whole = replace(CONFIG, lr_schedule="constant")
     each = [make(seed, whole, checkpoint=tmp_path / f"{seed}.pt")[0] for seed in range(3)]
-    train_together([trainer.training(resume=True) for trainer in each])
+    train_stacked([trainer.training(resume=True) for trainer in each])
     for seed, found in enumerate(each):
         expected, _ = make(seed, whole)
         expected.fit()
@@ -178,7 +178,7 @@ def test_one_that_fails_leaves_the_others():
     each = [make(0, callbacks=[Poison(4)]), make(1), make(2)]
     each[1][0].loss = Broken()
     runs = [watched(trainer.training()) for trainer, _ in each]
-    diverged, broken, none = train_together(runs)
+    diverged, broken, none = train_stacked(runs)
     assert seen == [broken, diverged]  # as if each had failed alone, where it stood
     assert isinstance(diverged, TrainingDiverged)
     assert "nan in iteration 5" in str(diverged)
@@ -200,13 +200,13 @@ def test_what_all_have_in_common_fails_for_all():
     for trainer, _ in each:
         trainer.loss = Vector()
     with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \(8,\)"):
-        train_together([trainer.training() for trainer, _ in each])
+        train_stacked([trainer.training() for trainer, _ in each])
     assert [rows.ended for _, rows in each] == [1, 1]
 
 
 def test_one_update_of_all():
     alone, each = [make(seed)[0] for seed in range(2)], [make(seed)[0] for seed in range(2)]
-    together = Together(each)
+    together = StackedTrainers(each)
     for _ in range(3):
         expected, found = [trainer.step() for trainer in alone], together.step()
         for a, b in zip(expected, found, strict=True):
@@ -219,10 +219,10 @@ def test_what_cannot_be_trained_together_is_refused():
     trainer, _ = make(0)
     other = Trainer(Network(1, width=9), Regression(), CONFIG)
     with pytest.raises(ValueError, match="modules must have the same parameters and buffers"):
-        Together([trainer, other])
+        StackedTrainers([trainer, other])
     other = Trainer(Network(1), Regression(), replace(CONFIG, accumulate=3))
     with pytest.raises(ValueError, match="accumulate and autocast must be the same in all"):
-        Together([trainer, other])
+        StackedTrainers([trainer, other])
     other = Trainer(Network(1), lambda m, g: (m(torch.ones(2, 3)).sum(), {}), CONFIG)
     with pytest.raises(TypeError, match="loss must have the parts of a TwoPartLoss"):
-        Together([trainer, other])
+        StackedTrainers([trainer, other])

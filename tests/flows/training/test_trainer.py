@@ -314,9 +314,9 @@ def test_checkpoints_come_every_so_often_and_at_the_end(tmp_path, monkeypatch):
 
 def test_the_checkpoint_says_what_made_it(tmp_path):
     config = replace(PLAIN, iterations=2)
-    problem = {"target": "ring", "sizes": [4, 4], "note": None}
-    Trainer(Point(), quadratic, config, checkpoint=tmp_path / "c.pt", problem=problem).fit()
-    state = checkpoints.load(tmp_path / "c.pt", expect=problem)
+    identity = {"target": "ring", "sizes": [4, 4], "note": None}
+    Trainer(Point(), quadratic, config, checkpoint=tmp_path / "c.pt", identity=identity).fit()
+    state = checkpoints.load(tmp_path / "c.pt", expect=identity)
     assert TrainerConfig(**state["config"]) == config
     assert state["versions"] == checkpoints.versions()
 
@@ -448,10 +448,10 @@ def test_large_but_finite_float64_losses_are_no_divergence():
 
 def test_checkpoints_that_do_not_fit(tmp_path):
     path, config = tmp_path / "c.pt", TrainerConfig(iterations=3)
-    Trainer(network(), regression, config, checkpoint=path, problem={"target": "ring"}).fit()
+    Trainer(network(), regression, config, checkpoint=path, identity={"target": "ring"}).fit()
 
-    def resume(module, problem):
-        Trainer(module, regression, config, checkpoint=path, problem=problem).fit(resume=True)
+    def resume(module, identity):
+        Trainer(module, regression, config, checkpoint=path, identity=identity).fit(resume=True)
 
     resume(network(), {"target": "ring"})
     with pytest.raises(CheckpointError, match="target: 'ring' in the checkpoint, expected 'moons'"):
@@ -477,7 +477,7 @@ def test_checkpoints_without_frozen_weights_resume_exactly_and_know_them(tmp_pat
     config = replace(PLAIN, lr=1e-4, ema_decay=decay)
 
     def fit(module, iterations, **options):
-        options = {"checkpoint": path, "save_frozen": False, "problem": {"a": 1}} | options
+        options = {"checkpoint": path, "save_frozen": False, "identity": {"a": 1}} | options
         trainer = Trainer(module, regression, replace(config, iterations=iterations), **options)
         return trainer.fit(resume=trainer.checkpoint is not None).state_dict()
 
@@ -488,11 +488,11 @@ def test_checkpoints_without_frozen_weights_resume_exactly_and_know_them(tmp_pat
     assert not {"0.weight", "0.bias"} & state["module"].keys()
     assert {"1.running_mean", "2.weight"} <= state["module"].keys()
     assert (state["ema"] or state["module"]).keys() == state["module"].keys()
-    assert state["problem"].keys() == {"a", "frozen_weights"}
+    assert state["identity"].keys() == {"a", "frozen_weights"}
     saved = (tmp_path / "all.pt").stat().st_size - path.stat().st_size
     assert saved > 4000 * 4 * 4 - 1000
 
-    with pytest.raises(CheckpointError, match=r"another problem; frozen_weights: '\w{16}' in the"):
+    with pytest.raises(CheckpointError, match=r"another identity; frozen_weights: '\w{16}' in the"):
         fit(adapted(scale=1.001), 6)
     with pytest.raises(CheckpointError, match="frozen_weights: 'absent' in the checkpoint"):
         fit(adapted(), 6, checkpoint=tmp_path / "all.pt")
@@ -508,7 +508,7 @@ def test_checkpoints_without_frozen_weights_resume_exactly_and_know_them(tmp_pat
 
 def test_without_frozen_weights_a_checkpoint_is_the_same_either_way(tmp_path):
     for name, save_frozen in (("a", True), ("b", False)):
-        options = {"checkpoint": tmp_path / name, "problem": {"a": 1}, "save_frozen": save_frozen}
+        options = {"checkpoint": tmp_path / name, "identity": {"a": 1}, "save_frozen": save_frozen}
         Trainer(network(), regression, PLAIN, **options).fit()
     assert equal(*(checkpoints.load(tmp_path / name) for name in ("a", "b")))
 
@@ -658,12 +658,12 @@ def test_fit_flow_resumes_and_checks_its_arguments(tmp_path):
         return fitted.state_dict(), recorder.events
 
     whole, _ = fit(30, None)
-    fit(13, tmp_path / "c.pt", problem={"data": "normal"})
-    resumed, events = fit(30, tmp_path / "c.pt", resume=True, problem={"data": "normal"})
+    fit(13, tmp_path / "c.pt", identity={"data": "normal"})
+    resumed, events = fit(30, tmp_path / "c.pt", resume=True, identity={"data": "normal"})
     assert equal(resumed, whole)
     assert events == ["start", *range(14, 31), "end"]
     with pytest.raises(CheckpointError, match="data: 'normal' in the checkpoint"):
-        fit(30, tmp_path / "c.pt", resume=True, problem={"data": "digits"})
+        fit(30, tmp_path / "c.pt", resume=True, identity={"data": "digits"})
     with pytest.raises(ValueError, match=r"coupling must be one of .*got 'sinkhorn'"):
         fit(1, None, coupling="sinkhorn")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

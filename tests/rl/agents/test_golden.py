@@ -2,9 +2,10 @@
 
 Everything goes through what training uses: `Agent.loss`, `Agent.update_slow` and `Agent.act`,
 driven by `flows.training.trainer.Trainer`, alone or together with others by
-`flows.training.stacked.Together`; only the noise is the recorded one.  Tolerances are rtol 1e-5 and
-atol 1e-6, the latter in units of the tensor's largest entry where that exceeds 1: the smallest
-entries of a gradient are sums of terms a million times larger, so float32 rounds them by more.
+`flows.training.stacked.StackedTrainers`; only the noise is the recorded one.  Tolerances are rtol
+1e-5 and atol 1e-6, the latter in units of the tensor's largest entry where that exceeds 1: the
+smallest entries of a gradient are sums of terms a million times larger, so float32 rounds them by
+more.
 """
 
 import functools
@@ -17,7 +18,7 @@ from helpers.golden_values import ALT, BAM, CASES, FQL, IFQL, QAM, QAM_E, QAM_F,
 from applications.rl.agents import make_agent
 from applications.rl.agents.actor_critic import pessimistic
 from flows.training.config import TrainerConfig
-from flows.training.stacked import Together, draw
+from flows.training.stacked import StackedTrainers, draw
 from flows.training.trainer import Trainer
 
 RTOL, ATOL = 1e-5, 1e-6
@@ -95,7 +96,7 @@ def trained(name, path="alone"):
     case = next(case for case in CASES if str(case) == name)
     trainers = [make_trainer(case, member) for member in MEMBERS[path]]
     trainer = trainers[len(trainers) // 2]
-    together = Together(trainers) if path == "together" else None
+    together = StackedTrainers(trainers) if path == "together" else None
     for update in range(3):
         for each in trainers:
             each.prepare()

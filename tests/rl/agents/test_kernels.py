@@ -132,7 +132,16 @@ def test_running_error_is_part_of_the_state():
 @pytest.mark.parametrize("kernel", [k for k in AGENT_KERNELS if k != "moment_matched"])
 def test_constant_kernels_are_the_core_tables(kernel):
     table, expected = make("qam", kernel=kernel).kernel(), make_kernel(kernel, grids.uniform(4))
-    for column in ("t", "mean_x", "mean_v", "std", "adjoint_x", "adjoint_v", "read_v", "read_a"):
+    for column in (
+        "t",
+        "mean_x",
+        "mean_v",
+        "std",
+        "adjoint_x",
+        "adjoint_v",
+        "residual_v",
+        "residual_a",
+    ):
         assert torch.equal(getattr(table, column), getattr(expected, column))
 
 
@@ -187,7 +196,7 @@ def test_the_published_kernel_does_not_have_it_as_its_fixed_point():
     chain = agent.samples(batch(), eps).chain
     kernel, xs = chain.kernel, chain.xs
     adjoint = agent.adjoint(kernel, s, xs)
-    ratio = (kernel.read_a / kernel.read_v)[:, None, None]
+    ratio = (kernel.residual_a / kernel.residual_v)[:, None, None]
     target = adjoint.v_base - ratio * adjoint.values[:-1]
     exact = torch.stack([agent.policy(xs[k], kernel.t[k]) for k in range(5)])
     assert (target - exact)[1:].abs().max() > 0.05

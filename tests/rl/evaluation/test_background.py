@@ -25,7 +25,7 @@ from helpers.tiny import Corridor, corridor_data
 
 from applications.rl.errors import RunError
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
-from applications.rl.training.agent_loss import Schedule
+from applications.rl.training.agent_loss import Phases
 from applications.rl.training.callbacks import Evaluations, WandbLogger
 from applications.rl.training.train import train
 from flows.training import checkpoint as checkpoints
@@ -113,7 +113,7 @@ class Interrupt(Callback):
 
 def train_gated(folder, report):
     torch.set_num_threads(1)
-    fit(folder, environment=partial(Gated, folder), callbacks=[report], eval_beside=True)
+    fit(folder, environment=partial(Gated, folder), callbacks=[report], background_eval=True)
 
 
 class Wandb:
@@ -155,7 +155,7 @@ def told(folder, module):
 def test_two_seeds_leave_the_same_beside_as_within(tmp_path, monkeypatch):
     logged = []
     options = {"seeds": (3, 1), "together": 2, "tensorboard": True, "wandb": "project"}
-    for name, changes in (("within", {}), ("beside", {"eval_beside": True, "workers": 1})):
+    for name, changes in (("within", {}), ("beside", {"background_eval": True, "workers": 1})):
         monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
         runs = fit(tmp_path / name, ONLINE, **options, **changes)
         logged.append([told(run.folder, module) for run in runs])
@@ -206,12 +206,14 @@ def test_a_killed_run_asks_again_for_what_had_not_come(tmp_path, whole):
 
 def test_a_failure_beside_ends_a_run_and_no_other(tmp_path, whole, capsys):
     """The second evaluation of the first seed fails, that of the second one kills the process."""
-    with pytest.raises(RunError, match=r"^eval_beside: an evaluation failed"):
-        fit(tmp_path, environment=Failing, seeds=(0, 1), eval_beside=True, environments=1)
+    with pytest.raises(RunError, match=r"^background_eval: an evaluation failed"):
+        fit(tmp_path, environment=Failing, seeds=(0, 1), background_eval=True, environments=1)
     assert not multiprocessing.active_children()
     said = capsys.readouterr().err
-    assert re.search(r"(?s)seed 0 failed: eval_beside: an eval.*simulator is unstable", said)
-    assert "seed 1 failed: eval_beside: a worker process ended with exit code -9; was mem" in said
+    assert re.search(r"(?s)seed 0 failed: background_eval: an eval.*simulator is unstable", said)
+    assert (
+        "seed 1 failed: background_eval: a worker process ended with exit code -9; was mem" in said
+    )
     for seed in (0, 1):
         assert [row["step"] for row in rows(tmp_path / f"seed{seed}")] == ["20"]
         state = checkpoints.load(tmp_path / f"seed{seed}" / "checkpoint.pt")
@@ -225,8 +227,8 @@ def test_what_cannot_be_sent_to_a_process_is_refused(tmp_path):
         return Corridor()
 
     message = r": what makes the environment cannot be sent to a worker process \(.*local"
-    with pytest.raises(ValueError, match="^eval_beside" + message):
-        fit(tmp_path, environment=local, eval_beside=True)
+    with pytest.raises(ValueError, match="^background_eval" + message):
+        fit(tmp_path, environment=local, background_eval=True)
     assert not [*tmp_path.rglob("*.*")]
     with pytest.raises(ValueError, match="^workers" + message):
         Evaluator(local, workers=1)
@@ -249,10 +251,10 @@ class Late:
 def test_a_program_that_leaves_it_open_ends(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from applications.rl.evaluation.background import Beside\n"
+        "from applications.rl.evaluation.background import BackgroundEvaluator\n"
         "from tiny import Corridor\n"
         "if __name__ == '__main__':\n"
-        "    beside = Beside(Corridor)\n"
+        "    beside = BackgroundEvaluator(Corridor)\n"
         "    print(beside.spaces.observation_dim)\n"
     )
     path = os.pathsep.join(p for p in sys.path if p)
@@ -277,7 +279,7 @@ def test_one_evaluation_at_a_time(tmp_path):
     class Stub:
         iteration, module = 0, torch.nn.Linear(1, 1)
 
-    evaluations = Evaluations(tmp_path, Schedule(10), 4, evaluate)
+    evaluations = Evaluations(tmp_path, Phases(10), 4, evaluate)
     evaluations.on_start(Stub())
     for iteration in range(1, 11):
         evaluations.on_step(Stub(), iteration, {})
@@ -297,13 +299,13 @@ def test_a_run_that_is_resumed_at_its_end_waits_for_what_had_not_come(tmp_path):
     class Stub:
         iteration, module = 0, torch.nn.Linear(1, 1)
 
-    first = Evaluations(tmp_path, Schedule(10), 4, lambda agent, step, phase: Late(log, step))
+    first = Evaluations(tmp_path, Phases(10), 4, lambda agent, step, phase: Late(log, step))
     first.on_start(Stub())
     for iteration in range(1, 5):
         first.on_step(Stub(), iteration, {})
     assert rows(tmp_path) == []
     Stub.iteration = 4  # killed here, and resumed with no more to do
-    again = Evaluations(tmp_path, Schedule(4), 4, lambda agent, step, phase: Late(log, step))
+    again = Evaluations(tmp_path, Phases(4), 4, lambda agent, step, phase: Late(log, step))
     again.on_start(Stub())
     assert log == [("waited", 4)]
     assert [row["step"] for row in rows(tmp_path)] == ["4"]

@@ -12,7 +12,7 @@ from torch import nn
 from applications.rl.agents import make_agent
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.spaces import Spaces
-from applications.rl.environments.workers import Lane, Worker
+from applications.rl.environments.workers import LocalEnvironment, RemoteEnvironment
 from applications.rl.environments.wrappers import standardise
 from applications.rl.errors import RunError
 from applications.rl.evaluation.command import EvaluateConfig, evaluate_trained, record, write_gif
@@ -176,8 +176,8 @@ def test_arguments_and_spaces_are_checked(agent):
 def test_failures_in_workers_are_explained(agent):
     with pytest.raises(RunError, match=r"(?s)failed in a worker process.*simulator is unstable"):
         evaluate(agent, Broken, episodes=2, workers=1)
-    worker = Worker(Corridor)
-    assert worker.spaces == Lane(Corridor).spaces == Spaces(4, 2)
+    worker = RemoteEnvironment(Corridor)
+    assert worker.spaces == LocalEnvironment(Corridor).spaces == Spaces(4, 2)
     worker._process.kill()
     worker._process.join()
     with pytest.raises(RunError, match="ended with exit code -9"):

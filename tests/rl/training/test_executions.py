@@ -11,11 +11,11 @@ from helpers.tiny import options
 from applications.rl.agents import make_agent
 from applications.rl.data.replay import Batch, Replay
 from applications.rl.training import train as training
-from applications.rl.training.agent_loss import Objective, Schedule
+from applications.rl.training.agent_loss import AgentLoss, Phases
 from flows.training import checkpoint as checkpoints
 from flows.training.config import TrainerConfig
-from flows.training.cuda_graphs import Launcher
-from flows.training.stacked import Together, train_together
+from flows.training.cuda_graphs import UpdateGraph
+from flows.training.stacked import StackedTrainers, train_stacked
 from flows.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -39,8 +39,8 @@ def test_updates_launched_in_blocks(seeds, tmp_path, monkeypatch):
     phases = {**BOTH, "offline_steps": 9}
     fit(tmp_path / "plain", phases, seeds=seeds, together=len(seeds))
     replays = Replays()
-    launched = functools.partial(train_together, ahead=Launcher(2, capture=replays))
-    monkeypatch.setattr(training, "train_together", lambda runs, **_: launched(runs))
+    launched = functools.partial(train_stacked, ahead=UpdateGraph(2, capture=replays))
+    monkeypatch.setattr(training, "train_stacked", lambda runs, **_: launched(runs))
     fit(tmp_path / "ahead", phases, seeds=seeds, together=len(seeds))
     assert replays.launches == 3  # nine updates: two to warm up, the last by itself
     for seed in seeds:
@@ -69,7 +69,7 @@ def test_what_needs_a_gpu_is_refused_without(tmp_path):
         configuration(tmp_path, {"offline_steps": 9}, eval_every=0, checkpoint_every=4, graph=3)
 
 
-class Drawn(Objective):
+class Drawn(AgentLoss):
     """The loss at random batches."""
 
     def sample(self, module, generator):
@@ -85,10 +85,10 @@ def steps(name, members, compiled):
     trainers = []
     for seed in range(members):
         agent = make_agent(name, options(name, flow_steps=2), 4, 2, seed=seed)
-        objective = Drawn(Replay(0, 4, 2), Schedule(9), batch_size=B, compiled=compiled)
+        objective = Drawn(Replay(0, 4, 2), Phases(9), batch_size=B, compiled=compiled)
         config = TrainerConfig(lr_schedule="constant", ema_decay=0, seed=seed)
         trainers.append(Trainer(agent, objective, config))
-    step = Together(trainers).step if members > 1 else lambda: [trainers[0].step()]
+    step = StackedTrainers(trainers).step if members > 1 else lambda: [trainers[0].step()]
     metrics = [step() for _ in range(2)]
     return metrics, [trainer.module.state_dict() for trainer in trainers]
 

@@ -14,7 +14,7 @@ from applications.rl.training.train import train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
-from flows.training.stacked import Together
+from flows.training.stacked import StackedTrainers
 from flows.training.trainer import Trainer, TrainingDiverged
 
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def trainers(name, **options):
 def test_updates_of_every_agent(name, options):
     single, stacked = trainers(name, **options), trainers(name, **options)
     start = [p.detach().clone() for p in stacked[0].module.parameters()]
-    together, clipped = Together(stacked), 0
+    together, clipped = StackedTrainers(stacked), 0
     for _ in range(4):
         for each, found in zip(single, together.step(), strict=True):
             expected = each.step()
@@ -157,7 +157,7 @@ def test_how_many_are_trained_at_a_time(tmp_path, monkeypatch):
     """On a CPU one, if nothing else is asked for."""
     sizes = []
     monkeypatch.setattr(
-        "applications.rl.training.train.train_together",
+        "applications.rl.training.train.train_stacked",
         lambda runs, **_: sizes.append(len(runs)) or [],
     )
     for together in (0, 2, 9):
@@ -175,6 +175,6 @@ def test_too_many_for_the_device(tmp_path, monkeypatch):
     def full(self, drawn):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Together, "backward", full)
+    monkeypatch.setattr(StackedTrainers, "backward", full)
     with pytest.raises(RunError, match=r"2 seeds together do not fit the device; --together with"):
         fit(tmp_path, seeds=(0, 1), together=2)

@@ -22,9 +22,9 @@ from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.wrappers import standardise
 from applications.rl.evaluation.evaluator import evaluate
 from applications.rl.run_folder import full_disk_explained, load_agent
-from applications.rl.training.agent_loss import Objective, Schedule
+from applications.rl.training.agent_loss import AgentLoss, Phases
 from applications.rl.training.callbacks import WandbLogger
-from applications.rl.training.setup import Rotation
+from applications.rl.training.setup import ShardRotation
 from applications.rl.training.train import TrainConfig, train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
@@ -144,15 +144,15 @@ def test_slow_copies_follow_the_weights_from_before_the_step(tmp_path):
 
 
 def test_schedule_against_counting():
-    schedule = Schedule(offline_steps=7, online_steps=20, start_training=6)
+    schedule = Phases(offline_steps=7, online_steps=20, start_training=6)
     expected = [(i, 0, "offline") for i in range(1, 8)]
     expected += [(7 + step, step, "online") for step in range(6, 21)]
     updates = range(1, schedule.updates + 1)
     assert [(schedule.step(u), schedule.online(u), schedule.phase(u)) for u in updates] == expected
-    assert Schedule(5).updates == 5
+    assert Phases(5).updates == 5
     for arguments in ((-1,), (0, -1), (0, 5, 0), (0, 5, 6)):
         with pytest.raises(ValueError, match=r"(must be at least|must be 0 or at least)"):
-            Schedule(*arguments)
+            Phases(*arguments)
 
 
 def test_learning_online_without_data(tmp_path):
@@ -168,7 +168,7 @@ def test_learning_online_without_data(tmp_path):
 def test_shards_take_turns_and_a_resumed_run_finds_its_own(tmp_path):
     shards = [corridor_data(rows=60, seed=seed) for seed in range(3)]
     replay = Replay.from_dataset(shards[0])
-    rotation, seen = Rotation(replay, shards, every=4), []
+    rotation, seen = ShardRotation(replay, shards, every=4), []
     for update in range(1, 19):
         rotation(update)
         first = replay.windows(torch.tensor([0]), horizon=1, discount=1.0).observations[0].numpy()
@@ -176,7 +176,7 @@ def test_shards_take_turns_and_a_resumed_run_finds_its_own(tmp_path):
             next(i for i, s in enumerate(shards) if np.array_equal(s.observations[0], first))
         )
     assert seen == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1, 1]
-    again = Rotation(Replay.from_dataset(shards[0]), shards, every=4)
+    again = ShardRotation(Replay.from_dataset(shards[0]), shards, every=4)
     again(9)
     assert again.current == 2
 
@@ -251,7 +251,7 @@ def test_an_agent_is_read_back_from_its_run(tmp_path):
         load_agent(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"name a run below it, such as .*seed0$"):
         load_agent(tmp_path)
-    checkpoints.save(tmp_path / "other.pt", {"problem": {"target": "ring"}, "module": {}})
+    checkpoints.save(tmp_path / "other.pt", {"identity": {"target": "ring"}, "module": {}})
     with pytest.raises(CheckpointError, match="no checkpoint of an agent"):
         load_agent(tmp_path / "other.pt")
 
@@ -489,5 +489,5 @@ def test_what_cannot_be_had_is_refused(tmp_path):
         train(configuration(tmp_path, online), environment=Corridor)
     replay = Replay.from_dataset(corridor_data())
     with pytest.raises(ValueError, match="online_steps needs acting and a replay of capacity"):
-        Objective(replay, Schedule(1, 1), acting=None)
+        AgentLoss(replay, Phases(1, 1), acting=None)
     assert Episodes(Corridor, 0).env.action_space.shape == (2,)

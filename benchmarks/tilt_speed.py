@@ -37,7 +37,9 @@ from adjoint import TiltConfig, TiltLoss, ValueFunction, as_reward, draw_noise, 
 from adjoint.tilt import trainable
 from adjoint.tilt_loss import compiled
 from applications.common.pictures import style
-from applications.toy2d.digits import handwriting
+from applications.toy2d.digits.classifier import Classifier, DigitReward
+from applications.toy2d.digits.data import DIM, load
+from applications.toy2d.digits.mlp_flow import make_flow
 from applications.toy2d.rewards import make_reward
 from applications.toy2d.targets import find_target
 from benchmarks.common.clock import Clock, check_clock, seconds
@@ -96,9 +98,8 @@ def _closed_form() -> tuple[nn.Module, ValueFunction, tuple[int, ...]]:
 
 
 def _digits() -> tuple[nn.Module, ValueFunction, tuple[int, ...]]:
-    judge = handwriting.Classifier().requires_grad_(False)
-    flow = handwriting.make_flow(handwriting.load().train)
-    return flow, handwriting.DigitReward(judge, 3), (handwriting.DIM,)
+    classifier = Classifier().requires_grad_(False)
+    return make_flow(load().train), DigitReward(classifier, 3), (DIM,)
 
 
 PROBLEMS: dict[str, Callable[[], tuple[nn.Module, ValueFunction, tuple[int, ...]]]] = {

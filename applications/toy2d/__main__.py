@@ -16,7 +16,7 @@ from tqdm import tqdm
 from applications.toy2d import gallery as overview
 from applications.toy2d import kernels
 from applications.toy2d.digits import run as digits
-from applications.toy2d.pictures.of_a_run import draw
+from applications.toy2d.pictures.of_a_run import save_pictures
 from applications.toy2d.rewards import REWARDS
 from applications.toy2d.run import RunConfig, run, table
 from applications.toy2d.targets import TARGETS
@@ -45,7 +45,7 @@ def show_run(config: RunConfig) -> None:
     """Run, print the table, write the pictures."""
     finished = run(config)
     print(f"\n{finished.tilted}\n\n{table(finished.report)}\n")
-    pictures = draw(finished)
+    pictures = save_pictures(finished)
     print("\n".join(f"wrote {path}" for path in [config.path / "report.json", *pictures]))
 
 

@@ -36,7 +36,7 @@ __all__ = [
     "ResampledTilt",
     "RewardFunction",
     "grid_tilt",
-    "judged",
+    "mask_unreliable",
     "mode_tv",
     "resample_tilt",
     "sliced_wasserstein",
@@ -226,7 +226,7 @@ class ResampledTilt:
         return self.samples[chosen]
 
 
-def judged(
+def mask_unreliable(
     report: dict[str, str | int | float],
     names: Sequence[str],
     exact: GridTilt | ResampledTilt,

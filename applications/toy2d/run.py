@@ -3,7 +3,8 @@
 The base is the target's own flow in closed form (mixtures), or a network trained on its samples.
 What the tilt should be is then the tilt of *that base's* law: by quadrature for a closed form, and
 by importance-resampling the base's own samples for a trained one, so that errors of the base are
-not blamed on the tilt; where too few of those samples count, nothing is compared (`exact.judged`).
+not blamed on the tilt.  Where too few of those samples count, nothing is compared
+(`exact_tilt.mask_unreliable`).
 
 A run's folder holds ``config.json`` (options, versions), ``base.csv``, ``tilt.csv`` (metrics),
 ``base.pt``, ``tilt.pt`` (checkpoints), ``report.json`` and the pictures.
@@ -21,24 +22,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adjoint import tilt
-from adjoint.tilt import TiltConfig, Tilted
+from adjoint import TiltConfig, Tilted, tilt
+from applications.common.callbacks import training_callbacks
 from applications.toy2d.exact_tilt import (
     GridTilt,
     ResampledTilt,
     grid_tilt,
-    judged,
+    mask_unreliable,
     mode_tv,
     resample_tilt,
     w2_ratio,
 )
 from applications.toy2d.rewards import ToyReward, make_reward
-from applications.toy2d.run_folder import CONFIG, Resumed, claim, locked
+from applications.toy2d.run_folder import CONFIG, claim, locked
 from applications.toy2d.targets import Target, find_target
-from flows import Callback, MLPVelocity, ProgressBar, VelocityField, data_sampler, fit_flow, sample
-from flows.training import CSVLogger, write_json
+from flows import MLPVelocity, TrainerConfig, VelocityField, data_sampler, fit_flow, sample
 from flows.training import checkpoint as checkpoints
-from flows.training.fit import TrainerConfig
+from flows.training import write_json
 
 SAMPLE_STEPS = 50
 """Midpoint steps of every ODE sample of a run."""
@@ -195,11 +195,6 @@ def validate(config: RunConfig, target: Target) -> None:
     _ = config.tilt_options, config.base_options
 
 
-def training_callbacks(config: RunConfig, name: str, log: str) -> list[Callback]:
-    """What a training shows and logs."""
-    return [Resumed(name), ProgressBar(name), CSVLogger(config.path / log)]
-
-
 def make_base(config: RunConfig, target: Target) -> VelocityField:
     """The base flow of a run, whose options are valid."""
     if not config.trains_base:
@@ -215,7 +210,7 @@ def make_base(config: RunConfig, target: Target) -> VelocityField:
         data_sampler(data),
         config=config.base_options,
         batch_size=512,
-        callbacks=training_callbacks(config, "base flow", "base.csv"),
+        callbacks=training_callbacks("base flow", config.path / "base.csv"),
         checkpoint=config.path / "base.pt",
         resume=config.resume,
         identity={
@@ -258,7 +253,8 @@ def make_report(
 ) -> dict[str, str | int | float]:
     """The numbers of a run, flat; rewards are those of the ODE's samples, unscaled.
 
-    What is compared with an exact tilt of too few effective samples is NaN (`exact.judged`).
+    Comparisons with an exact tilt of too few effective samples are NaN
+    (`exact_tilt.mask_unreliable`).
     """
     assert tilted.certificate is not None
     assert tilted.certificate_base is not None
@@ -287,7 +283,7 @@ def make_report(
         "w2_ratio": w2_ratio(samples, *sets, size=size, generator=generator),
         "mode_tv": mode_tv(samples, exact, target.modes),
     }
-    return judged(report, COMPARED, exact, "the base")
+    return mask_unreliable(report, COMPARED, exact, "the base")
 
 
 def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
@@ -323,7 +319,7 @@ def _run(config: RunConfig, target: Target, reward: ToyReward, base: VelocityFie
         reward,
         shape=(2,),
         config=config.tilt_options,
-        callbacks=training_callbacks(config, "tilt", "tilt.csv"),
+        callbacks=training_callbacks("tilt", config.path / "tilt.csv"),
         checkpoint=config.path / "tilt.pt",
         resume=config.resume,
         identity=config.identity,

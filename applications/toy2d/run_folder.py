@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
-from flows import Callback, Trainer
 from flows.training import write_json
 
 try:
@@ -28,25 +25,6 @@ WRITTEN = (
     *("digits.png", "classes.png"),
 )
 """What runs write beside config.json; removed where one begins anew."""
-
-
-class Resumed(Callback):
-    """Say at which iteration a training is resumed, on the standard error stream.
-
-    Arguments:
-        name: of what is trained.
-    """
-
-    writes = True
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Say so, if the training does not begin here."""
-        if trainer.iteration:
-            where = f"iteration {trainer.iteration} of {trainer.config.iterations}"
-            tqdm.write(f"{self.name}: resumed at {where}", file=sys.stderr)
 
 
 @contextmanager

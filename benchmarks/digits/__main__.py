@@ -40,15 +40,15 @@ from adjoint import certify
 from adjoint.rejection import CUT, acceptance
 from adjoint.tilt import Tilted
 from applications.common.pictures import style
-from applications.toy2d.digits import handwriting
-from applications.toy2d.digits.handwriting import CLASSES, DIM, Classifier, DigitReward, Digits
-from applications.toy2d.digits.judge import Comparison, compare, distances
+from applications.toy2d.digits.classifier import Classifier, DigitReward
+from applications.toy2d.digits.data import CLASSES, DIM, Digits, load
+from applications.toy2d.digits.metrics import Comparison, compare_classes, training_distances
 from applications.toy2d.digits.run import (
     DigitsConfig,
     ode_samples,
     tilt_digits,
     train_base,
-    train_judge,
+    train_classifier,
 )
 from flows.training import choose_device, prepare_process, write_json
 
@@ -158,7 +158,7 @@ def judge(
     chained = dict.fromkeys(("chain", "weighted"), after.samples)
     samples = {"ode": ode, **chained, "accepted": accepted}
     found = {
-        law: compare(
+        law: compare_classes(
             classifier,
             base if law == "ode" else chain,
             samples[law],
@@ -281,7 +281,7 @@ def measure(
     for law in LAWS:
         if law != "weighted":  # of the same samples as the chain's
             resampled = comparisons[law].resampled
-            nearest = distances(classifier, data, config.digit, samples[law], resampled)
+            nearest = training_distances(classifier, data, config.digit, samples[law], resampled)
         row = make_row(config, temperature, law, tilted, comparisons, nearest)
         row["classifier_accuracy"] = classifier.accuracy(data.test, data.test_labels)
         row["seconds"] = time.perf_counter() - started
@@ -305,9 +305,9 @@ def main(config: BenchmarkConfig) -> None:
     torch.set_num_threads(config.threads)
     prepare_process()
     config = replace(config, device=str(choose_device(config.device)))
-    data = handwriting.load(config.seed)
+    data = load(config.seed)
     options = config.tilted_at(1.0)
-    classifier = train_judge(options, data).to(config.device)
+    classifier = train_classifier(options, data).to(config.device)
     base = train_base(options, data).to(config.device)
     data = data.to(config.device)
     seed = 1000 * config.seed + 11

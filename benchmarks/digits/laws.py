@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from adjoint import Certificate, Kernel, Reward, certify, log_mean_exp
-from applications.toy2d.digits.handwriting import DIM, Classifier
-from applications.toy2d.digits.judge import Comparison, compare
-from applications.toy2d.digits.unet import draw_labels
+from applications.toy2d.digits.classifier import Classifier
+from applications.toy2d.digits.data import DIM
+from applications.toy2d.digits.metrics import Comparison, compare_classes
+from applications.toy2d.digits.unet_flow import draw_labels
 from applications.toy2d.exact_tilt import ResampledTilt
 from flows import Cond, VelocityField, sample
 
@@ -133,7 +134,7 @@ def compare_laws(
         if weighted and t.log_weights is not None:
             weights = torch.softmax(t.log_weights.double(), 0)
         found.append(
-            compare(classifier, b.samples, t.samples, reward, temperature, weights=weights)
+            compare_classes(classifier, b.samples, t.samples, reward, temperature, weights=weights)
         )
     return joined(found)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from applications.common.pictures import style
-from applications.toy2d.digits.handwriting import SIZE
+from applications.toy2d.digits.data import SIZE
 from applications.toy2d.digits.pictures import mosaic
 from benchmarks.digits_frontier.judge import CLOSENESS, Metrics, mean, root, stderr
 from benchmarks.digits_frontier.rows import Point, curve_of

@@ -51,8 +51,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from applications.toy2d.digits.handwriting import CLASSES, Classifier, Digits, add_noise
-from applications.toy2d.digits.judge import nearest_distance
+from applications.toy2d.digits.classifier import Classifier
+from applications.toy2d.digits.data import CLASSES, Digits, add_noise
+from applications.toy2d.digits.metrics import nearest_distance
 
 DIVERSITY = ("classes", "distance", "coverage")
 JUDGED = ("distance", "coverage")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adjoint import Reward, decoded
-from applications.toy2d.digits.handwriting import SIZE, DigitReward
+from applications.toy2d.digits.classifier import DigitReward
+from applications.toy2d.digits.data import SIZE
 from flows import Cond
 
 UPSCALE = 4

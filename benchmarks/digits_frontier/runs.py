@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from adjoint import Reward, lora, tilt
 from adjoint.tilt import TiltConfig, Tilted
-from applications.toy2d.digits.handwriting import DIM
-from applications.toy2d.digits.unet import draw_labels, with_correction
+from applications.common.callbacks import training_callbacks
+from applications.toy2d.digits.data import DIM
+from applications.toy2d.digits.unet_flow import draw_labels, with_correction
 from applications.toy2d.exact_tilt import resample_tilt
 from benchmarks.digits.laws import Drawn, by_chain, by_ode, certificate_summary, compare_laws, start
 from benchmarks.digits_frontier import config as frontier_config
@@ -24,7 +25,7 @@ from benchmarks.digits_frontier.judge import CLOSENESS
 from benchmarks.digits_frontier.kl import best_of_kl, ode_kl, tilt_kl
 from benchmarks.digits_frontier.rewards import make_rewards
 from benchmarks.digits_frontier.rows import Point, Row
-from benchmarks.digits_frontier.study import Study, training_callbacks
+from benchmarks.digits_frontier.study import Study
 
 IMAGES = 96
 """Samples kept of every point, for the pictures."""
@@ -273,7 +274,7 @@ class Runs:
             config=options,
             model=model,
             cond_sampler=draw_labels if self.labelled else None,
-            callbacks=training_callbacks(config, name),
+            callbacks=training_callbacks(name, config.folder / f"{name}.csv"),
             checkpoint=config.folder / f"{name}.pt",
             resume=True,
             identity={"reward": self.problem.reward, "digit": config.digit},

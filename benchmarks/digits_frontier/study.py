@@ -8,19 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from applications.toy2d.digits import handwriting
-from applications.toy2d.digits.handwriting import Classifier, Digits
-from applications.toy2d.digits.unet import fit_unet, guided
+from applications.common.callbacks import training_callbacks
+from applications.toy2d.digits.classifier import Classifier, fit_classifier
+from applications.toy2d.digits.data import Digits, load
+from applications.toy2d.digits.unet_flow import fit_unet, guided
 from benchmarks.digits_frontier.config import FrontierConfig
 from benchmarks.digits_frontier.judge import Judge
-from flows import Callback, ProgressBar
-from flows.training import CSVLogger
 from flows.training import checkpoint as checkpoints
-
-
-def training_callbacks(config: FrontierConfig, name: str) -> list[Callback]:
-    """Progress bar and log of one training."""
-    return [ProgressBar(name), CSVLogger(config.folder / f"{name}.csv")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +30,12 @@ class Study:
     @classmethod
     def begin(cls, config: FrontierConfig) -> Study:
         """Load the data and train or resume the classifier."""
-        data = handwriting.load(config.seed)
-        classifier = handwriting.fit_classifier(
+        data = load(config.seed)
+        classifier = fit_classifier(
             data,
             iterations=config.classifier_iterations,
             seed=config.seed,
-            callbacks=training_callbacks(config, "classifier"),
+            callbacks=training_callbacks("classifier", config.folder / "classifier.csv"),
             checkpoint=config.folder / "classifier.pt",
             resume=True,
         )
@@ -58,7 +52,7 @@ class Study:
                 labelled=labelled,
                 iterations=config.base_iterations,
                 seed=config.seed,
-                callbacks=training_callbacks(config, name),
+                callbacks=training_callbacks(name, config.folder / f"{name}.csv"),
                 checkpoint=config.folder / f"{name}.pt",
                 resume=True,
             )
@@ -76,6 +70,6 @@ class Study:
         path = self.config.folder / f"{name}.pt"
         if path.exists():
             return checkpoints.load(path, expect=dict(identity))
-        found = {**compute(), "problem": dict(identity)}
+        found = {**compute(), "identity": dict(identity)}
         checkpoints.save(path, found)
         return found

@@ -11,9 +11,9 @@ import torch
 from helpers.frontier_batches import batches
 from torch import nn
 
-from applications.toy2d.digits import handwriting
-from applications.toy2d.digits import unet as digit_unet
-from applications.toy2d.digits.handwriting import Classifier
+from applications.toy2d.digits import data as digit_data
+from applications.toy2d.digits import unet_flow
+from applications.toy2d.digits.classifier import Classifier
 from benchmarks.digits.laws import Drawn, certificate_summary, compare_laws
 from benchmarks.digits_frontier import (
     __main__ as digits_frontier,
@@ -157,21 +157,21 @@ def test_what_decides_is_coverage_and_distance():
 
 
 def test_labels_are_dropped_for_the_one_that_stands_for_none(monkeypatch):
-    data = handwriting.load(0)
-    monkeypatch.setattr(digit_unet, "fit_flow", lambda flow, sampler, **options: sampler)
+    data = digit_data.load(0)
+    monkeypatch.setattr(unet_flow, "fit_flow", lambda flow, sampler, **options: sampler)
     fit = {"widths": (4,), "iterations": 1}
-    sampler = digit_unet.fit_unet(data, labelled=True, **fit)
+    sampler = unet_flow.fit_unet(data, labelled=True, **fit)
     x, cond = sampler(4000, torch.Generator().manual_seed(0))
     dropped = cond["label"] == 10
     assert 0.08 < float(dropped.double().mean()) < 0.12
     nearest = torch.cdist(x, data.train).argmin(1)
     right = data.train_labels[nearest] == cond["label"]
     assert float(right[~dropped].double().mean()) > 0.99
-    assert digit_unet.fit_unet(data, labelled=False, **fit)(3, torch.Generator()).shape == (3, 64)
+    assert unet_flow.fit_unet(data, labelled=False, **fit)(3, torch.Generator()).shape == (3, 64)
 
 
 def test_the_judge_measures_diversity():
-    data = handwriting.load(0)
+    data = digit_data.load(0)
     judge = Judge(Template(), data, 400)
     labels = torch.arange(800) % 4
     found = judge(one_of(labels), labels.float())
@@ -180,7 +180,7 @@ def test_the_judge_measures_diversity():
     apart = 0.75 * math.sqrt(2) * 400 / 399  # a quarter of the pairs is equal
     assert found["distance"].tolist() == [pytest.approx(apart, abs=1e-5)] * 2
     assert found["coverage"].max() == 0
-    real = handwriting.add_noise(data.train, generator=torch.Generator().manual_seed(1))
+    real = digit_data.add_noise(data.train, generator=torch.Generator().manual_seed(1))
     sevens = Judge(Template(), data, 60)
     some = sevens(real[data.train_labels == 7], torch.zeros(len(real)))["coverage"]
     everything = Judge(Template(), data, 600)(real, torch.zeros(len(real)))["coverage"]
@@ -229,7 +229,7 @@ def test_the_certificate_is_taken_label_by_label():
 
 
 def test_rewards_have_about_unit_spread_and_know_their_image():
-    data = handwriting.load(0)
+    data = digit_data.load(0)
     rewards = make_rewards(Template(), 3)
     for name in ("ink", "symmetry"):
         assert 0.5 < float(rewards[name](data.train).std()) < 2

@@ -10,7 +10,7 @@ import torch
 from helpers import frontier_batches
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from applications.toy2d.digits import unet as digit_unet
+from applications.toy2d.digits import unet_flow
 from benchmarks.digits.laws import Drawn
 from benchmarks.digits_frontier.alternatives import RewardGuidance
 from benchmarks.digits_frontier.judge import margin, mean, root, stderr
@@ -64,12 +64,12 @@ def test_without_correlations_it_is_right_for_every_sample():
 def a_flow(labelled, scale):
     """A small UNet flow of digits that is far from its Gaussian by about ``scale``."""
     images = torch.randn(80, 64, generator=torch.Generator().manual_seed(0))
-    flow = digit_unet.make_flow(images, widths=(4,), labelled=labelled)
+    flow = unet_flow.make_flow(images, widths=(4,), labelled=labelled)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(2)
         for parameter in flow.correction.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=scale)
-    return digit_unet.guided(flow, 1.5) if labelled else flow
+    return unet_flow.guided(flow, 1.5) if labelled else flow
 
 
 @pytest.mark.parametrize("labelled", [False, True])

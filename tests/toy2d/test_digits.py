@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from applications.toy2d.digits import handwriting
+from applications.toy2d.digits import classifier as digit_classifier
+from applications.toy2d.digits import data as digit_data
+from applications.toy2d.digits import mlp_flow
 from applications.toy2d.digits import run as digits
-from applications.toy2d.digits.handwriting import Classifier, DigitReward
-from applications.toy2d.digits.judge import Comparison, compare, distances, nearest_distance
+from applications.toy2d.digits.classifier import Classifier, DigitReward
+from applications.toy2d.digits.metrics import (
+    Comparison,
+    compare_classes,
+    nearest_distance,
+    training_distances,
+)
 from applications.toy2d.digits.run import OF_CHAIN, OF_ODE, DigitsConfig
 from applications.toy2d.exact_tilt import resample_tilt
 from flows.matching import flow_matching_loss
@@ -58,7 +65,7 @@ def tilted_law(probabilities, temperature, digit, sharpness):
 
 
 def test_split_is_disjoint_complete_and_scaled():
-    data = handwriting.load(3)
+    data = digit_data.load(3)
     assert data.test.shape == (450, 64)
     assert data.train.shape == (1347, 64)
     everything = torch.cat([data.train, data.test])
@@ -68,15 +75,15 @@ def test_split_is_disjoint_complete_and_scaled():
     assert torch.cdist(data.train, data.test).min() > 0
     counts = torch.cat([data.train_labels, data.test_labels]).bincount()
     assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert not torch.equal(data.test, handwriting.load(4).test)
+    assert not torch.equal(data.test, digit_data.load(4).test)
 
 
 def test_noise_has_the_stated_strength():
     clean = torch.zeros(4000, 64)
-    noise = handwriting.add_noise(clean, generator=torch.Generator().manual_seed(0))
-    assert float(noise.std()) == pytest.approx(handwriting.NOISE, rel=0.01)
-    rows = handwriting.noisy_sampler(clean)(4000, torch.Generator().manual_seed(1))
-    assert float(rows.std()) == pytest.approx(handwriting.NOISE, rel=0.01)
+    noise = digit_data.add_noise(clean, generator=torch.Generator().manual_seed(0))
+    assert float(noise.std()) == pytest.approx(digit_data.NOISE, rel=0.01)
+    rows = digit_data.noisy_sampler(clean)(4000, torch.Generator().manual_seed(1))
+    assert float(rows.std()) == pytest.approx(digit_data.NOISE, rel=0.01)
 
 
 def test_reward_is_the_log_probability_of_its_digit():
@@ -100,7 +107,7 @@ def test_exact_frequencies_and_their_errors_cover_the_truth(temperature):
     errors, log_zs, zs = [], [], []
     for _ in range(60):
         drawn = one_of(1000, generator, truth.float())
-        found = compare(classifier, one_of(2000, generator, p), drawn, reward, temperature)
+        found = compare_classes(classifier, one_of(2000, generator, p), drawn, reward, temperature)
         errors.append((found.exact - truth) / found.exact_error)
         log_zs.append((found.resampled.log_z - log_z) / found.resampled.log_z_stderr)
         zs.append(found.z)
@@ -117,8 +124,8 @@ def test_a_wrong_tilt_is_found_out():
     reward = DigitReward(classifier, digit)
     base = one_of(20_000, generator, p)
     truth, _ = tilted_law(p, 1.0, digit, 2.0)
-    right = compare(classifier, base, one_of(5000, generator, truth.float()), reward, 1.0)
-    wrong = compare(classifier, base, one_of(5000, generator, p), reward, 1.0)
+    right = compare_classes(classifier, base, one_of(5000, generator, truth.float()), reward, 1.0)
+    wrong = compare_classes(classifier, base, one_of(5000, generator, p), reward, 1.0)
     assert right.z.abs().max() < 4
     assert right.total_variation < 0.03
     binomial = (right.tilted * (1 - right.tilted) / 5000).sqrt()
@@ -136,9 +143,9 @@ def test_weights_correct_samples_of_another_law():
     reward = DigitReward(classifier, 2)
     base, other = one_of(20_000, generator, p), one_of(5000, generator, p)
     weights = resample_tilt(other, reward).weights
-    found = compare(classifier, base, other, reward, 1.0, weights=weights)
+    found = compare_classes(classifier, base, other, reward, 1.0, weights=weights)
     assert found.z.abs().max() < 4
-    assert compare(classifier, base, other, reward, 1.0).z.abs().max() > 10
+    assert compare_classes(classifier, base, other, reward, 1.0).z.abs().max() > 10
 
 
 def test_distances_are_of_one_digit_only():
@@ -148,38 +155,38 @@ def test_distances_are_of_one_digit_only():
     at = {0: train[0], 1: torch.zeros(64)}
     at[1][1] = 1.0
     base = torch.stack([at[0], at[1], at[1], at[0]])
-    data = handwriting.Digits(train, torch.tensor([0]), base, torch.tensor([0, 1, 1, 0]))
+    data = digit_data.Digits(train, torch.tensor([0]), base, torch.tensor([0, 1, 1, 0]))
     exact = resample_tilt(base, lambda x, cond=None: x[:, 0])
     for digit, expected in ((0, 0.0), (1, math.sqrt(2))):
-        found = distances(Template(), data, digit, base, exact)
+        found = training_distances(Template(), data, digit, base, exact)
         for name in ("base", "exact", "tilted"):
             assert found[f"nn_distance_{name}"] == pytest.approx(expected, abs=1e-3)
     assert torch.equal(nearest_distance(train, torch.cat([base, train])), torch.zeros(1))
 
 
 def test_untrained_flow_has_the_gaussian_law_of_the_images():
-    data = handwriting.load()
-    flow = handwriting.make_flow(data.train, width=16)
+    data = digit_data.load()
+    flow = mlp_flow.make_flow(data.train, width=16)
     x0 = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     x1 = sample(flow, x0, grid=20)
-    variance = data.train.var(0) + handwriting.NOISE**2
+    variance = data.train.var(0) + digit_data.NOISE**2
     assert torch.allclose(x1.mean(0), data.train.mean(0), atol=0.06)
     assert torch.allclose(x1.var(0), variance, rtol=0.12, atol=0.002)
 
 
 def test_training_improves_the_flow_and_the_classifier_reads():
-    data = handwriting.load()
-    classifier = handwriting.fit_classifier(data, iterations=150)
+    data = digit_data.load()
+    classifier = digit_classifier.fit_classifier(data, iterations=150)
     assert classifier.accuracy(data.test, data.test_labels) > 0.93
     assert not any(p.requires_grad for p in classifier.parameters())
-    before = handwriting.make_flow(data.train, width=128)
-    after = handwriting.fit_base(data, iterations=600, batch_size=128, width=128)
+    before = mlp_flow.make_flow(data.train, width=128)
+    after = mlp_flow.fit_mlp(data, iterations=600, batch_size=128, width=128)
     with torch.no_grad():
         losses = [
             float(
                 flow_matching_loss(
                     field,
-                    handwriting.add_noise(data.test.repeat(8, 1), generator=generator),
+                    digit_data.add_noise(data.test.repeat(8, 1), generator=generator),
                     generator=generator,
                 )[0]
             )

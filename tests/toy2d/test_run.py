@@ -18,7 +18,7 @@ from applications.toy2d import rewards
 from applications.toy2d.__main__ import List, main
 from applications.toy2d.digits.run import DigitsConfig
 from applications.toy2d.kernels import DESCRIPTIONS
-from applications.toy2d.pictures.of_a_run import draw
+from applications.toy2d.pictures.of_a_run import save_pictures
 from applications.toy2d.run import COMPARED, RunConfig, run, table
 from flows.training import checkpoint as checkpoints
 
@@ -104,14 +104,16 @@ def test_what_too_few_samples_know_is_not_reported(tmp_path, drawn):
         finished = run(config)
     report = json.loads((config.path / "report.json").read_text())
     assert {name for name, value in report.items() if value is None} >= {*COMPARED}
-    shown = {path.stem: figure for path, figure in zip(draw(finished), drawn, strict=True)}
+    shown = {path.stem: figure for path, figure in zip(save_pictures(finished), drawn, strict=True)}
     assert "too few effective samples" in texts(shown["densities"])
     assert "exact log Z" not in texts(shown["certificate"])
 
 
 def test_pictures_tell_the_temperature_the_refinement_and_the_error(tmp_path, drawn):
     config = small(tmp_path / "a", **BRIEF, iterations=40, temperature=0.5)
-    shown = {path.stem: figure for path, figure in zip(draw(run(config)), drawn, strict=True)}
+    shown = {
+        path.stem: figure for path, figure in zip(save_pictures(run(config)), drawn, strict=True)
+    }
     for name in ("densities", "paths", "control", "certificate", "training"):
         assert "temperature 0.5" in texts(shown[name]), name
     training = texts(shown["training"])

@@ -18,7 +18,7 @@ OPTIONS = {"base_iterations": 1}
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(cli, "draw", lambda finished: [])
+    monkeypatch.setattr(cli, "save_pictures", lambda finished: [])
 
 
 def command(folder, *extra: str) -> list[str]:
@@ -135,8 +135,8 @@ def test_an_interrupt_loses_fifty_updates_at_most(tmp_path, monkeypatch, name):
 
     training_callbacks = run.training_callbacks
 
-    def interrupting(config, what, log):
-        return training_callbacks(config, what, log) + [Interrupt()] * (what == name)
+    def interrupting(what, log):
+        return training_callbacks(what, log) + [Interrupt()] * (what == name)
 
     monkeypatch.setattr(run, "training_callbacks", interrupting)
     lengths = ["--base-iterations", "80", "--iterations", "80"]

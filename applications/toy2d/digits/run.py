@@ -17,26 +17,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adjoint import Reward, informed, tilt
+from adjoint import Reward, TiltConfig, Tilted, informed, tilt
 from adjoint.certificate import ENOUGH
 from adjoint.chain.conditional_covariance import MAX_DIM
-from adjoint.tilt import TiltConfig, Tilted
-from applications.toy2d.digits import handwriting
+from applications.common.callbacks import training_callbacks
 from applications.toy2d.digits import pictures as images
-from applications.toy2d.digits.handwriting import (
-    CLASSES,
-    DIM,
-    SIZE,
-    Classifier,
-    DigitReward,
-    Digits,
-)
-from applications.toy2d.digits.judge import Comparison, compare, distances
-from applications.toy2d.exact_tilt import judged
-from applications.toy2d.run_folder import CONFIG, Resumed, claim, locked
-from flows import Callback, ProgressBar, VelocityField, sample
-from flows.training import CSVLogger, choose_device, write_json
+from applications.toy2d.digits.classifier import Classifier, DigitReward, fit_classifier
+from applications.toy2d.digits.data import CLASSES, DIM, SIZE, Digits, load
+from applications.toy2d.digits.metrics import Comparison, compare_classes, training_distances
+from applications.toy2d.digits.mlp_flow import fit_mlp
+from applications.toy2d.exact_tilt import mask_unreliable
+from applications.toy2d.run_folder import CONFIG, claim, locked
+from flows import VelocityField, sample
 from flows.training import checkpoint as checkpoints
+from flows.training import choose_device, write_json
 
 Report = dict[str, str | int | float]
 
@@ -184,19 +178,13 @@ def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu")
     return torch.cat(parts)
 
 
-def training_callbacks(config: DigitsConfig, name: str) -> list[Callback]:
-    """What one of the three trainings shows and logs."""
-    shown = f"digits: {name}"
-    return [Resumed(shown), ProgressBar(shown), CSVLogger(config.folder / f"{name}.csv")]
-
-
-def train_judge(config: DigitsConfig, data: Digits) -> Classifier:
+def train_classifier(config: DigitsConfig, data: Digits) -> Classifier:
     """The classifier of a run, trained or resumed."""
-    return handwriting.fit_classifier(
+    return fit_classifier(
         data,
         iterations=config.classifier_iterations,
         seed=config.seed,
-        callbacks=training_callbacks(config, "classifier"),
+        callbacks=training_callbacks("digits: classifier", config.folder / "classifier.csv"),
         checkpoint=config.folder / "classifier.pt",
         resume=config.resume,
     )
@@ -204,13 +192,13 @@ def train_judge(config: DigitsConfig, data: Digits) -> Classifier:
 
 def train_base(config: DigitsConfig, data: Digits) -> nn.Module:
     """The base flow of a run, trained or resumed."""
-    return handwriting.fit_base(
+    return fit_mlp(
         data,
         iterations=config.base_iterations,
         batch_size=config.base_batch_size,
         width=config.width,
         seed=config.seed,
-        callbacks=training_callbacks(config, "base"),
+        callbacks=training_callbacks("digits: base", config.folder / "base.csv"),
         checkpoint=config.folder / "base.pt",
         resume=config.resume,
     )
@@ -237,7 +225,7 @@ def tilt_digits(
         shape=(DIM,),
         config=config.tilt_options,
         model=model,
-        callbacks=training_callbacks(config, name),
+        callbacks=training_callbacks(f"digits: {name}", config.folder / f"{name}.csv"),
         checkpoint=config.folder / f"{name}.pt",
         resume=config.resume,
         identity={key: getattr(config, key) for key in names},
@@ -308,8 +296,8 @@ def _run(config: DigitsConfig) -> Report:
     started = time.perf_counter()
     settings = asdict(config) | {"versions": checkpoints.versions()}
     claim(config.folder, settings, resume=config.resume, overwrite=config.overwrite)
-    data = handwriting.load(config.seed)
-    classifier = train_judge(config, data).to(config.device)
+    data = load(config.seed)
+    classifier = train_classifier(config, data).to(config.device)
     base = train_base(config, data).to(config.device)
     data = data.to(config.device)
     reward = DigitReward(classifier, config.digit)
@@ -320,10 +308,10 @@ def _run(config: DigitsConfig) -> Report:
     first = 1000 * config.seed + 1
     before = ode_samples(base, 2 * config.samples, seed=first, device=config.device)
     after = ode_samples(tilted.field, config.samples, seed=first + 1, device=config.device)
-    ode = compare(classifier, before, after, reward, config.temperature)
+    ode = compare_classes(classifier, before, after, reward, config.temperature)
     assert tilted.certificate is not None
     assert tilted.certificate_base is not None
-    chain = compare(
+    chain = compare_classes(
         classifier,
         tilted.certificate_base.samples,
         tilted.certificate.samples,
@@ -336,20 +324,20 @@ def _run(config: DigitsConfig) -> Report:
         "reward_tilted": float(reward(after).mean()),
         "reward_exact": ode.resampled.reward_tilted * config.temperature,
     }
-    report |= distances(classifier, data, config.digit, after, ode.resampled)
-    report = judged(report, OF_ODE, ode.resampled, "the base's ODE")
-    report = judged(report, OF_CHAIN, chain.resampled, "the base's chain")
+    report |= training_distances(classifier, data, config.digit, after, ode.resampled)
+    report = mask_unreliable(report, OF_ODE, ode.resampled, "the base's ODE")
+    report = mask_unreliable(report, OF_CHAIN, chain.resampled, "the base's chain")
     report["classifier_accuracy"] = classifier.accuracy(data.test, data.test_labels)
-    draw(config, before, after, ode)
+    save_pictures(config, before, after, ode)
     report["seconds"] = time.perf_counter() - started
     write_json(config.folder / "report.json", report)
     return report
 
 
-def draw(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -> None:
+def save_pictures(config: DigitsConfig, before: Tensor, after: Tensor, ode: Comparison) -> None:
     """Write digits.png (images before and after) and classes.png (frequencies).
 
-    Without those of the exact tilt, where too few effective samples know it.
+    The frequencies of the exact tilt are left out where too few effective samples know them.
     """
     about = f"reward log P({config.digit} | x), temperature {config.temperature:g}"
     d = config.digit

@@ -39,7 +39,7 @@ def control_on_grid(tilted: VelocityField, base: VelocityField, extent: float) -
     return torch.stack(fields).reshape(len(CONTROL_TIMES), 50, 50, 2)
 
 
-def densities(run: Run) -> tuple[Tensor | None, Tensor | None]:
+def closed_form_densities(run: Run) -> tuple[Tensor | None, Tensor | None]:
     """Base and exact densities at the picture's resolution where they are known in closed form."""
     mixture = run.target.mixture
     if not isinstance(run.exact, GridTilt) or mixture is None:
@@ -51,7 +51,7 @@ def densities(run: Run) -> tuple[Tensor | None, Tensor | None]:
     return log_p.exp().reshape(shape), (log_p + r - run.exact.log_z).exp().reshape(shape)
 
 
-def draw(run: Run) -> list[Path]:
+def save_pictures(run: Run) -> list[Path]:
     """Write every picture into the run's folder; returns their paths.
 
     Raises:
@@ -59,15 +59,15 @@ def draw(run: Run) -> list[Path]:
         OSError: a picture cannot be written.
     """
     with locked(run.config.path):
-        return _draw(run)
+        return _save_pictures(run)
 
 
-def _draw(run: Run) -> list[Path]:
-    """What ``draw`` does in a folder that is locked."""
+def _save_pictures(run: Run) -> list[Path]:
+    """Write the pictures into the folder, which is locked."""
     folder, extent = run.config.path, run.target.extent
     report, generator = run.report, torch.Generator().manual_seed(run.config.seed)
     reward_map = run.reward(plane_points(extent, RESOLUTION)).reshape(RESOLUTION, RESOLUTION)
-    known_base, known_exact = densities(run)
+    known_base, known_exact = closed_form_densities(run)
     x0 = torch.randn(4000, 2, generator=generator)
     times = uniform(60)
     paths = [

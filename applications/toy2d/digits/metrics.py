@@ -1,11 +1,12 @@
-"""How good a tilt of the digits is: frequencies of the classes, and distances to the training set.
+"""Metrics of a tilt of the digits: class frequencies, and distances to the training images.
 
-Nothing is known in closed form here, so the judge is importance-resampling of the base's own
-samples.  *Its own* has to be taken by the letter: the ODE and the memoryless chain of one learned
-velocity are two laws (no learned velocity is exactly a conditional mean, and a chain of K steps has
-a discretisation error), whose class frequencies differ by a few parts in a hundred.  So samples of
-the tilted ODE are held against resampled samples of the base's ODE, and samples of the tilted
-chain, and the certificate, against those of the base's chain.
+Nothing is known in closed form here, so tilted samples are compared with samples of the base that
+are resampled by importance.  Base and tilt must be sampled in one way: the ODE and the memoryless
+chain of one learned velocity generate two distributions (no learned velocity is exactly a
+conditional mean, and a chain of K steps has a discretisation error), whose class frequencies differ
+by a few parts in a hundred.  So samples of the tilted ODE are compared with resampled samples of
+the base's ODE, and samples of the tilted chain, and the certificate, with those of the base's
+chain.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from applications.toy2d.digits import handwriting
-from applications.toy2d.digits.handwriting import CLASSES, Classifier, Digits
+from applications.toy2d.digits.classifier import Classifier
+from applications.toy2d.digits.data import CLASSES, Digits, add_noise
 from applications.toy2d.exact_tilt import ResampledTilt, RewardFunction, resample_tilt
 from flows import Cond
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Class frequencies of tilted samples against the exact tilt of the base's samples of one law.
+    """Class frequencies compare tilted samples with the exact tilt of the base's samples.
 
     Attributes:
         base, tilted, exact: (10,) frequencies.
@@ -40,9 +41,9 @@ class Comparison:
 
     @property
     def z(self) -> Tensor:
-        """Differences of tilted and exact in standard errors, (10,); 0 where both are certain.
+        """Return the differences of tilted and exact in standard errors, (10,).
 
-        NaN, which is within nothing, where an error is infinite.
+        A difference of zero is 0 even without an error; where an error is infinite, z is NaN.
         """
         error = (self.tilted_error.square() + self.exact_error.square()).sqrt()
         difference = self.tilted - self.exact
@@ -51,16 +52,16 @@ class Comparison:
 
     @property
     def total_variation(self) -> float:
-        """Half the sum of the absolute differences."""
+        """Return half the sum of the absolute differences."""
         return float((self.tilted - self.exact).abs().sum() / 2)
 
 
 def one_hot(classifier: Classifier, x: Tensor) -> Tensor:
-    """Recognised digits (N, 10), float64, of images (N, 64)."""
+    """Classify images (N, 64); the recognised digits are one-hot (N, 10), float64."""
     return nn.functional.one_hot(classifier.labels(x), CLASSES).double()
 
 
-def compare(
+def compare_classes(
     classifier: Classifier,
     base: Tensor,
     tilted: Tensor,
@@ -69,11 +70,11 @@ def compare(
     *,
     weights: Tensor | None = None,
 ) -> Comparison:
-    """Compare samples ``tilted`` (M, 64) with the exact tilt of the law of ``base`` (N, 64).
+    """Compare the classes of ``tilted`` (M, 64) with the exact tilt of samples ``base`` (N, 64).
 
     Arguments:
-        weights: (M,) of the tilted samples, summing to one; those of a certificate, which correct
-            what the tilt still lacks.  Equal unless given.
+        weights: of the tilted samples, (M,), summing to one, such as the certificate's, which
+            correct what the tilt still lacks; equal by default.
     """
 
     def scaled(x: Tensor, cond: Cond | None = None) -> Tensor:
@@ -97,24 +98,24 @@ def compare(
 
 
 def nearest_distance(x: Tensor, images: Tensor) -> Tensor:
-    """Distance (N,) of each of ``x`` (N, 64) to the nearest of ``images`` (M, 64)."""
+    """Measure the distance (N,) of each of ``x`` (N, 64) to the nearest of ``images`` (M, 64)."""
     return torch.cat([torch.cdist(part, images).amin(1) for part in x.split(1024)])
 
 
-def distances(
+def training_distances(
     classifier: Classifier, data: Digits, digit: int, tilted: Tensor, exact: ResampledTilt
 ) -> dict[str, float]:
-    """Mean distances to the nearest training image, among images recognised as ``digit`` only.
+    """Average the distance to the nearest training image over images recognised as ``digit``.
 
-    The distance depends on the digit, so that all four numbers are of the same one: samples of the
-    base, the same samples weighted by the exact tilt, samples of the tilted flow, and held-out
-    images with the noise the flow was trained with.
+    The distance depends on the digit, so all four means are taken over one digit: over samples of
+    the base, the same samples weighted by the exact tilt, samples of the tilted flow, and held-out
+    images with the noise that the flow was trained with.
     """
 
     def chosen(x: Tensor) -> Tensor:
         return classifier.labels(x) == digit
 
-    held_out = handwriting.add_noise(data.test, generator=torch.Generator().manual_seed(0))
+    held_out = add_noise(data.test, generator=torch.Generator().manual_seed(0))
     mask = chosen(exact.samples)
     base = nearest_distance(exact.samples[mask], data.train).double()
     weights = exact.weights[mask] / exact.weights[mask].sum()

@@ -1,12 +1,12 @@
 """A flow of the handwritten digits by a small UNet, with or without class labels.
 
-As in ``handwriting`` the flow is the closed-form Gaussian of the images plus a network that starts
-at zero.  States stay vectors of 64 pixels, which is what classifier, rewards and judge take;
+As in `mlp_flow` the velocity is the closed-form Gaussian of the images plus a network that starts
+at zero.  States stay vectors of 64 pixels, the form that classifier, rewards and metrics take;
 `OnImages` shows them to the network as images of 4×4 patches, with the four pixels of a patch as
-channels: that costs half as much as pixels and a resolution more.  With labels, every tenth is
-replaced in training by the one that stands for none, so that the flow can be guided.
+channels, which costs half as much as pixels and one resolution more.  With labels, every tenth is
+replaced in training by the label that stands for none, so that the flow can be guided.
 
-A tilt toward a class moves whole images, which a perceptron added to the flow learns sooner than
+A tilt toward a class moves whole images.  A perceptron added to the flow learns this sooner than
 the convolutions do, and at less cost, since the flow then needs no gradient: `with_correction`.
 """
 
@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from applications.toy2d.digits.handwriting import CLASSES, NOISE, SIZE, Digits, add_noise
+from applications.toy2d.digits.data import CLASSES, SIZE, Digits, add_noise, gaussian_of
 from flows import (
     Callback,
     Cond,
-    GaussianMixture,
     Guided,
     MLPVelocity,
     Residual,
+    TrainerConfig,
     UNetVelocity,
     fit_flow,
 )
-from flows.training.fit import TrainerConfig
 
 PATCH = 2
 """Side of the patches, in pixels."""
@@ -40,14 +39,14 @@ UNLABELLED = 0.1
 
 
 class OnImages(nn.Module):
-    """A velocity field on vectors (B, 64) by a network on their 2×2 patches (B, 4, 4, 4)."""
+    """A velocity field on vectors (B, 64) calls a network on their 2×2 patches (B, 4, 4, 4)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity (B, 64)."""
+        """Return the velocity (B, 64)."""
         patches = functional.pixel_unshuffle(x.reshape(-1, 1, SIZE, SIZE), PATCH)
         return functional.pixel_shuffle(self.network(patches, t, cond), PATCH).flatten(1)
 
@@ -55,16 +54,13 @@ class OnImages(nn.Module):
 def make_flow(
     images: Tensor, *, widths: Sequence[int], labelled: bool = False, seed: int = 0
 ) -> Residual:
-    """The flow before training: the Gaussian of ``images`` (N, 64) with noise, and a UNet."""
-    x = images.double()
-    covariance = torch.cov(x.T) + NOISE**2 * torch.eye(x.shape[1], dtype=torch.float64)
-    gaussian = GaussianMixture(torch.ones(1), x.mean(0)[None].float(), covariance[None].float())
+    """Make the flow before training: the Gaussian of ``images`` (N, 64), and a UNet at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = UNetVelocity(
             PATCH**2, widths=widths, classes=CLASSES if labelled else 0, zero_init=True
         )
-    return Residual(gaussian, OnImages(network))
+    return Residual(gaussian_of(images), OnImages(network))
 
 
 def fit_unet(
@@ -79,7 +75,7 @@ def fit_unet(
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> nn.Module:
-    """The flow trained on the training images; arguments as in `flows.training.fit.fit_flow`."""
+    """Train the flow on the training images; arguments are as in `flows.fit_flow`."""
 
     def sampler(n: int, generator: torch.Generator) -> Tensor | tuple[Tensor, Cond]:
         rows = torch.randint(len(data.train), (n,), generator=generator)
@@ -111,7 +107,7 @@ def fit_unet(
 
 
 class Correction(nn.Module):
-    """A perceptron (B, 64) that starts at zero and sees the label, where there is one."""
+    """A perceptron (B, 64) starts at zero and sees the label, where there is one."""
 
     def __init__(self, *, labelled: bool, width: int = 256) -> None:
         super().__init__()
@@ -119,24 +115,24 @@ class Correction(nn.Module):
         self.network = MLPVelocity(SIZE**2, hidden=[width] * 3, cond_dims=dims, zero_init=True)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Correction (B, 64)."""
+        """Return the correction (B, 64)."""
         if cond is not None:
             cond = {"label": functional.one_hot(cond["label"], CLASSES).to(x.dtype)}
         return self.network(x, t, cond)
 
 
 def with_correction(base: nn.Module, *, labelled: bool, seed: int = 0) -> Residual:
-    """A frozen copy of ``base`` plus a `Correction` to be trained."""
+    """Add to a frozen copy of ``base`` a `Correction` to be trained."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return Residual(base, Correction(labelled=labelled))
 
 
 def guided(field: nn.Module, weight: float) -> Guided:
-    """Classifier-free guidance of a labelled flow."""
+    """Apply classifier-free guidance of strength ``weight`` to a labelled flow."""
     return Guided(field, weight, {"label": torch.tensor([CLASSES])})
 
 
 def draw_labels(n: int, generator: torch.Generator) -> Cond:
-    """``n`` labels, every digit with the same probability."""
+    """Draw ``n`` labels, every digit with the same probability."""
     return {"label": torch.randint(CLASSES, (n,), generator=generator)}

@@ -1,0 +1,35 @@
+"""Callbacks that every training of an application has: what it shows and what it logs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flows import Callback, ProgressBar, Trainer
+from flows.training import CSVLogger
+
+
+class ResumeNotice(Callback):
+    """A line on the standard error stream says at which iteration a training is resumed.
+
+    Arguments:
+        name: what is trained, as the user sees it.
+    """
+
+    writes = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Write the line, if the training does not begin here."""
+        if trainer.iteration:
+            where = f"iteration {trainer.iteration} of {trainer.config.iterations}"
+            tqdm.write(f"{self.name}: resumed at {where}", file=sys.stderr)
+
+
+def training_callbacks(name: str, log: Path) -> list[Callback]:
+    """Make a notice of resumes, a progress bar called ``name``, and a logger to the CSV ``log``."""
+    return [ResumeNotice(name), ProgressBar(name), CSVLogger(log)]

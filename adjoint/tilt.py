@@ -177,7 +177,7 @@ def tilt(
             others, with adapters of another scale, or on another base is refused, one toward
             another reward warned of.
         identity: what identifies the run beside the options (names of base and reward, say); a
-            checkpoint of another identity is refused.
+            checkpoint of another run is refused.
         device, dtype: of the SDE state; by default where the base is, in float32.  The reward must
             live on that device.
 
@@ -185,7 +185,7 @@ def tilt(
         TypeError, ValueError: base, model or reward return the wrong type or shape, are not finite,
             or the reward is not differentiable; before any training.  With ``graph`` also after
             the first updates, where these cannot be recorded.
-        CheckpointError: a checkpoint that is damaged or belongs to another identity.
+        CheckpointError: a checkpoint that is damaged or belongs to another run.
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
     """
     config = TiltConfig() if config is None else config

@@ -107,7 +107,7 @@ class RunConfig:
 
     @property
     def identity(self) -> dict[str, str | int | float | bool]:
-        """What identifies the run: a checkpoint of another identity is refused."""
+        """What identifies the run: a checkpoint of another run is refused."""
         identity: dict[str, str | int | float | bool] = {
             "target": self.target,
             "reward": self.reward,
@@ -297,7 +297,7 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
         ValueError: an unknown target, reward or kernel, an option out of range, or a folder that
             is not free (`folders.claim`); before any file changes.
         OSError: the folder cannot be written; before any training.
-        CheckpointError: resuming from a file that is damaged or of another identity.
+        CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     target = find_target(config.target)

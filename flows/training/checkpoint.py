@@ -34,7 +34,7 @@ from torch import Tensor
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, holds code, or belongs to another identity."""
+    """A checkpoint that is damaged, holds code, or belongs to another run."""
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -227,7 +227,7 @@ def _plain(value: Any, place: str) -> Any:
 
 def _check_identity(path: str | Path, found: object, expect: Mapping[str, object]) -> None:
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} does not say what identity it belongs to, expected {expect}")
+        raise CheckpointError(f"{path} does not say what run it belongs to, expected {expect}")
     absent = "absent"
     differing = [
         f"{key}: {found.get(key, absent)!r} in the checkpoint, expected {expect.get(key, absent)!r}"
@@ -235,4 +235,4 @@ def _check_identity(path: str | Path, found: object, expect: Mapping[str, object
         if key not in found or key not in expect or found[key] != expect[key]
     ]
     if differing:
-        raise CheckpointError(f"{path} belongs to another identity; " + "; ".join(differing))
+        raise CheckpointError(f"{path} belongs to another run; " + "; ".join(differing))

@@ -90,7 +90,7 @@ class Trainer:
         only.
         checkpoint: file written every ``checkpoint_every`` iterations and at the end; one of an
             earlier run stays there until this run's first save.
-        identity: what the checkpoint belongs to; a resume from another identity is refused.
+        identity: what the checkpoint belongs to; a resume from another run is refused.
         save_frozen: whether checkpoints hold the parameters that require no gradient.  If not, the
             caller must have them on resume, and nothing may change them.
 

@@ -281,7 +281,7 @@ def run(config: DigitsConfig) -> Report:
         ValueError: an unknown kernel, an option out of range, or a folder that is not free
             (`folders.claim`); before any file changes.
         OSError: the folder cannot be written; before any training.
-        CheckpointError: resuming from a file that is damaged or of another identity.
+        CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     config = config.sized

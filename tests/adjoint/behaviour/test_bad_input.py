@@ -282,7 +282,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 def test_a_checkpoint_of_another_problem_is_refused(tmp_path, options, identity, match):
     path, config = finished(tmp_path)
     content = path.read_bytes()
-    with pytest.raises(CheckpointError, match=f"another identity; .*{match}"):
+    with pytest.raises(CheckpointError, match=f"another run; .*{match}"):
         run(replace(config, **options), checkpoint=path, resume=True, identity=identity)
     assert path.read_bytes() == content
 

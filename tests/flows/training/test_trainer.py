@@ -492,7 +492,7 @@ def test_checkpoints_without_frozen_weights_resume_exactly_and_know_them(tmp_pat
     saved = (tmp_path / "all.pt").stat().st_size - path.stat().st_size
     assert saved > 4000 * 4 * 4 - 1000
 
-    with pytest.raises(CheckpointError, match=r"another identity; frozen_weights: '\w{16}' in the"):
+    with pytest.raises(CheckpointError, match=r"another run; frozen_weights: '\w{16}' in the"):
         fit(adapted(scale=1.001), 6)
     with pytest.raises(CheckpointError, match="frozen_weights: 'absent' in the checkpoint"):
         fit(adapted(), 6, checkpoint=tmp_path / "all.pt")

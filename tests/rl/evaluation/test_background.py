@@ -252,7 +252,7 @@ def test_a_program_that_leaves_it_open_ends(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from applications.rl.evaluation.background import BackgroundEvaluator\n"
-        "from tiny import Corridor\n"
+        "from helpers.tiny import Corridor\n"
         "if __name__ == '__main__':\n"
         "    beside = BackgroundEvaluator(Corridor)\n"
         "    print(beside.spaces.observation_dim)\n"

@@ -229,7 +229,7 @@ def draw_actions(
     tau = agent.config.inverse_temperature
 
     def value(observations: Tensor, chunks: Tensor) -> Tensor:
-        return tau * agent.slow_critic(agent.encode(observations), chunks).mean(0)
+        return tau * agent.target_critic(agent.normalize(observations), chunks).mean(0)
 
     with torch.no_grad():
         log_weights = value(rows, behaviour.flatten(1))

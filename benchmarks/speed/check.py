@@ -64,8 +64,8 @@ class Recorded:
         return self.evaluate(module, self.sample(module, generator))
 
     def before_step(self, module: Any) -> None:
-        """Move the slow copies."""
-        module.update_slow()
+        """Move the target networks."""
+        module.update_targets()
 
 
 def _loss(module: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -165,7 +165,7 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
         agent.critic_loss(batch, target)[0].backward()
 
     def behaviour() -> None:
-        behaviour_loss(agent.base, s, chunks, batch.valid, noise).backward()
+        behaviour_loss(agent.behaviour, s, chunks, batch.valid, noise).backward()
 
     def matching() -> None:
         v = velocity_along(agent.velocity, xs[:-1], kernel.t[:-1], cond)
@@ -198,7 +198,7 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
         "terminal gradient": lambda: reward.value_and_gradient(xs[-1], cond),
         "adjoint": lambda: lean_adjoint(agent.reference, kernel, xs, terminal, cond),
         "matching loss": afresh(matching),
-        "clip, step, slow copies": step,
+        "clip, step, target networks": step,
     }
 
 

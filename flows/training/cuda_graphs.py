@@ -2,9 +2,10 @@
 
 A GPU finishes the products of a small network sooner than a process can ask for the next.
 
-Many updates a launch (`UpdateGraph`).  N whole updates (inputs drawn, loss, gradient, slow copies,
-optimiser) are recorded as one graph, and each launch replays them: the same functions in the same
-order on the same random streams, for generators that a graph knows go on from launch to launch.
+Many updates a launch (`UpdateGraph`).  N whole updates (inputs drawn, loss, gradient, target
+networks, optimiser) are recorded as one graph, and each launch replays them: the same functions in
+the same order on the same random streams, for generators that a graph knows go on from launch
+to launch.
 The host does what is left to it, which is to count, to log, and to save.
 
 What is recorded is fixed: shapes, the rate of the optimiser, every number of Python.  So an update

@@ -15,7 +15,7 @@ another loss, from the result of the first.
 
 A loss object that has the method ``before_step(module)`` is told when g is known, clipped and (on a
 CPU) found finite, while the weights are still theta: the moment for what follows the weights of
-before the update, such as slow copies of a network.
+before the update, such as target networks.
 
 Exact resume.  All randomness of a loss comes from the generator it is handed, and the checkpoint
 holds everything else that the next iteration depends on: weights, average, moments of Adam,
@@ -229,7 +229,7 @@ class Trainer:
             self._check_finite()
 
     def change(self) -> None:
-        """And of ``apply`` the second: slow copies, weights and their average."""
+        """And of ``apply`` the second: target networks, weights and their average."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
         if hasattr(self.loss, "before_step"):

@@ -24,7 +24,7 @@ PARTS = [
     "terminal gradient",
     "adjoint",
     "matching loss",
-    "clip, step, slow copies",
+    "clip, step, target networks",
 ]
 
 # What the benchmark uses of jax and of the checkout.
@@ -155,7 +155,7 @@ def test_the_page_says_what_parts_cost():
     said = dict(re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \|", page, flags=re.MULTILINE))
     few, times = replace(Sizes(), batch=8), Sizes().batch // 8
     found = {n: times * operations(run) / 1e9 for n, run in parts(few, "cpu").items()}
-    found["step"] = found.pop("clip, step, slow copies")
+    found["step"] = found.pop("clip, step, target networks")
     assert {name: float(number) for name, number in said.items()} == {
         name: round(number, 1) for name, number in found.items() if name != "sampling"
     }

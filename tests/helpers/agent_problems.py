@@ -22,7 +22,7 @@ SHARED = {"hidden": (8, 7), "horizon": HORIZON, "flow_steps": 4, "critics": 3}
 
 
 def make(name, *, seed=0, dtype=torch.float64, shake=0.1, **options):
-    """An agent whose slow copies differ from their networks."""
+    """An agent whose target networks differ from their networks."""
     config = AGENTS[name][0]()
     options = SHARED | OPTIONS[name] | options
     config = replace(config, **{k: v for k, v in options.items() if hasattr(config, k)})

@@ -22,12 +22,12 @@ from applications.rl.data.replay import Batch
 
 OBSERVATION_DIM, ACTION_DIM = 6, 2
 
-# Networks by their published names; slow copies are "target_...".
+# Networks by their published names; target networks are "target_...".
 PAIR = {
     "critic": "critic",
-    "target_critic": "slow_critic",
-    "actor_slow": "base",
-    "target_actor_slow": "slow_base",
+    "target_critic": "target_critic",
+    "actor_slow": "behaviour",
+    "target_actor_slow": "target_behaviour",
     "actor_fast": "policy",
 }
 
@@ -138,18 +138,22 @@ FOUR_STEPS = {
     "action_chunking": False,
     "grad_clip": 0.0,
     "flow_steps": 4,
-    "slow_gradient": False,
+    "target_gradient": False,
     "clip_terminal": False,
     "rho": 0.0,
     "best_of_n": 2,
-    "slow_base": False,
+    "target_behaviour": False,
 }
 WIDE = {"hidden": (32, 32)}
-WITHOUT_SLOW_BASE = {k: v for k, v in PAIR.items() if k != "target_actor_slow"}
+WITHOUT_TARGET_BEHAVIOUR = {k: v for k, v in PAIR.items() if k != "target_actor_slow"}
 
 QAM = Case("golden_qam", "default", "qam", WIDE | {"inverse_temperature": 0.3})
 ALT = Case(
-    "golden_qam", "alt", "qam", WIDE | {"inverse_temperature": 0.3} | FOUR_STEPS, WITHOUT_SLOW_BASE
+    "golden_qam",
+    "alt",
+    "qam",
+    WIDE | {"inverse_temperature": 0.3} | FOUR_STEPS,
+    WITHOUT_TARGET_BEHAVIOUR,
 )
 RESIDUAL = Case(
     "golden_qam",
@@ -178,8 +182,8 @@ FQL = Case(
     SMALL | {"alpha": 100.0},
     {
         "critic": "critic",
-        "target_critic": "slow_critic",
-        "actor_bc_flow": "base",
+        "target_critic": "target_critic",
+        "actor_bc_flow": "behaviour",
         "actor_onestep_flow": "one_step",
     },
 )
@@ -190,8 +194,8 @@ IFQL = Case(
     SMALL | {"expectile": 0.9},
     {
         "critic": "critic",
-        "target_critic": "slow_critic",
-        "actor_flow": "base",
+        "target_critic": "target_critic",
+        "actor_flow": "behaviour",
         "value": "value",
     },
 )

@@ -1,12 +1,13 @@
-r"""Agents with critics: the temporal-difference loss, slow copies, and the best of n proposals.
+r"""Agents with critics: the temporal-difference loss, target networks, and the best of n proposals.
 
-Q_i are the critics, Q̄_i their slow copies, sd the population standard deviation over them.  With R
-the discounted rewards of a window, m the mask after it and s' its last valid next observation,
+Q_i are the critics, Q̄_i their target networks, sd the population standard deviation over them.
+With R the discounted rewards of a window, m the mask after it and s' its last valid next
+observation,
 
     y   = R + γ^h m [mean Q̄(s', a') - ρ sd Q̄(s', a')],      a' of the agent's own policy,
     L_Q = mean over critics and batch of w (Q_i(s, A) - y)².
 
-Slow copies follow the weights from before the optimiser's step, θ̄ <- rate θ + (1 - rate) θ̄.
+Target networks follow the weights from before the optimiser's step, θ̄ <- rate θ + (1 - rate) θ̄.
 Candidates for an action are ranked by the online critics, also within y.
 
 An update first samples what its losses take from the agent as it is
@@ -39,9 +40,9 @@ class CriticConfig(AgentConfig):
     critics: int = 10
     """Members of the ensemble."""
     rho: float = 0.5
-    """ρ, pessimism of the target: mean - ρ sd over the slow critics."""
-    slow_rate: float = 0.005
-    """Rate at which slow copies follow their networks."""
+    """ρ, pessimism of the target: mean - ρ sd over the target critics."""
+    target_rate: float = 0.005
+    """Polyak rate at which target networks follow their networks."""
     best_of_n: int = 1
     """Candidates of which the critics choose an action, when acting and in targets."""
 
@@ -50,7 +51,7 @@ class CriticConfig(AgentConfig):
         super().__post_init__()
         require(self.critics >= 1, "critics", self.critics, "at least 1")
         require(0 <= self.rho < math.inf, "rho", self.rho, "finite, at least 0")
-        require(0 < self.slow_rate <= 1, "slow_rate", self.slow_rate, "in (0, 1]")
+        require(0 < self.target_rate <= 1, "target_rate", self.target_rate, "in (0, 1]")
         require(self.best_of_n >= 1, "best_of_n", self.best_of_n, "at least 1")
 
 
@@ -67,7 +68,7 @@ class ActorCritic(Agent):
     the other methods without underscore are defaults that it may replace.
 
     Attributes:
-        critic, slow_critic: `Critics`.
+        critic, target_critic: `Critics`.
     """
 
     config: CriticConfig
@@ -77,7 +78,7 @@ class ActorCritic(Agent):
         self.critic = Critics(
             observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
         )
-        self.slow_critic = frozen(self.critic)
+        self.target_critic = frozen(self.critic)
         self.candidates = config.best_of_n
 
     @abstractmethod
@@ -92,9 +93,9 @@ class ActorCritic(Agent):
         """The noises of `propose`, and under which name the noise of an update holds them."""
         return {"noise": "next_action_noise"}
 
-    def slow_copies(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        """Pairs of a network and its slow copy."""
-        return ((self.critic, self.slow_critic),)
+    def target_pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """Pairs of a network and its target network."""
+        return ((self.critic, self.target_critic),)
 
     def rank(self, values: Tensor) -> Tensor:
         """By what candidates are ranked: (E, M) -> (M,)."""
@@ -109,7 +110,7 @@ class ActorCritic(Agent):
     def next_value(self, batch: Batch, samples: Samples) -> Tensor:
         """Value (B,) of the next observations: that of the policy's action there."""
         assert samples.next_chunks is not None
-        values = self.slow_critic(batch.next_observations, samples.next_chunks)
+        values = self.target_critic(batch.next_observations, samples.next_chunks)
         return pessimistic(values, self.config.rho)
 
     def act_shapes(self, batch_size: int) -> Shapes:
@@ -178,9 +179,9 @@ class ActorCritic(Agent):
         return critic + actor, {**metrics, **others}
 
     @torch.no_grad()
-    def update_slow(self) -> None:
+    def update_targets(self) -> None:
         """θ̄ <- rate θ + (1 - rate) θ̄; call before the optimiser's step."""
-        pairs = self.slow_copies()
-        slow: list[Tensor] = [p for _, copy in pairs for p in copy.parameters()]
+        pairs = self.target_pairs()
+        targets: list[Tensor] = [p for _, copy in pairs for p in copy.parameters()]
         online: list[Tensor] = [p for network, _ in pairs for p in network.parameters()]
-        torch._foreach_lerp_(slow, online, self.config.slow_rate)
+        torch._foreach_lerp_(targets, online, self.config.target_rate)

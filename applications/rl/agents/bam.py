@@ -75,7 +75,7 @@ class BAM(FlowPair):
         base = velocity_along(self.reference, xs[:-2], kernel.t[:-2], cond)
         weight = 0.5 * kernel.residual_v[:-1].to(vs.dtype).square()  # 2 / σ²
         penalty = (weight[:, None, None] * (vs - base).square()).sum((0, 2)).mean()
-        values = self.critic(observations, xs[-1], fixed=True)
+        values = self.critic(observations, xs[-1], stop_weight_gradient=True)
         q = pessimistic(values, self.config.rho).mean()
         return penalty - self.config.inverse_temperature * q, {
             "actor/path_penalty": penalty.detach(),
@@ -85,7 +85,7 @@ class BAM(FlowPair):
     def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC and the objective of f."""
         chunks = self.flatten(batch.actions)
-        flow = behaviour_loss(self.base, batch.observations, chunks, batch.valid, noise)
+        flow = behaviour_loss(self.behaviour, batch.observations, chunks, batch.valid, noise)
         path, metrics = self.path_loss(batch.observations, noise)
         own = {"actor/flow_loss": flow.detach(), "actor/path_loss": path.detach()}
         return flow + path, {**own, **metrics}

@@ -3,7 +3,7 @@ r"""What every agent is: options, seeded noise, one summed loss, actions as a pu
 A chunk is h actions flattened time-major, A (B, chunk_dim); s is the first observation of the
 window, w = valid[h-1].  An update minimises one sum of losses by one optimiser.  In each term the
 networks it does not train are held constant: targets, rollouts and the actions to imitate are made
-without gradient, and a critic that is to be maximised is called with ``fixed=True``.
+without gradient, and a critic that is to be maximised is called with ``stop_weight_gradient=True``.
 
 No random number is drawn here but by `Agent.draw_noise` and `Agent.act_noise`: `Agent.loss` and
 `Agent.act` are functions of the weights, their inputs and a dictionary of noise.  Nothing waits for
@@ -106,7 +106,7 @@ class Agent(nn.Module, ABC):
     Attributes:
         chunk_length: actions the policy emits at once.
         chunk_dim: size of a flattened chunk.
-        observation_mean, observation_deviation: (observation_dim,) of the data, see `observe`.
+        observation_mean, observation_deviation: (observation_dim,), see `fit_normalizer`.
 
     Raises:
         ValueError: a size is not positive.
@@ -136,19 +136,19 @@ class Agent(nn.Module, ABC):
 
     @abstractmethod
     def total_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """`loss` of a batch whose observations are encoded."""
+        """`loss` of a batch whose observations are normalised."""
 
     @abstractmethod
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """Flattened chunks (B, chunk_dim) in [-1, 1] at encoded observations."""
+        """Flattened chunks (B, chunk_dim) in [-1, 1] at normalised observations."""
 
     @abstractmethod
-    def update_slow(self) -> None:
-        """Slow copies follow their networks one step; call before the optimiser's step."""
+    def update_targets(self) -> None:
+        """Target networks follow their networks one step; call before the optimiser's step."""
 
     @torch.no_grad()
-    def observe(self, observations: Tensor) -> None:
-        """Take mean and deviation, by which observations are encoded, from data (N, obs).
+    def fit_normalizer(self, observations: Tensor) -> None:
+        """Take mean and deviation, by which observations are normalised, from data (N, obs).
 
         A component that does not vary keeps its own scale.
         """
@@ -157,7 +157,7 @@ class Agent(nn.Module, ABC):
         self.observation_mean.copy_(data.mean(0))
         self.observation_deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
 
-    def encode(self, observations: Tensor) -> Tensor:
+    def normalize(self, observations: Tensor) -> Tensor:
         """Observations (B, observation_dim) as the networks see them."""
         scale = self.config.observation_scale
         if not scale:
@@ -167,12 +167,12 @@ class Agent(nn.Module, ABC):
     def loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The scalar to minimise and detached scalar metrics, for a batch and its noise."""
         encoded = type(batch)(  # PyTorch 2.6 does not compile `_replace`
-            self.encode(batch.observations),
+            self.normalize(batch.observations),
             batch.actions,
             batch.rewards,
             batch.masks,
             batch.valid,
-            self.encode(batch.next_observations),
+            self.normalize(batch.next_observations),
         )
         return self.total_loss(encoded, noise)
 
@@ -208,7 +208,7 @@ class Agent(nn.Module, ABC):
             if name not in noise or noise[name].shape != shape:
                 got = tuple(noise[name].shape) if name in noise else sorted(noise)
                 raise ValueError(f"noise must hold {name!r} of shape {shape}, got {got}")
-        chunks = self.chunks(self.encode(observations), noise)
+        chunks = self.chunks(self.normalize(observations), noise)
         return chunks.reshape(batch_size, self.chunk_length, self.action_dim)
 
     def flow_actor(self) -> FlowActor:

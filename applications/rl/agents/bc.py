@@ -33,7 +33,7 @@ class BC(Agent):
 
     def __init__(self, config: BCConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.base = self.flow_actor()
+        self.behaviour = self.flow_actor()
 
     def noise_shapes(self, batch_size: int) -> Shapes:
         """Start and time of the flow's path."""
@@ -46,13 +46,15 @@ class BC(Agent):
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """The ODE of the flow."""
         x = noise["noise"].squeeze(1)
-        return flow_action(self.base, observations, x, self.config.flow_steps, self.config.solver)
+        return flow_action(
+            self.behaviour, observations, x, self.config.flow_steps, self.config.solver
+        )
 
     def total_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """L_BC, and itself as ``actor/flow_loss``."""
         chunks = self.flatten(batch.actions)
-        loss = behaviour_loss(self.base, batch.observations, chunks, batch.valid, noise)
+        loss = behaviour_loss(self.behaviour, batch.observations, chunks, batch.valid, noise)
         return loss, {"actor/flow_loss": loss.detach()}
 
-    def update_slow(self) -> None:
-        """Nothing: there are no slow copies."""
+    def update_targets(self) -> None:
+        """Nothing: there are no target networks."""

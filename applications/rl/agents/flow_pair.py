@@ -1,7 +1,7 @@
 r"""Agents of two flows: the behaviour b, fitted to the data, and the policy f, its tilt.
 
-Both are initialised independently; f is not copied from b.  b̄, the slow copy of b, is what f is
-compared with: the base of the memoryless chain and of its adjoint.  The policy acts by its ODE.
+Both are initialised independently; f is not copied from b.  b̄, the target network of b, is what f
+is compared with: the base of the memoryless chain and of its adjoint.  The policy acts by its ODE.
 With ``residual`` f is a correction: the chain's velocity is b̄ + f, that of acting b + f (as
 published).  A chain and an ODE of K steps need f at the same times k / K, and can share its
 evaluations (`FlowPair.shared_velocity`).
@@ -57,15 +57,15 @@ class FlowPairConfig(CriticConfig):
 
 
 class FlowPair(ActorCritic):
-    """An agent with a behaviour flow, its slow copy and a policy flow.
+    """An agent with a behaviour flow, its target network and a policy flow.
 
     Arguments:
         config, observation_dim, action_dim: see `Agent`.
         kernel: scheme of the memoryless chain, of `AGENT_KERNELS`.
-        slow_base: compare the policy with the slow copy of the behaviour rather than with itself.
+        target_behaviour: compare the policy with the target network of the behaviour.
 
     Attributes:
-        base, slow_base, policy: `FlowActor`; slow_base is None if it is not used.
+        base, target_behaviour, policy: `FlowActor`; target_behaviour is None if it is not used.
         error: `BaseError` of the reference, for ``moment_matched``; else None.
     """
 
@@ -78,11 +78,11 @@ class FlowPair(ActorCritic):
         action_dim: int,
         *,
         kernel: str,
-        slow_base: bool = True,
+        target_behaviour: bool = True,
     ) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.base = self.flow_actor()
-        self.slow_base = frozen(self.base) if slow_base else None
+        self.behaviour = self.flow_actor()
+        self.target_behaviour = frozen(self.behaviour) if target_behaviour else None
         self.policy = self.flow_actor()
         grid = grids.uniform(config.flow_steps)
         matched = kernel == "moment_matched"
@@ -94,7 +94,7 @@ class FlowPair(ActorCritic):
     @property
     def reference(self) -> FlowActor:
         """b̄, with which the policy is compared."""
-        return self.base if self.slow_base is None else self.slow_base
+        return self.behaviour if self.target_behaviour is None else self.target_behaviour
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Velocity of the policy in the chain, of the shape of ``x``.
@@ -105,7 +105,7 @@ class FlowPair(ActorCritic):
 
     def acting_velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Velocity of the policy when it acts, of the shape of ``x``; gradients as above."""
-        return self._on(self.base, self.policy(x, t, cond), x, t, cond)
+        return self._on(self.behaviour, self.policy(x, t, cond), x, t, cond)
 
     def shared_velocity(self, ode: FlowODE) -> VelocityField:
         """`velocity` for a chain that starts with ``ode``, which each call also moves a step.
@@ -118,7 +118,7 @@ class FlowPair(ActorCritic):
             rows = {name: torch.cat([c, ode.cond[name]]) for name, c in cond.items()}
             f = self.policy(torch.cat([x, ode.x]), t, rows)
             own, others = f.split([len(x), len(ode.x)])
-            ode.advance(self._on(self.base, others, ode.x, t, ode.cond))
+            ode.advance(self._on(self.behaviour, others, ode.x, t, ode.cond))
             return self._on(self.reference, own, x, t, cond)
 
         return velocity
@@ -159,7 +159,11 @@ class FlowPair(ActorCritic):
         chain = {"sde_x0": shape, "sde_eps": (self.config.flow_steps, *shape)}
         return super().noise_shapes(batch_size) | chain
 
-    def slow_copies(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        """The critics and, where it is used, the slow copy of the behaviour."""
-        pairs = super().slow_copies()
-        return pairs if self.slow_base is None else (*pairs, (self.base, self.slow_base))
+    def target_pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """The critics and, where it is used, the target network of the behaviour."""
+        pairs = super().target_pairs()
+        return (
+            pairs
+            if self.target_behaviour is None
+            else (*pairs, (self.behaviour, self.target_behaviour))
+        )

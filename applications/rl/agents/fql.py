@@ -2,7 +2,7 @@ r"""FQL: a behaviour flow, and a one-step policy that imitates it and climbs the
 
 The total is L_Q + L_BC + the loss of `applications.rl.agents.one_step`, in which the flow imitated
 is that of the behaviour.  The agent acts, and bootstraps, by clip g(s, z).  Gradients are not
-clipped, and only the critics have slow copies.
+clipped, and only the critics have target networks.
 
 Source: Park et al., "Flow Q-learning" (arXiv 2502.02538), with chunks and an ensemble of critics as
 in Li and Levine (arXiv 2601.14234).
@@ -52,7 +52,7 @@ class FQL(ActorCritic):
 
     def __init__(self, config: FQLConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.base = self.flow_actor()
+        self.behaviour = self.flow_actor()
         self.one_step = self.one_step_actor()
 
     def noise_shapes(self, batch_size: int) -> Shapes:
@@ -71,7 +71,7 @@ class FQL(ActorCritic):
         return Samples(
             next_chunks=self.next_chunks(batch, noise),
             flow_chunks=flow_action(
-                self.base, batch.observations, z, config.flow_steps, config.solver
+                self.behaviour, batch.observations, z, config.flow_steps, config.solver
             ),
         )
 
@@ -79,7 +79,7 @@ class FQL(ActorCritic):
         """L_BC and the loss of the one-step policy."""
         observations, z = batch.observations, noise["distill_noise"]
         chunks = self.flatten(batch.actions)
-        flow = behaviour_loss(self.base, observations, chunks, batch.valid, noise)
+        flow = behaviour_loss(self.behaviour, observations, chunks, batch.valid, noise)
         assert samples.flow_chunks is not None
         own, metrics = one_step_loss(
             self.one_step, self.critic, observations, z, samples.flow_chunks, self.config.alpha

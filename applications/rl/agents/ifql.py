@@ -1,6 +1,6 @@
 r"""IFQL: implicit Q-learning with a behaviour flow, acting by the best of many samples of it.
 
-A value network is fitted to an upper expectile of the slow critics on the data's actions,
+A value network is fitted to an upper expectile of the target critics on the data's actions,
 
     L_V = mean |κ - 1[d < 0]| d²,     d = mean Q̄(s, A) - ρ sd Q̄(s, A) - V(s),
 
@@ -57,7 +57,7 @@ class IFQL(ActorCritic):
 
     def __init__(self, config: IFQLConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.base = self.flow_actor()
+        self.behaviour = self.flow_actor()
         self.value = ValueNetwork(observation_dim, hidden=config.hidden)
 
     def noise_shapes(self, batch_size: int) -> Shapes:
@@ -68,7 +68,7 @@ class IFQL(ActorCritic):
         """A sample of the behaviour flow."""
         config = self.config
         return flow_action(
-            self.base, observations, noise["noise"], config.flow_steps, config.solver
+            self.behaviour, observations, noise["noise"], config.flow_steps, config.solver
         )
 
     def rank(self, values: Tensor) -> Tensor:
@@ -87,9 +87,9 @@ class IFQL(ActorCritic):
     def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
         """L_BC + L_V."""
         observations, chunks = batch.observations, self.flatten(batch.actions)
-        flow = behaviour_loss(self.base, observations, chunks, batch.valid, noise)
+        flow = behaviour_loss(self.behaviour, observations, chunks, batch.valid, noise)
         with torch.no_grad():
-            q = pessimistic(self.slow_critic(observations, chunks), self.config.rho)
+            q = pessimistic(self.target_critic(observations, chunks), self.config.rho)
         v = self.value(observations)
         loss = expectile_loss(q - v, self.config.expectile)
         return flow + loss, {

@@ -214,16 +214,18 @@ class Critics(nn.Module):
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(members, 1, n)) for n in widths)
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, n)) for n in widths)
 
-    def forward(self, observations: Tensor, actions: Tensor, *, fixed: bool = False) -> Tensor:
+    def forward(
+        self, observations: Tensor, actions: Tensor, *, stop_weight_gradient: bool = False
+    ) -> Tensor:
         """Values (E, B) of observations (B, observation_dim) and actions (B, chunk_dim).
 
         Arguments:
-            fixed: hold the weights constant: gradients reach the actions only, and the products
-                for gradients of the weights are not computed.
+            stop_weight_gradient: hold the weights constant: gradients reach the actions only,
+                and the products for gradients of the weights are not computed.
         """
 
         def held(parameter: Tensor) -> Tensor:
-            return parameter.detach() if fixed else parameter
+            return parameter.detach() if stop_weight_gradient else parameter
 
         x = torch.cat([observations, actions], dim=-1).expand(self.members, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):

@@ -34,7 +34,7 @@ def one_step_loss(
     """
     chunks = actor(observations, z)
     distill = (chunks - imitated).square().mean()
-    q = critic(observations, chunks.clamp(-1, 1), fixed=True).mean()
+    q = critic(observations, chunks.clamp(-1, 1), stop_weight_gradient=True).mean()
     return alpha * distill - q, {
         "actor/distill_loss": distill.detach(),
         "actor/q_loss": -q.detach(),

@@ -30,7 +30,7 @@ MAZE: dict[str, Any] = {
     "horizon": 10,
     "flow_steps": 5,
     "observation_scale": 10.0,
-    "slow_rate": 0.02,
+    "target_rate": 0.02,
     "rho": 0.0,
     "lr": 1e-3,
 }

@@ -51,10 +51,10 @@ class AdjointMatchingConfig(FlowPairConfig):
     the most exact at few steps."""
     clip_terminal: bool = True
     """Take the critics' gradient at the action clipped to [-1, 1]."""
-    slow_gradient: bool = True
-    """Take it of the slow critics."""
-    slow_base: bool = True
-    """Compare the policy with the slow copy of the behaviour."""
+    target_gradient: bool = True
+    """Take it of the target critics."""
+    target_behaviour: bool = True
+    """Compare the policy with the target network of the behaviour."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range; see `AgentConfig`."""
@@ -76,15 +76,19 @@ class AdjointMatching(FlowPair):
         self, config: AdjointMatchingConfig, observation_dim: int, action_dim: int
     ) -> None:
         super().__init__(
-            config, observation_dim, action_dim, kernel=config.kernel, slow_base=config.slow_base
+            config,
+            observation_dim,
+            action_dim,
+            kernel=config.kernel,
+            target_behaviour=config.target_behaviour,
         )
 
     def value(self, x: Tensor, cond: Cond | None) -> Tensor:
         """Mean over the critics of Q(s, x) (B,), weights held constant: the reward of the tilt."""
         assert cond is not None
-        critics = self.slow_critic if self.config.slow_gradient else self.critic
+        critics = self.target_critic if self.config.target_gradient else self.critic
         x = x.clamp(-1, 1) if self.config.clip_terminal else x
-        return critics(cond["observation"], x, fixed=True).mean(0)
+        return critics(cond["observation"], x, stop_weight_gradient=True).mean(0)
 
     @torch.no_grad()
     def run(
@@ -128,7 +132,7 @@ class AdjointMatching(FlowPair):
         """L_BC + L_AM, and metrics."""
         assert samples.chain is not None
         chunks = self.flatten(batch.actions)
-        flow = behaviour_loss(self.base, batch.observations, chunks, batch.valid, noise)
+        flow = behaviour_loss(self.behaviour, batch.observations, chunks, batch.valid, noise)
         matching, metrics = self.matching_loss(batch.observations, samples.chain)
         return flow + matching, {"actor/flow_loss": flow.detach(), **metrics}
 

@@ -122,7 +122,7 @@ class QAME(AdjointMatching):
     ) -> tuple[Tensor, Metrics]:
         """L_edit + L_α of the edit of u ``chunks`` by noise ``eps``, and metrics."""
         edited, log_prob = self.edit(observations, chunks, eps)
-        q = self.critic(observations, edited, fixed=True).mean()
+        q = self.critic(observations, edited, stop_weight_gradient=True).mean()
         negentropy = log_prob.mean()
         alpha = self.log_alpha.exp()
         excess = -negentropy.detach() - self.config.target_entropy * self.chunk_dim

@@ -13,7 +13,7 @@ OnlineCollector.  The agent emits a chunk of actions that is executed whole; wha
 dropped when the episode ends.  Each transition enters the replay with terminal = done and mask = 0
 only if the state was terminated.
 
-The slow copies follow the weights of before the update, by ``before_step``.
+The target networks follow the weights of before the update, by ``before_step``.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ class AgentLoss:
         return max(0, self.schedule.offline_steps - self.updates)
 
     def before_step(self, module: nn.Module) -> None:
-        """Move the slow copies, by the weights of before the update."""
-        cast(Agent, module).update_slow()
+        """Move the target networks, by the weights of before the update."""
+        cast(Agent, module).update_targets()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the data, as tensors and plain data."""

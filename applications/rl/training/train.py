@@ -203,7 +203,7 @@ def _run(
     config, options = setup.config, setup.options
     agent = make_agent(config.agent, options, *spaces, seed=seed).to(setup.device)
     if setup.first is not None:
-        agent.observe(torch.as_tensor(setup.first.observations))
+        agent.fit_normalizer(torch.as_tensor(setup.first.observations))
     replay = setup.make_replay(spaces)
     objective = AgentLoss(
         replay,

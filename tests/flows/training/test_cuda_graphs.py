@@ -23,13 +23,13 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 
 
 class Network(nn.Module):
-    """A line whose slow copy follows it."""
+    """A line whose target network follows it."""
 
     def __init__(self, seed):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(3, generator=generator))
-        self.register_buffer("slow", self.weight.detach().clone())
+        self.register_buffer("target", self.weight.detach().clone())
 
     def forward(self, x):
         return x @ self.weight
@@ -56,7 +56,7 @@ class Regression:
         return self.sample(module, generator), numbers
 
     def evaluate(self, module, inputs):
-        error = (module(inputs[0]) - inputs[0] @ module.slow - 1).square().mean()
+        error = (module(inputs[0]) - inputs[0] @ module.target - 1).square().mean()
         return error, {"largest": inputs[0].amax()}
 
     def __call__(self, module, generator):
@@ -65,7 +65,7 @@ class Regression:
         return loss, metrics | numbers
 
     def before_step(self, module):
-        module.slow.lerp_(module.weight.detach(), 0.1)
+        module.target.lerp_(module.weight.detach(), 0.1)
 
     def state_dict(self):
         return {"count": self.count}

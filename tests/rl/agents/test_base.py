@@ -1,4 +1,4 @@
-"""What every agent promises: pure functions of noise, seeds, slow copies, shapes, clear errors."""
+"""Every agent is a pure function of its noise, and its errors are clear."""
 
 import copy
 import math
@@ -113,32 +113,36 @@ def test_weights_depend_on_the_seed_alone(name):
     other = make_agent(name, config, OBS, ACT, seed=4)
     for key, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[key])
-    assert not torch.equal(first.base.mlp.layers[0].weight, other.base.mlp.layers[0].weight)
+    assert not torch.equal(
+        first.behaviour.mlp.layers[0].weight, other.behaviour.mlp.layers[0].weight
+    )
 
 
 @WITH_CRITICS
-def test_slow_copies_start_equal_and_follow_the_weights(name):
-    agent = make(name, shake=0.0, slow_rate=0.1)
-    pairs = agent.slow_copies()
-    for network, slow in pairs:
-        for p, q in zip(network.parameters(), slow.parameters(), strict=True):
+def test_target_copies_start_equal_and_follow_the_weights(name):
+    agent = make(name, shake=0.0, target_rate=0.1)
+    pairs = agent.target_pairs()
+    for network, target in pairs:
+        for p, q in zip(network.parameters(), target.parameters(), strict=True):
             assert torch.equal(p, q)
             assert p.data_ptr() != q.data_ptr()
     with torch.no_grad():
         for p in agent.parameters():
             if p.requires_grad:
                 p.add_(1.0)
-    before = [copy.deepcopy(slow) for _, slow in pairs]
-    agent.update_slow()
-    for (network, slow), old in zip(pairs, before, strict=True):
-        for p, q, r in zip(network.parameters(), slow.parameters(), old.parameters(), strict=True):
+    before = [copy.deepcopy(target) for _, target in pairs]
+    agent.update_targets()
+    for (network, target), old in zip(pairs, before, strict=True):
+        for p, q, r in zip(
+            network.parameters(), target.parameters(), old.parameters(), strict=True
+        ):
             torch.testing.assert_close(q, 0.1 * p + 0.9 * r)
             assert not q.requires_grad
 
 
 def test_the_policy_does_not_start_as_a_copy_of_the_behaviour():
     agent = make("qam", shake=0.0)
-    assert not torch.equal(agent.policy.mlp.layers[0].weight, agent.base.mlp.layers[0].weight)
+    assert not torch.equal(agent.policy.mlp.layers[0].weight, agent.behaviour.mlp.layers[0].weight)
 
 
 @AGENT
@@ -149,7 +153,7 @@ def test_state_of_an_agent_is_all_it_is(name):
     assert torch.equal(agent.loss(batch(), eps)[0], other.loss(batch(), eps)[0])
     clone = copy.deepcopy(agent)
     assert torch.equal(agent.loss(batch(), eps)[0], clone.loss(batch(), eps)[0])
-    clone.update_slow()
+    clone.update_targets()
     assert torch.equal(agent.loss(batch(), eps)[0], other.loss(batch(), eps)[0])
 
 
@@ -196,7 +200,7 @@ class NoWaiting(TorchDispatchMode):
 def cases_of_waiting():
     yield from ((name, {}) for name in OPTIONS)
     yield from (("qam", {"kernel": kernel}) for kernel in KERNELS[1:])
-    yield "qam", {"residual": True, "best_of_n": 3, "slow_base": False}
+    yield "qam", {"residual": True, "best_of_n": 3, "target_behaviour": False}
 
 
 @pytest.mark.parametrize(("name", "options"), cases_of_waiting(), ids=str)
@@ -206,7 +210,7 @@ def test_an_update_and_an_action_never_wait_for_the_device(name, options):
     draw = agent.act_noise(B, gen())
     with NoWaiting():
         agent.loss(data, eps)[0].backward()
-        agent.update_slow()
+        agent.update_targets()
         agent.act(data.observations, draw)
     with pytest.raises(AssertionError, match="waits in"), NoWaiting():
         float(data.rewards.sum())
@@ -216,9 +220,9 @@ def test_an_update_and_an_action_never_wait_for_the_device(name, options):
 def test_flow_action_is_the_core_sampler_clipped_at_the_end(solver):
     agent, s = make("bc", shake=0.5), batch().observations
     x = 2 * torch.randn(B, agent.chunk_dim, dtype=torch.float64, generator=gen())
-    expected = sample(agent.base, x, grid=7, method=solver, cond=condition(s))
+    expected = sample(agent.behaviour, x, grid=7, method=solver, cond=condition(s))
     assert expected.abs().max() > 1
-    actual = flow_action(agent.base, s, x, 7, solver)
+    actual = flow_action(agent.behaviour, s, x, 7, solver)
     torch.testing.assert_close(actual, expected.clamp(-1, 1))
     assert actual.requires_grad
 
@@ -263,7 +267,7 @@ BAD = [
     ("bc", "grad_clip", -1.0),
     ("fql", "critics", 0),
     ("fql", "rho", -0.1),
-    ("fql", "slow_rate", 0.0),
+    ("fql", "target_rate", 0.0),
     ("fql", "best_of_n", 0),
     ("fql", "alpha", -1.0),
     ("ifql", "expectile", 1.0),
@@ -296,7 +300,7 @@ def test_published_optimiser_settings_are_the_defaults(name, clip):
     assert config.hidden == (512,) * 4
     assert config.flow_steps == 10
     if name != "bc":
-        assert (config.critics, config.rho, config.slow_rate) == (10, 0.5, 0.005)
+        assert (config.critics, config.rho, config.target_rate) == (10, 0.5, 0.005)
 
 
 def test_no_option_has_a_name_of_the_training():

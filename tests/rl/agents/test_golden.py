@@ -1,6 +1,6 @@
 """The agents compute what the published implementation computes, number for number.
 
-Everything goes through what training uses: `Agent.loss`, `Agent.update_slow` and `Agent.act`,
+Everything goes through what training uses: `Agent.loss`, `Agent.update_targets` and `Agent.act`,
 driven by `flows.training.trainer.Trainer`, alone or together with others by
 `flows.training.stacked.StackedTrainers`; only the noise is the recorded one.  Tolerances are rtol
 1e-5 and atol 1e-6, the latter in units of the tensor's largest entry where that exceeds 1: the
@@ -72,7 +72,7 @@ class Replayed:
         return self.evaluate(agent, self.draw(agent, generator)[0])
 
     def before_step(self, agent):
-        agent.update_slow()
+        agent.update_targets()
 
 
 def make_trainer(case, member=0):
@@ -140,7 +140,7 @@ def test_every_parameter_of_the_agent_is_compared(case):
     agent = case.make()
     assert {id(p) for _, p in case.leaves(agent)} == {id(p) for p in agent.parameters()}
     compared = {f"modules_{name}" for name, _ in case.leaves(agent)}
-    # Without a use for it there is no slow copy, which the published code keeps up all the same.
+    # Without a use for it there is no target network; the published code keeps one all the same.
     unused = {"target_actor_fast"} | ({"target_actor_slow"} if case is ALT else set())
     published = {
         name
@@ -170,7 +170,7 @@ def test_next_actions_and_values(case):
     samples = agent.samples(batch, noise)
     chunks = samples.next_chunks
     check(chunks, case.get("u0.out.next_actions"), "next actions")
-    values = agent.slow_critic(batch.next_observations, chunks)
+    values = agent.target_critic(batch.next_observations, chunks)
     check(values, case.get("u0.out.next_qs"), "values of the next actions")
     discount = 0.99**3
     next_value = pessimistic(case.get("u0.out.next_qs"), agent.config.rho)

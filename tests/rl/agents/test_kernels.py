@@ -41,7 +41,7 @@ class Gaussian(nn.Module):
 class Linear(nn.Module):
     """Two critics whose mean has slope SLOPE in every dimension of the action."""
 
-    def forward(self, observations, actions, *, fixed=False):
+    def forward(self, observations, actions, *, stop_weight_gradient=False):
         q = SLOPE * actions.sum(1)
         return torch.stack([0.5 * q, 1.5 * q])
 
@@ -55,8 +55,8 @@ def gaussian_agent(kernel, steps=8, **options):
         inverse_temperature=TAU,
         **options,
     )
-    agent.slow_base = Gaussian(M).requires_grad_(False)
-    agent.slow_critic = Linear()
+    agent.target_behaviour = Gaussian(M).requires_grad_(False)
+    agent.target_critic = Linear()
     agent.policy = Gaussian(M + TAU * SLOPE * S2)
     return agent
 
@@ -213,7 +213,7 @@ def test_every_adjoint_matching_agent_trains_with_every_kernel(name, kernel):
         optimizer.zero_grad()
         loss, metrics = agent.loss(data, noise(agent, step))
         loss.backward()
-        agent.update_slow()
+        agent.update_targets()
         optimizer.step()
         assert all(value.isfinite() for value in metrics.values())
     assert not torch.equal(before, agent.policy.mlp.layers[0].weight)

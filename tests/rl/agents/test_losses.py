@@ -99,19 +99,19 @@ def critic_term(agent, data, next_value):
 
 
 def policy_value(agent, data, a):
-    return lower(critics(agent.slow_critic, data.next_observations, a), agent.config.rho)
+    return lower(critics(agent.target_critic, data.next_observations, a), agent.config.rho)
 
 
 def behaviour_term(agent, data, eps):
     A = data.actions.reshape(len(data.actions), D)
     t, x0 = eps["bc_t"], eps["bc_x0"]
-    error = flow(agent.base, data.observations, (1 - t) * x0 + t * A, t) - (A - x0)
+    error = flow(agent.behaviour, data.observations, (1 - t) * x0 + t * A, t) - (A - x0)
     return (data.valid * (error**2).mean(1)).mean()
 
 
 def one_step_term(agent, s, z, alpha):
     g = one_step(agent.one_step, s, z)
-    target = euler(agent.policy if hasattr(agent, "policy") else agent.base, s, z, 4)
+    target = euler(agent.policy if hasattr(agent, "policy") else agent.behaviour, s, z, 4)
     q = critics(agent.critic, s, g.clamp(-1, 1), constant=True)
     return alpha * ((g - target) ** 2).mean() - q.mean()
 
@@ -127,18 +127,20 @@ def matching_term(agent, data, eps):
         drift = 2 * flow(agent.policy, s, x, t) - x / (t + h)
         x = (x + h * drift + math.sqrt(h) * sigma * eps["sde_eps"][k]).detach()
         xs.append(x)
-    x = (x + h * flow(agent.slow_base, s, x, 1 - h)).detach()
+    x = (x + h * flow(agent.target_behaviour, s, x, 1 - h)).detach()
     end = x.requires_grad_(True)
-    q = critics(agent.slow_critic, s, end.clamp(-1, 1)).mean(0).sum()
+    q = critics(agent.target_critic, s, end.clamp(-1, 1)).mean(0).sum()
     a = -tau * torch.autograd.grad(q, end)[0]
     total = 0.0
     for k in reversed(range(K)):
         t = k * h
         sigma = math.sqrt(2 * (1 - t + h) / (t + h))
         x = xs[k].clone().requires_grad_(True)
-        drift = 2 * flow(agent.slow_base, s, x, t + h) - x / (t + h)
+        drift = 2 * flow(agent.target_behaviour, s, x, t + h) - x / (t + h)
         a = a + h * torch.autograd.grad((drift * a).sum(), x)[0]
-        difference = flow(agent.policy, s, xs[k], t) - flow(agent.slow_base, s, xs[k], t).detach()
+        difference = (
+            flow(agent.policy, s, xs[k], t) - flow(agent.target_behaviour, s, xs[k], t).detach()
+        )
         total = total + ((2 / sigma * difference + sigma * a) ** 2).sum(1)
     return total.mean()
 
@@ -192,7 +194,7 @@ def ifql(agent, data, eps):
     kappa, s = agent.config.expectile, data.observations
     A = data.actions.reshape(len(data.actions), D)
     critic = critic_term(agent, data, perceptron(agent.value.mlp, data.next_observations)[:, 0])
-    q = lower(critics(agent.slow_critic, s, A), agent.config.rho)
+    q = lower(critics(agent.target_critic, s, A), agent.config.rho)
     d = q.detach() - perceptron(agent.value.mlp, s)[:, 0]
     value = torch.stack([kappa * x**2 if x >= 0 else (1 - kappa) * x**2 for x in d]).mean()
     return critic + value + behaviour_term(agent, data, eps)
@@ -201,7 +203,7 @@ def ifql(agent, data, eps):
 def bam(agent, data, eps):
     policy, acting = agent.policy, agent.policy
     if agent.config.residual:
-        policy, acting = (agent.policy, agent.slow_base), (agent.policy, agent.base)
+        policy, acting = (agent.policy, agent.target_behaviour), (agent.policy, agent.behaviour)
     a = euler(acting, data.next_observations, eps["next_action_noise"][:, 0], 4)
     critic = critic_term(agent, data, policy_value(agent, data, a))
     K, s, x = 4, data.observations, eps["sde_x0"]
@@ -209,11 +211,11 @@ def bam(agent, data, eps):
     for k in range(K - 1):
         t = k * h
         variance = 2 * (1 - t + h) / (t + h)
-        v, base = flow(policy, s, x, t), flow(agent.slow_base, s, x, t)
+        v, base = flow(policy, s, x, t), flow(agent.target_behaviour, s, x, t)
         penalty = penalty + 2 * ((v - base) ** 2).sum(1) / variance
         noise = math.sqrt(h * variance) * eps["sde_eps"][k]
         x = x + h * (2 * v - x / (t + h)) + noise
-    x = x + h * flow(agent.slow_base, s, x, 1 - h)
+    x = x + h * flow(agent.target_behaviour, s, x, 1 - h)
     q = lower(critics(agent.critic, s, x, constant=True), agent.config.rho)
     own = penalty.mean() - agent.config.inverse_temperature * q.mean()
     return critic + behaviour_term(agent, data, eps) + own
@@ -274,12 +276,12 @@ def test_losses_of_actors_leave_critics_alone_and_the_reverse(name):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_slow_copies_never_receive_gradients(name):
+def test_target_copies_never_receive_gradients(name):
     agent = make(name)
     agent.loss(batch(), noise(agent))[0].backward()
-    slow = {n for n, p in agent.named_parameters() if not p.requires_grad}
-    assert slow == {n for n, p in agent.named_parameters() if p.grad is None}
-    assert {n.split(".")[0] for n in slow} <= {"slow_critic", "slow_base"}
+    targets = {n for n, p in agent.named_parameters() if not p.requires_grad}
+    assert targets == {n for n, p in agent.named_parameters() if p.grad is None}
+    assert {n.split(".")[0] for n in targets} <= {"target_critic", "target_behaviour"}
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -300,7 +302,7 @@ def test_pessimism_lowers_the_target(rho):
     agent, data = make("qam", rho=rho), batch()
     eps = noise(agent)
     a = euler(agent.policy, data.next_observations, eps["next_action_noise"][:, 0], 4)
-    q = critics(agent.slow_critic, data.next_observations, a)
+    q = critics(agent.target_critic, data.next_observations, a)
     expected = q.mean(0) - rho * q.std(0, correction=0)
     torch.testing.assert_close(agent.next_value(data, agent.samples(data, eps)), expected)
 
@@ -337,7 +339,7 @@ def test_options_of_adjoint_matching_change_what_they_say():
     assert not published[outside].any()
     _, unclipped, _ = terminal(clip_terminal=False)
     assert unclipped[outside].all()
-    _, online, other = terminal(slow_gradient=False)
+    _, online, other = terminal(target_gradient=False)
     x = end.clone().requires_grad_(True)
     q = critics(other.critic, s, x.clamp(-1, 1)).mean(0).sum()
     torch.testing.assert_close(online, -0.8 * torch.autograd.grad(q, x)[0])
@@ -351,8 +353,12 @@ def test_residual_policy_adds_the_behaviour():
     t = torch.tensor(0.3, dtype=torch.float64)
     cond = {"observation": s}
     own = flow(agent.policy, s, x, 0.3)
-    torch.testing.assert_close(agent.velocity(x, t, cond), own + flow(agent.slow_base, s, x, 0.3))
-    torch.testing.assert_close(agent.acting_velocity(x, t, cond), own + flow(agent.base, s, x, 0.3))
+    torch.testing.assert_close(
+        agent.velocity(x, t, cond), own + flow(agent.target_behaviour, s, x, 0.3)
+    )
+    torch.testing.assert_close(
+        agent.acting_velocity(x, t, cond), own + flow(agent.behaviour, s, x, 0.3)
+    )
 
 
 def test_every_agent_is_compared():

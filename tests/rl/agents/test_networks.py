@@ -72,7 +72,7 @@ def test_stacked_critics_are_independent_networks(layer_norm):
 def test_fixed_critics_pass_gradients_to_the_actions_only():
     critics = shaken(Critics(OBS, ACT, hidden=(8,), members=2))
     s, a = randn(B, OBS), randn(B, ACT).requires_grad_(True)
-    critics(s, a, fixed=True).sum().backward()
+    critics(s, a, stop_weight_gradient=True).sum().backward()
     assert all(parameter.grad is None for parameter in critics.parameters())
     found, a.grad = a.grad, None
     critics(s, a).sum().backward()

@@ -57,7 +57,7 @@ def test_an_update(pair):
     with Transfers() as transfers:
         loss, metrics = agent.loss(batch, noise)
         loss.backward()
-        agent.update_slow()
+        agent.update_targets()
     assert {m.device.type for m in metrics.values()} == {"meta"}
     assert transfers.seen == []
 

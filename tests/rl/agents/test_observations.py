@@ -19,13 +19,13 @@ def spread():
 def test_a_scaled_agent_is_its_raw_twin_on_encoded_observations(name):
     data, raw = spread(), make(name)
     scaled = make(name, observation_scale=2.5)
-    scaled.observe(data)
+    scaled.fit_normalizer(data)
     by_hand = (
         2.5
         * (data - data.mean(0))
         / torch.where(data.std(0, correction=0) > 0, data.std(0, correction=0), 1.0)
     )
-    torch.testing.assert_close(scaled.encode(data), by_hand)
+    torch.testing.assert_close(scaled.normalize(data), by_hand)
     own = batch()._replace(observations=data[:B], next_observations=data[B : 2 * B])
     seen = own._replace(observations=by_hand[:B], next_observations=by_hand[B : 2 * B])
     for one, other in zip(
@@ -41,9 +41,9 @@ def test_a_scaled_agent_is_its_raw_twin_on_encoded_observations(name):
 
 def test_statistics_travel_with_the_weights_and_leave_raw_agents_alone():
     agent, other = make("bc", observation_scale=1.0), make("bc", seed=1, observation_scale=1.0)
-    agent.observe(spread())
+    agent.fit_normalizer(spread())
     other.load_state_dict(agent.state_dict())
-    torch.testing.assert_close(other.encode(spread()), agent.encode(spread()))
+    torch.testing.assert_close(other.normalize(spread()), agent.normalize(spread()))
     raw = make("bc")
-    raw.observe(spread())
-    assert raw.encode(spread()).equal(spread())
+    raw.fit_normalizer(spread())
+    assert raw.normalize(spread()).equal(spread())

@@ -49,7 +49,7 @@ class Problem:
         return self.evaluate(agent, self.draw(agent, generator)[0])
 
     def before_step(self, agent):
-        agent.update_slow()
+        agent.update_targets()
 
 
 def trainers(name, **options):

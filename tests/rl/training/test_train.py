@@ -60,7 +60,7 @@ def by_hand(config, seed):
     """Weights and online transitions of the protocol of the published method, written out."""
     chunk, data = config.options, corridor_data()
     agent = make_agent("qam", chunk, 4, 2, seed=seed)
-    agent.observe(torch.as_tensor(data.observations))
+    agent.fit_normalizer(torch.as_tensor(data.observations))
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in agent.parameters() if p.requires_grad]
     adam = torch.optim.Adam(trained, lr=chunk.lr, betas=(0.9, 0.999), eps=1e-8)
@@ -76,7 +76,7 @@ def by_hand(config, seed):
         assert norm > 1  # so that the clip acts
         for p, g in zip(trained, gradients, strict=True):
             p.grad = g / norm
-        agent.update_slow()
+        agent.update_targets()
         adam.step()
 
     for _ in range(config.offline_steps):
@@ -135,7 +135,12 @@ def test_slow_copies_follow_the_weights_from_before_the_step(tmp_path):
     """After one update they have not moved, being equal to the weights of before."""
     (run,) = fit(tmp_path, {"offline_steps": 1, "online_steps": 0}, eval_every=0)
     start = make_agent("qam", options("qam", horizon=3, discount=0.9), 4, 2, seed=0)
-    pairs = (("slow_critic", True), ("critic", False), ("slow_base", True), ("base", False))
+    pairs = (
+        ("target_critic", True),
+        ("critic", False),
+        ("target_behaviour", True),
+        ("behaviour", False),
+    )
     for name, same in pairs:
         a, b = (
             nn.utils.parameters_to_vector(getattr(x, name).parameters()) for x in (run.agent, start)

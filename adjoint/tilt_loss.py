@@ -51,6 +51,7 @@ from adjoint.rewards.sums import total
 from adjoint.trajectory_buffer import TrajectoryBuffer
 from flows.field import Cond, VelocityField
 from flows.training import distributed
+from flows.training.loss import Loss
 
 CondSampler = Callable[[int, torch.Generator], Cond]
 
@@ -61,7 +62,7 @@ GROUP = 8
 """Trajectories that share a condition where the spread of their log-weights is the loss."""
 
 
-class TiltLoss:
+class TiltLoss(Loss):
     """The adjoint-matching loss on fresh or replayed trajectories, as a trainer calls it.
 
     Arguments:
@@ -235,13 +236,13 @@ class TiltLoss:
         self, module: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of ``module`` on one batch, and metrics."""
-        evaluate = {"match": self._match, "refine": self._refine}[self.form]
+        evaluate = {"match": self._match, "refine": self._refine}[self.phase]
         loss, metrics = evaluate(module, generator)
         self.calls += 1
         return loss, metrics
 
     @property
-    def form(self) -> Literal["match", "refine"]:
+    def phase(self) -> Literal["match", "refine"]:
         """Which loss the next call takes."""
         restart = self.config.restart
         refining = restart is not None and self.calls >= restart * self.config.accumulate
@@ -311,7 +312,7 @@ class TiltLoss:
     @property
     def kernel(self) -> Kernel:
         """Table of the chain that the next call rolls out."""
-        return self._kernels[self.form]
+        return self._kernels[self.phase]
 
     @property
     def kernel_on_storage(self) -> Kernel:

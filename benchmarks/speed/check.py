@@ -19,14 +19,14 @@ from torch import Tensor
 
 from benchmarks.speed.update import Execution
 from flows import Trainer, TrainerConfig
-from flows.training import StackedTrainers, UpdateGraph
+from flows.training import SplitLoss, StackedTrainers, UpdateGraph
 
 UPDATES = 3
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
-class Recorded:
-    """The recorded batches and noises as a loss in parts (`cuda_graphs.RecordedLoss`)."""
+class Recorded(SplitLoss):
+    """The recorded batches and noises as a loss in parts."""
 
     def __init__(self, case: Any, device: str, compiled: bool) -> None:
         moved = [
@@ -38,38 +38,23 @@ class Recorded:
         ]
         self.inputs, self.compiled = moved, compiled
         self.sampled = 0
-        self.evaluate = torch.compile(_loss, dynamic=False) if compiled else _loss
-
-    def proceed(self, module: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
 
     def sample(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
         """The next recorded inputs, from the first again after the last."""
         self.sampled += 1
         return self.inputs[(self.sampled - 1) % UPDATES]
 
-    def draw(
-        self, module: Any, generator: torch.Generator
-    ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-        """`sample`."""
-        return self.sample(module, generator), {}
+    def evaluate(self, module: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics at the given inputs."""
+        return module.loss(*inputs)
 
-    def ahead(self) -> int:
+    def updates_without_host(self) -> int:
         """As many as one likes."""
         return UPDATES
 
-    def __call__(self, module: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics at the next inputs."""
-        return self.evaluate(module, self.sample(module, generator))
-
-    def before_step(self, module: Any) -> None:
+    def before_update(self, module: Any) -> None:
         """Move the target networks."""
         module.update_targets()
-
-
-def _loss(module: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    return module.loss(*inputs)
 
 
 def make_trainer(case: Any, device: str, compiled: bool = False, autocast: bool = False) -> Trainer:

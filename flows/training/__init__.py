@@ -5,7 +5,8 @@
 
 # The loop and its options
 from flows.training.config import TrainerConfig, learning_rate
-from flows.training.trainer import Loss, Identity, Trainer, TrainingDiverged
+from flows.training.loss import Loss, LossFunction, SplitLoss
+from flows.training.trainer import Identity, Trainer, TrainingDiverged
 
 # Fitting a flow to samples
 from flows.training.fit import COUPLINGS, Sampler, data_sampler, fit_flow
@@ -31,8 +32,8 @@ from flows.training.checkpoint import (
 )
 
 # Several trainings as one, and CUDA graphs
-from flows.training.stacked import StackedTrainers, TwoPartLoss, train_stacked
-from flows.training.cuda_graphs import UpdateGraph, GradientGraph, RecordedLoss, check_recordable
+from flows.training.stacked import StackedTrainers, train_stacked
+from flows.training.cuda_graphs import UpdateGraph, GradientGraph, check_recordable
 
 # Processes and devices
 from flows.training.runtime import choose_device, prepare_process
@@ -42,6 +43,8 @@ __all__ = [
     "TrainerConfig",
     "learning_rate",
     "Loss",
+    "LossFunction",
+    "SplitLoss",
     "Identity",
     "Trainer",
     "TrainingDiverged",
@@ -66,11 +69,9 @@ __all__ = [
     "write_json",
     # Several trainings as one, and CUDA graphs
     "StackedTrainers",
-    "TwoPartLoss",
     "train_stacked",
     "UpdateGraph",
     "GradientGraph",
-    "RecordedLoss",
     "check_recordable",
     # Processes and devices
     "choose_device",

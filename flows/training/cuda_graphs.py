@@ -9,53 +9,34 @@ to launch.
 The host does what is left to it, which is to count, to log, and to save.
 
 What is recorded is fixed: shapes, the rate of the optimiser, every number of Python.  So an update
-must not need the host.  Of a loss this asks for three parts (`RecordedLoss`), and of a trainer
-(`check_recordable`) a constant rate and no average.
+must not need the host.  This asks for a loss in parts (`flows.training.loss.SplitLoss`), and for a
+trainer with a constant rate and no average (`check_recordable`).
 
 The first N updates that could be launched are made one by one, on the stream that is then recorded:
 they compile what is compiled, and bring about the state of the optimiser.
 
 A launch an update (`GradientGraph`).  Loss and gradient are recorded, and the host does the
-rest: schedules of rates and averages may be as they like.  A loss must do the same at each call
-(`RepeatedLoss`), and say when it does not.
+rest: schedules of rates and averages may be as they like.  A loss must do the same at each call of
+one phase (`flows.training.loss.Loss.phase`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flows.training import distributed
-from flows.training.stacked import StackedTrainers, TwoPartLoss
+from flows.training.loss import Loss, Metrics, SplitLoss
+from flows.training.stacked import StackedTrainers
 from flows.training.trainer import Trainer
 
 Result = TypeVar("Result")
-Metrics = dict[str, Tensor]
 Block = Callable[[], list[list[Metrics]]]
 Capture = Callable[[Block, Sequence[torch.Generator]], Block]
-
-
-class RecordedLoss(TwoPartLoss, Protocol):
-    """A loss whose ``draw`` is ``proceed``, for the host, and ``sample``, for the device."""
-
-    def proceed(self, module: nn.Module, generator: torch.Generator) -> Metrics:
-        """What is due on the host before the next update; metrics known already."""
-        ...
-
-    def sample(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
-        """Inputs of the loss, drawn without waiting for the device.
-
-        They must not depend on weights or buffers: they are drawn while an update changes these.
-        """
-        ...
-
-    def ahead(self) -> int:
-        """How many updates from the next on need nothing of the host but to be counted."""
-        ...
 
 
 class UpdateGraph:
@@ -116,12 +97,12 @@ class UpdateGraph:
             blocks = self._launch()
         for results in blocks:
             for trainer, result in zip(trainers, results, strict=True):
-                loss = cast(RecordedLoss, trainer.loss)
-                trainer.made.append(result | loss.proceed(trainer.module, trainer.generator))
+                loss = cast(SplitLoss, trainer.loss)
+                trainer.made.append(result | loss.host_step(trainer.module, trainer.generator))
 
     def _can_go_ahead(self, trainer: Trainer) -> bool:
-        loss = cast(RecordedLoss, trainer.loss)
-        left = min(loss.ahead(), trainer.config.iterations - trainer.iteration)
+        loss = cast(SplitLoss, trainer.loss)
+        left = min(loss.updates_without_host(), trainer.config.iterations - trainer.iteration)
         return left >= self.updates and trainer.iteration % self.updates == 0
 
     def _block(self) -> list[list[Metrics]]:
@@ -145,7 +126,7 @@ class UpdateGraph:
     def _draw(self) -> list[tuple[Any, ...]]:
         """The inputs of an update of each trainer."""
         return [
-            cast(RecordedLoss, trainer.loss).sample(trainer.module, trainer.generator)
+            cast(SplitLoss, trainer.loss).sample(trainer.module, trainer.generator)
             for trainer in self._trainers
         ]
 
@@ -155,28 +136,12 @@ class UpdateGraph:
         if self._together is not None:
             self._together.backward([[(drawn, {})] for drawn in inputs])
         else:
-            loss = cast(RecordedLoss, self._trainers[0].loss)
-            self._trainers[0].backward(lambda module, _: loss.evaluate(module, inputs[0]))
+            loss = cast(SplitLoss, self._trainers[0].loss)
+            self._trainers[0].backward(lambda module, _: loss.evaluation(module, inputs[0]))
         results = [trainer.collect() for trainer in self._trainers]
         for trainer in self._trainers:
             trainer.change()
         return results
-
-
-class RepeatedLoss(Protocol):
-    """A loss whose calls do the same on the device, each at the random numbers that come next.
-
-    Whatever else a call takes from the host (a number that changes, rows that it chooses) stays
-    what it was when it was recorded.
-    """
-
-    calls: int
-    """How often it was called, counted on by who replays it."""
-
-    @property
-    def form(self) -> Hashable:
-        """What the next call does; recorded anew where it changes."""
-        ...
 
 
 class GradientGraph:
@@ -184,15 +149,15 @@ class GradientGraph:
 
     What ``trainer.backward()`` does becomes one launch, and all else of an update stays with the
     host: its schedule of rates, clipping, the optimiser, the average.  That is for updates of so
-    many kernels that the rest does not count, such as those of a tilt.  The first `WARM` of a form
-    of the loss are made one by one.
+    many kernels that the rest does not count, such as those of a tilt.  The first `WARM` of a
+    phase of the loss are made one by one.
 
     Arguments:
-        trainer: on a CUDA device, whose loss is a `RepeatedLoss`.
+        trainer: on a CUDA device, whose loss says its phase.
         capture: as in `UpdateGraph`.
 
     Raises:
-        TypeError: the loss is not a `RepeatedLoss`.
+        TypeError: the loss has no phase.
         ValueError: another device, or one of several processes.
     """
 
@@ -206,14 +171,14 @@ class GradientGraph:
             )
         if distributed.size() > 1:
             raise ValueError(f"updates are recorded in one process, got {distributed.size()}")
-        missing = [part for part in ("calls", "form") if not hasattr(trainer.loss, part)]
-        if missing:
+        if trainer.loss.phase is None:
             raise TypeError(
-                f"loss must have the parts of a RepeatedLoss, lacks {', '.join(missing)}"
+                "loss must say in its property phase which calls repeat each other "
+                f"(flows.training.Loss.phase) to be recorded, got None from {trainer.loss!r}"
             )
         self._trainer, self._device, self._on_cuda = trainer, device, capture is None
         self._capture = capture or cuda_graph
-        self._form: Hashable = None
+        self._phase: Hashable = None
         self._made = 0
         self._launch: Block | None = None
         self._gradients: list[Tensor | None] = []
@@ -229,9 +194,9 @@ class GradientGraph:
 
     def _make(self) -> None:
         trainer = self._trainer
-        loss = cast(RepeatedLoss, trainer.loss)
-        if self._made == 0 or self._form != loss.form:
-            self._form, self._made, self._launch = loss.form, 0, None
+        loss = trainer.loss
+        if self._made == 0 or self._phase != loss.phase:
+            self._phase, self._made, self._launch = loss.phase, 0, None
         self._made += 1
         if self._made <= self.WARM:
             _on_side_stream(trainer.backward, on_cuda=self._on_cuda)
@@ -243,7 +208,7 @@ class GradientGraph:
         for parameter, gradient in zip(trainer.parameters, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def _record(self, loss: RepeatedLoss) -> Block:
+    def _record(self, loss: Loss) -> Block:
         trainer = self._trainer
 
         def block() -> list[list[Metrics]]:
@@ -307,16 +272,18 @@ def check_recordable(trainer: Trainer, updates: int, *, cuda: bool = True) -> No
     """Refuse a trainer whose updates need the host.
 
     Raises:
-        TypeError: its loss is not a `RecordedLoss`.
+        TypeError: its loss is not a `SplitLoss`.
         ValueError: it is not on a CUDA device, one of several processes, accumulates losses, has a
             schedule of rates, an average or a restart, or saves within N updates.
     """
     config, device = trainer.config, trainer.generator.device
     if cuda and device.type != "cuda":
         raise ValueError(f"updates can be recorded as a CUDA graph on cuda, got device {device}")
-    missing = [part for part in ("proceed", "sample", "ahead") if not hasattr(trainer.loss, part)]
-    if missing:
-        raise TypeError(f"loss must have the parts of a RecordedLoss, lacks {', '.join(missing)}")
+    if not isinstance(trainer.loss, SplitLoss):
+        raise TypeError(
+            "loss must be a flows.training.SplitLoss where updates are recorded, "
+            f"got {trainer.loss!r}"
+        )
     if distributed.size() > 1:
         raise ValueError(f"updates are recorded in one process, got {distributed.size()}")
     expected = {"lr_schedule": "constant", "warmup": 0, "ema_decay": 0, "accumulate": 1}

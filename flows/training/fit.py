@@ -19,12 +19,14 @@ from flows.matching import flow_matching_loss, independent, optimal_transport
 from flows.training import distributed
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig, learning_rate
-from flows.training.trainer import Identity, Loss, Trainer, TrainingDiverged
+from flows.training.loss import Loss, LossFunction
+from flows.training.trainer import Identity, Trainer, TrainingDiverged
 
 __all__ = [
     "COUPLINGS",
     "Identity",
     "Loss",
+    "LossFunction",
     "Sampler",
     "Trainer",
     "TrainerConfig",

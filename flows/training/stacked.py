@@ -10,8 +10,8 @@ is evaluated once, with a leading axis over weights and inputs (``torch.vmap``).
 of which a device does many in the time of one, cost S runs little more than one; and each run gets
 the numbers that it has alone, but for the rounding of products of another shape.
 
-Such a loss comes in two parts, `TwoPartLoss`: what draws random numbers, run by run from each one's
-own generator, and a function of weights and inputs, which has neither state nor randomness of its
+Such a loss is a `flows.training.loss.SplitLoss`: it draws its inputs run by run, from each one's
+own generator, and is a function of weights and inputs that has neither state nor randomness of its
 own.  It may change buffers in place.
 
 Runs need not stand at the same iteration, for a run has its own schedules.  One that ends, or
@@ -22,55 +22,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from flows.training.loss import Evaluated, Metrics, SplitLoss
 from flows.training.trainer import Trainer
 
 Result = TypeVar("Result")
-Drawn = tuple[tuple[Any, ...], dict[str, Tensor]]
+Drawn = tuple[tuple[Any, ...], Metrics]
 Ahead = Callable[[tuple[Trainer, ...], "StackedTrainers | None"], None]
 """Makes updates of trainers before callbacks see them (`cuda_graphs.UpdateGraph`)."""
-
-
-class TwoPartLoss(Protocol):
-    """A loss of a trainer in two parts, which are what a call of it does.
-
-    One whose attribute ``compiled`` is true has its second part compiled (`torch.compile`).
-    """
-
-    def draw(self, module: nn.Module, generator: torch.Generator) -> Drawn:
-        """Inputs of the loss, nested tuples and mappings of tensors; and metrics known already."""
-        ...
-
-    def evaluate(
-        self, module: nn.Module, inputs: tuple[Any, ...]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss at these inputs, and the other metrics."""
-        ...
 
 
 class StackedTrainers:
     """Trainers whose losses are evaluated as one.
 
     Arguments:
-        trainers: of modules of one architecture, with losses of two parts and one configuration
-            but for the seed.  The modules share storage until `release`.
+        trainers: of modules of one architecture, with a `SplitLoss` and one configuration but for
+            the seed.  The modules share storage until `release`.
 
     Raises:
-        TypeError: a loss does not come in two parts.
+        TypeError: a loss is no `SplitLoss`.
         ValueError: the modules, or how their losses are evaluated, differ.
     """
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
         self.trainers = tuple(trainers)
         for trainer in self.trainers:
-            if not (hasattr(trainer.loss, "draw") and hasattr(trainer.loss, "evaluate")):
-                raise TypeError(f"loss must have the parts of a TwoPartLoss, got {trainer.loss!r}")
+            if not isinstance(trainer.loss, SplitLoss):
+                raise TypeError(
+                    "loss must be a flows.training.SplitLoss where several runs are trained "
+                    f"together, got {trainer.loss!r}"
+                )
         ways = {(t.config.accumulate, t.config.autocast) for t in self.trainers}
         if len(ways) > 1:
             raise ValueError(f"accumulate and autocast must be the same in all, got {ways}")
@@ -94,7 +81,7 @@ class StackedTrainers:
         # `functional_call` puts the weights of one run in the place of those of the first module.
         self._template = _Evaluation(self.trainers[0])
         self._evaluate = torch.vmap(self._one)
-        if getattr(self.trainers[0].loss, "compiled", False):
+        if cast(SplitLoss, self.trainers[0].loss).compiled:
             self._evaluate = torch.compile(self._evaluate, dynamic=False)
 
     def step(self) -> list[dict[str, Tensor]]:
@@ -148,9 +135,12 @@ class StackedTrainers:
 
 def draw(trainer: Trainer) -> list[Drawn]:
     """What the losses of the next step draw, one for each that is accumulated."""
-    loss = cast(TwoPartLoss, trainer.loss)
-    count = trainer.config.accumulate
-    return [loss.draw(trainer.module, trainer.generator) for _ in range(count)]
+    loss, module, generator = cast(SplitLoss, trainer.loss), trainer.module, trainer.generator
+    drawn = []
+    for _ in range(trainer.config.accumulate):
+        known = loss.host_step(module, generator)
+        drawn.append((loss.sample(module, generator), known))
+    return drawn
 
 
 def train_stacked(
@@ -235,13 +225,13 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Evaluation(nn.Module):
-    """The second part of a trainer's loss as a module."""
+    """The function ``evaluate`` of a trainer's loss as a module."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
         self.module = trainer.module
-        self._loss = cast(TwoPartLoss, trainer.loss)
+        self._loss = cast(SplitLoss, trainer.loss)
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, *inputs: Any) -> Evaluated:
         """Loss and metrics."""
         return self._loss.evaluate(self.module, inputs)

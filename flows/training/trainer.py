@@ -13,13 +13,13 @@ Before the iteration ``restart``, where a configuration has one, the average bec
 Adam forgets its moments, and the schedules of lr_i and d_i start anew: a second training, say on
 another loss, from the result of the first.
 
-A loss object that has the method ``before_step(module)`` is told when g is known, clipped and (on a
-CPU) found finite, while the weights are still theta: the moment for what follows the weights of
-before the update, such as target networks.
+A loss that derives from `flows.training.loss.Loss` may have the hook ``before_update(module)``.  It
+runs when g is known, clipped and (on a CPU) found finite, while the weights are still theta: the
+moment to move networks that follow the weights, such as target networks.
 
 Exact resume.  All randomness of a loss comes from the generator it is handed, and the checkpoint
 holds everything else that the next iteration depends on: weights, average, moments of Adam,
-generator, iteration, and the state of the loss if it has ``state_dict`` and ``load_state_dict``.
+generator, iteration, and the state of the loss (``Loss.state_dict``).
 On a CPU a resumed run is therefore equal to an undisturbed one bit by bit.  Layers that draw from
 PyTorch's global generator (dropout) are outside this promise.
 
@@ -66,9 +66,9 @@ from flows.training.callbacks import Callback, check_callbacks
 from flows.training.checkpoint import CheckpointError
 from flows.training.config import TrainerConfig, learning_rate
 from flows.training.ema import WeightAverage
+from flows.training.loss import LossFunction, as_loss
 from flows.weights import fingerprint, frozen_weights
 
-Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Identity = Mapping[str, str | int | float | bool | list | None]
 
 CHECK_EVERY = 10
@@ -83,8 +83,8 @@ class Trainer:
 
     Arguments:
         module: trained in place.
-        loss: callable (module, generator) -> (scalar loss, scalar metrics); may have
-            ``before_step``, ``state_dict`` and ``load_state_dict``, see above.
+        loss: a function (module, generator) -> (scalar loss, scalar metrics), or a
+            `flows.training.loss.Loss`, which may have a state and hooks.
         config: see ``TrainerConfig``.
         callbacks: see ``flows.training.callbacks``; those that write are kept in the first process
         only.
@@ -104,6 +104,7 @@ class Trainer:
         counted.
 
     Raises:
+        TypeError: ``loss`` is neither a function nor a `flows.training.loss.Loss`.
         ValueError: no parameter of the module requires a gradient, or some of those that do are
             sharded and others are not.
     """
@@ -111,7 +112,7 @@ class Trainer:
     def __init__(
         self,
         module: nn.Module,
-        loss: Loss,
+        loss: LossFunction,
         config: TrainerConfig,
         *,
         callbacks: Sequence[Callback] = (),
@@ -121,7 +122,7 @@ class Trainer:
     ) -> None:
         distributed.start()
         self.module = module = distributed.unwrapped(module)
-        self.loss = loss
+        self.loss = as_loss(loss)
         self.config = config
         check_callbacks(callbacks)
         first = distributed.rank() == 0
@@ -185,7 +186,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self.parts.clear()
 
-    def backward(self, evaluate: Loss | None = None) -> None:
+    def backward(self, evaluate: LossFunction | None = None) -> None:
         """The second: losses, at the random numbers that come next, into ``parts`` and gradients.
 
         Arguments:
@@ -232,8 +233,7 @@ class Trainer:
         """And of ``apply`` the second: target networks, weights and their average."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
-        if hasattr(self.loss, "before_step"):
-            self.loss.before_step(self.module)
+        self.loss.before_update(self.module)
         self._optimizer.step()
         if self._average:
             done, _ = self.config.stage(self.iteration)
@@ -301,8 +301,7 @@ class Trainer:
 
         Of several processes all must call it, and the first gets the whole.
         """
-        loss = self.loss.state_dict() if hasattr(self.loss, "state_dict") else None
-        own = {"generator": self.generator.get_state(), "loss": loss}
+        own = {"generator": self.generator.get_state(), "loss": self.loss.state_dict()}
         first, *others = distributed.to_first(own) or [own]
         left_out = self._left_out()
 
@@ -359,8 +358,7 @@ class Trainer:
                     f"the checkpoint {moved}: random numbers are drawn from new streams",
                     stacklevel=2,
                 )
-        if hasattr(self.loss, "load_state_dict"):
-            self.loss.load_state_dict(own["loss"])
+        self.loss.load_state_dict(own["loss"])
 
     def _left_out(self) -> dict[str, Tensor]:
         """The parameters that checkpoints leave out."""

@@ -9,12 +9,13 @@ from torch import nn
 
 from flows.training.callbacks import CSVLogger, JSONLLogger
 from flows.training.config import TrainerConfig
+from flows.training.loss import Loss
 from flows.training.trainer import Trainer
 
 ITERATIONS = 400
 
 
-class ReplayLoss:
+class ReplayLoss(Loss):
     """Regression on a ring buffer of random points, divided by a running scale."""
 
     def __init__(self):

@@ -13,7 +13,7 @@ OnlineCollector.  The agent emits a chunk of actions that is executed whole; wha
 dropped when the episode ends.  Each transition enters the replay with terminal = done and mask = 0
 only if the state was terminated.
 
-The target networks follow the weights of before the update, by ``before_step``.
+The target networks follow the weights of before the update, by ``before_update``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from applications.rl.agents.base import Agent, Noise
 from applications.rl.data.replay import Batch, Replay
 from applications.rl.environments.episodes import Episodes
+from flows.training import SplitLoss
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class OnlineCollector:
         self._reward, self._length = state["reward"], state["length"]
 
 
-class AgentLoss:
+class AgentLoss(SplitLoss):
     """The loss of an agent as ``flows.training.trainer.Trainer`` calls it.
 
     Arguments:
@@ -158,10 +159,7 @@ class AgentLoss:
         batch_size: windows in a batch.
         acting: what the online phase needs.
         before_sampling: called with the number of each update before its batch is drawn.
-        compiled: compile `evaluate`, see `flows.training.stacked.TwoPartLoss`.
-
-    Attributes:
-        evaluate: agent and (batch, noise) -> the loss and metrics.
+        compiled: compile ``evaluate``.
 
     Raises:
         ValueError: an online phase without acting, or no room for its transitions.
@@ -182,25 +180,9 @@ class AgentLoss:
         self.replay, self.schedule, self.batch_size = replay, schedule, batch_size
         self.acting, self.before_sampling = acting, before_sampling
         self.compiled = compiled
-        self.evaluate = torch.compile(_evaluate, dynamic=False) if compiled else _evaluate
         self.updates = 0
 
-    def __call__(
-        self, module: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one update, after the environment steps due before it, and metrics."""
-        inputs, numbers = self.draw(module, generator)
-        loss, metrics = self.evaluate(module, inputs)
-        return loss, metrics | numbers
-
-    def draw(
-        self, module: nn.Module, generator: torch.Generator
-    ) -> tuple[tuple[Batch, Noise], dict[str, Tensor]]:
-        """The environment steps due before an update; its batch and noise, and where it stands."""
-        numbers = self.proceed(module, generator)
-        return self.sample(module, generator), numbers
-
-    def proceed(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    def host_step(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Count an update, and take the environment steps and the shard due before it."""
         agent = cast(Agent, module)
         self.updates += 1
@@ -227,13 +209,19 @@ class AgentLoss:
         )
         return batch, agent.draw_noise(self.batch_size, generator)
 
-    def ahead(self) -> int:
+    def evaluate(
+        self, module: nn.Module, inputs: tuple[Batch, Noise]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the agent's loss on a batch and its noise, and metrics."""
+        return cast(Agent, module).loss(*inputs)
+
+    def updates_without_host(self) -> int:
         """Updates, from the next on, that need nothing of the host (`training.cuda_graphs`)."""
         if self.before_sampling is not None:
             return 0
         return max(0, self.schedule.offline_steps - self.updates)
 
-    def before_step(self, module: nn.Module) -> None:
+    def before_update(self, module: nn.Module) -> None:
         """Move the target networks, by the weights of before the update."""
         cast(Agent, module).update_targets()
 
@@ -272,7 +260,3 @@ class AgentLoss:
         if self.acting is not None and state["acting"] is not None:
             self.acting.load_state_dict(state["acting"])
         self.updates = done
-
-
-def _evaluate(module: nn.Module, inputs: tuple[Batch, Noise]) -> tuple[Tensor, dict[str, Tensor]]:
-    return cast(Agent, module).loss(*inputs)

@@ -13,6 +13,7 @@ from torch import nn
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
 from flows.training.cuda_graphs import GradientGraph, UpdateGraph
+from flows.training.loss import Loss, SplitLoss
 from flows.training.stacked import train_stacked
 from flows.training.trainer import Trainer
 
@@ -35,37 +36,28 @@ class Network(nn.Module):
         return x @ self.weight
 
 
-class Regression:
+class Regression(SplitLoss):
     """A loss that counts on the host, and for which the last updates are the host's."""
 
     def __init__(self, free):
         self.count, self.free = 0, free
 
-    def proceed(self, module, generator):
+    def host_step(self, module, generator):
         self.count += 1
         return {"count": torch.tensor(float(self.count))}
 
     def sample(self, module, generator):
         return (torch.randn(8, 3, generator=generator),)
 
-    def ahead(self):
+    def updates_without_host(self):
         return self.free - self.count
-
-    def draw(self, module, generator):
-        numbers = self.proceed(module, generator)
-        return self.sample(module, generator), numbers
 
     def evaluate(self, module, inputs):
         error = (module(inputs[0]) - inputs[0] @ module.target - 1).square().mean()
         return error, {"largest": inputs[0].amax()}
 
-    def __call__(self, module, generator):
-        inputs, numbers = self.draw(module, generator)
-        loss, metrics = self.evaluate(module, inputs)
-        return loss, metrics | numbers
-
-    def before_step(self, module):
-        module.target.lerp_(module.weight.detach(), 0.1)
+    def before_update(self, module):
+        module.slow.lerp_(module.weight.detach(), 0.1)
 
     def state_dict(self):
         return {"count": self.count}
@@ -188,24 +180,24 @@ def test_other_devices_and_losses_are_refused(tmp_path):
     with pytest.raises(ValueError, match="CUDA graph on cuda, got device cpu"):
         UpdateGraph(4)((trainer,), None)
     plain = Trainer(Network(3), lambda module, generator: None, CONFIG)
-    with pytest.raises(TypeError, match="lacks proceed, sample, ahead"):
+    with pytest.raises(TypeError, match=r"loss must be a flows\.training\.SplitLoss"):
         UpdateGraph(4, capture=Replays())((plain,), None)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         UpdateGraph(0)
 
 
-class Repeated:
-    """A loss that takes another form, of another size, after some calls."""
+class Repeated(Loss):
+    """A loss that enters another phase, of another size, after some calls."""
 
     def __init__(self, until):
         self.calls, self.until = 0, until
 
     @property
-    def form(self):
+    def phase(self):
         return self.calls < self.until
 
     def __call__(self, module, generator):
-        x = torch.randn(8 if self.form else 4, 3, generator=generator)
+        x = torch.randn(8 if self.phase else 4, 3, generator=generator)
         self.calls += 1
         return (module(x) - x.sum(1)).square().mean(), {"largest": x.amax()}
 
@@ -218,7 +210,7 @@ class Repeated:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
-    """With what a launcher refuses: a schedule, an average, losses that add up; in two forms."""
+    """With what a launcher refuses: a schedule, an average, losses that add up; in two phases."""
     config = TrainerConfig(iterations=12, lr=0.02, accumulate=accumulate, checkpoint_every=5)
     found = []
     for name in ("plain", "recorded"):
@@ -231,7 +223,7 @@ def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
         backward = GradientGraph(trainer, capture=replays) if name == "recorded" else None
         trainer.fit(backward=backward)
         found.append((trainer.module.weight, trainer.ema.weight, rows.rows, loss.calls))
-    assert replays.captures == 2, "one of each form"
+    assert replays.captures == 2, "one of each phase"
     assert replays.launches == 12 - 2 * GradientGraph.WARM
     plain, recorded = found
     assert torch.equal(plain[0], recorded[0])
@@ -274,9 +266,9 @@ def test_a_recorded_training_resumes(tmp_path):
     assert torch.equal(again.ema.weight, trainers["plain"].ema.weight)
 
 
-def test_a_gradient_is_recorded_of_a_repeated_loss_only():
+def test_a_gradient_is_recorded_of_a_loss_with_phases_only():
     trainer = Trainer(Network(0), Regression(9), CONFIG)
-    with pytest.raises(TypeError, match="RepeatedLoss, lacks calls, form"):
+    with pytest.raises(TypeError, match="loss must say in its property phase"):
         GradientGraph(trainer, capture=Replays())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
+from flows.training.loss import SplitLoss
 from flows.training.stacked import StackedTrainers, train_stacked
 from flows.training.trainer import Trainer, TrainingDiverged
 
@@ -42,18 +43,19 @@ class Network(nn.Module):
         return (x @ self.first).tanh() @ self.second * self.scale
 
 
-class Regression:
-    """A loss of two parts with state, random numbers, a buffer it changes, and slow weights."""
+class Regression(SplitLoss):
+    """A split loss with state, random numbers, a buffer it changes, and slow weights."""
 
     def __init__(self, slow=0.5):
         self.count, self.slow = 0, slow
 
-    def draw(self, module, generator):
+    def host_step(self, module, generator):
         self.count += 1
+        return {"count": torch.tensor(float(self.count))}
+
+    def sample(self, module, generator):
         x = torch.randn(16, 3, generator=generator, dtype=torch.float64)
-        return ({"x": x}, torch.tensor(float(self.count))), {
-            "count": torch.tensor(float(self.count))
-        }
+        return {"x": x}, torch.tensor(float(self.count))
 
     def evaluate(self, module, inputs):
         x, count = inputs[0]["x"], inputs[1]
@@ -62,12 +64,7 @@ class Regression:
         error = (module(x) - count.sqrt() * x.prod(1)).square().mean()
         return error, {"largest": x.amax(), "seen": module.seen.sum()}
 
-    def __call__(self, module, generator):
-        inputs, numbers = self.draw(module, generator)
-        loss, metrics = self.evaluate(module, inputs)
-        return loss, metrics | numbers
-
-    def before_step(self, module):
+    def before_update(self, module):
         module.scale.mul_(0.9).add_(self.slow * module.second.detach().mean(), alpha=0.1)
 
     def state_dict(self):
@@ -161,10 +158,10 @@ def test_runs_that_were_stopped_anywhere_go_on_together(tmp_path):
 
 def test_one_that_fails_leaves_the_others():
     class Broken(Regression):
-        def draw(self, module, generator):
+        def host_step(self, module, generator):
             if self.count == 8:
                 raise KeyError("no more data")
-            return super().draw(module, generator)
+            return super().host_step(module, generator)
 
     seen = []
 
@@ -224,5 +221,5 @@ def test_what_cannot_be_trained_together_is_refused():
     with pytest.raises(ValueError, match="accumulate and autocast must be the same in all"):
         StackedTrainers([trainer, other])
     other = Trainer(Network(1), lambda m, g: (m(torch.ones(2, 3)).sum(), {}), CONFIG)
-    with pytest.raises(TypeError, match="loss must have the parts of a TwoPartLoss"):
+    with pytest.raises(TypeError, match=r"loss must be a flows\.training\.SplitLoss"):
         StackedTrainers([trainer, other])

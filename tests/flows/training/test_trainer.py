@@ -13,7 +13,7 @@ from torch import nn
 
 from flows.mixture import GaussianMixture
 from flows.networks.mlp import MLPVelocity
-from flows.training import Trainer, TrainerConfig, learning_rate
+from flows.training import Loss, Trainer, TrainerConfig, learning_rate
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback, CSVLogger
 from flows.training.checkpoint import CheckpointError
@@ -154,8 +154,8 @@ def test_clipping_acts_after_the_norm_is_reported():
         torch.testing.assert_close(first_moment, 0.1 * factor * slope, rtol=1e-5, atol=0)
 
 
-def test_before_step_comes_between_the_clipped_gradient_and_the_update():
-    class Watched:
+def test_before_update_comes_between_the_clipped_gradient_and_the_update():
+    class Watched(Loss):
         seen = ()
         losses = 0
 
@@ -164,7 +164,7 @@ def test_before_step_comes_between_the_clipped_gradient_and_the_update():
             bad = math.nan if self.losses > 4 else 1.0
             return bad * 3.0 * module.theta.sum(), {}
 
-        def before_step(self, module):
+        def before_update(self, module):
             theta, gradient = module.theta, module.theta.grad
             self.seen = (*self.seen, (self.losses, theta.detach().clone(), gradient.clone()))
 
@@ -264,11 +264,11 @@ def test_a_step_does_not_wait_for_the_gpu(monkeypatch):
 def test_the_average_shares_what_is_not_trained():
     """So it is what the module has, also where the loss changes it between two updates."""
 
-    class Slow:
+    class Slow(Loss):
         def __call__(self, module, generator):
             return quadratic(module, generator)
 
-        def before_step(self, module):
+        def before_update(self, module):
             module.fixed.mul_(2.0)
 
     trainer = Trainer(Point(), Slow(), replace(PLAIN, ema_decay=0.9))

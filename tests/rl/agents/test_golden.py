@@ -18,6 +18,7 @@ from helpers.golden_values import ALT, BAM, CASES, FQL, IFQL, QAM, QAM_E, QAM_F,
 from applications.rl.agents import make_agent
 from applications.rl.agents.actor_critic import pessimistic
 from flows.training.config import TrainerConfig
+from flows.training.loss import SplitLoss
 from flows.training.stacked import StackedTrainers, draw
 from flows.training.trainer import Trainer
 
@@ -55,23 +56,20 @@ def check(actual, expected, what):
     )
 
 
-class Replayed:
+class Replayed(SplitLoss):
     """The recorded batches and noises as the loss of a trainer, update by update from ``first``."""
 
     def __init__(self, case, first=0):
         self.case, self.update = case, first
 
-    def draw(self, agent, generator):
+    def sample(self, agent, generator):
         update, self.update = self.update % 3, self.update + 1
-        return (self.case.batch(update), self.case.noise(update)), {}
+        return self.case.batch(update), self.case.noise(update)
 
     def evaluate(self, agent, inputs):
         return agent.loss(*inputs)
 
-    def __call__(self, agent, generator):
-        return self.evaluate(agent, self.draw(agent, generator)[0])
-
-    def before_step(self, agent):
+    def before_update(self, agent):
         agent.update_targets()
 
 

@@ -14,6 +14,7 @@ from applications.rl.training.train import train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
+from flows.training.loss import SplitLoss
 from flows.training.stacked import StackedTrainers
 from flows.training.trainer import Trainer, TrainingDiverged
 
@@ -33,22 +34,19 @@ def alone(tmp_path_factory):
 # --- every agent ----------------------------------------------------------------------------------
 
 
-class Problem:
+class Problem(SplitLoss):
     """The loss of an agent on batches in double precision, new ones for each update."""
 
     def __init__(self, seed):
         self.batches = iter(range(100 * seed, 100 * seed + 100))
 
-    def draw(self, agent, generator):
-        return (problems.batch(next(self.batches)), agent.draw_noise(problems.B, generator)), {}
+    def sample(self, agent, generator):
+        return problems.batch(next(self.batches)), agent.draw_noise(problems.B, generator)
 
     def evaluate(self, agent, inputs):
         return agent.loss(*inputs)
 
-    def __call__(self, agent, generator):
-        return self.evaluate(agent, self.draw(agent, generator)[0])
-
-    def before_step(self, agent):
+    def before_update(self, agent):
         agent.update_targets()
 
 

@@ -1,4 +1,4 @@
-"""Bias falls with the number of steps, noise rises: the spread of the lean adjoint at the optimum.
+"""Bias and noise of the lean adjoint at the optimum, by the number of steps.
 
     python -m benchmarks.adjoint_noise
 
@@ -10,7 +10,8 @@ noise
 slope
     E⟨c_k, c*⟩ / E‖c*‖²: 1 where the scheme is unbiased.
 
-A training budget that suffices at K = 10 may not suffice at K = 40.
+Bias falls with the number of steps and noise rises: a training budget that suffices at K = 10 may
+not suffice at K = 40.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tyro
 from adjoint import Reward, draw_noise, lean_adjoint, make_kernel, measure_mmse, rollout
 from applications.toy2d.rewards import make_reward
 from applications.toy2d.targets import find_target
+from benchmarks.common.records import RESULTS
 from flows import uniform
 from flows.training import write_json
 
@@ -38,13 +40,13 @@ class NoiseConfig:
     steps: tuple[int, ...] = (10, 20, 40, 80)
     """Numbers of steps K, multiples of 10."""
     samples: int = 20_000
-    """Trajectories."""
-    output: Path = Path("benchmarks/results/adjoint_noise.json")
-    """Rows."""
+    """Number of trajectories."""
+    output: Path = RESULTS / "adjoint_noise.json"
+    """File of the rows."""
 
 
 def measure(steps: int, samples: int) -> list[dict[str, float]]:
-    """Rows {steps, t, noise, slope} of the moment-matched chain on two Gaussians, linear reward."""
+    """Measure noise and slope of the moment-matched chain on two Gaussians with a linear reward."""
     target = find_target("two_gaussians")
     reward = make_reward("linear", target)
     assert target.mixture is not None
@@ -79,7 +81,7 @@ def measure(steps: int, samples: int) -> list[dict[str, float]]:
 
 
 def main(config: NoiseConfig) -> None:
-    """Print the table and write the rows."""
+    """Measure, print the table and write the rows."""
     rows = [row for steps in config.steps for row in measure(steps, config.samples)]
     print(f"{'K':>4}" + "".join(f"{f't = {t}: noise, slope':>26}" for t in TIMES))
     for steps in config.steps:

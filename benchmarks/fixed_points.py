@@ -1,8 +1,10 @@
-r"""What each scheme converges to, without training noise: its fixed points in one dimension.
+r"""Fixed points of each scheme in one dimension: the solutions of adjoint matching without noise.
+
+    python -m benchmarks.fixed_points
 
 Adjoint matching is a regression on states that its own solution visits.  With a velocity free to
 take any value at every state and step, the solution v_θ satisfies, with the columns of the scheme's
-table (`adjoint.chain.kernels`), J the Jacobian of v_β and Λ_K = -r',
+kernel (`adjoint.chain`), J the Jacobian of v_β and Λ_K = -r',
 
     M_k(x)  = E[Λ_{k+1}(x_{k+1}) | x_k = x],     x_{k+1} = mean_x x + mean_v v_θ(x, t_k) + std ε,
     Λ_k(x)  = (adjoint_x + adjoint_v J(x, adjoint_t)) M_k(x)  =  E[λ_k | x_k = x],
@@ -11,10 +13,10 @@ table (`adjoint.chain.kernels`), J the Jacobian of v_β and Λ_K = -r',
 
 Solved backward in k on a grid of states, M_k by Gauss-Hermite quadrature.  The mean of the step
 depends on v_θ(x, t_k), so every state has a scalar equation to solve; at K = 5 a few states of a
-bimodal problem have several roots, and the one is taken that the regression itself reaches from
-v_β, the first in the direction of its target.  With importance weights the expectation is under
-the tilted base chain and explicit: with h_k(x) = E_β[h_{k+1}(x_{k+1}) | x_k = x] and h_K = e^r,
-M_k(x) = E_β[h_{k+1} Λ_{k+1} | x_k = x] / h_k(x).
+bimodal problem have several roots, and the solver takes the root that the regression itself
+reaches from v_β, the first in the direction of its target.  With importance weights the expectation
+is under the tilted base chain and explicit: with h_k(x) = E_β[h_{k+1}(x_{k+1}) | x_k = x] and
+h_K = e^r, M_k(x) = E_β[h_{k+1} Λ_{k+1} | x_k = x] / h_k(x).
 
 The velocity error at a time is E[(v_θ - v*)²] / E[(v* - v_β)²] under the exact marginal p*_t: 0 is
 the exact tilt, 1 the base.  It is a ratio of squares; its root is the relative error.  The
@@ -25,7 +27,6 @@ mean is over t = .1, .3, .5, .7, .9.
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,9 @@ from tqdm import tqdm
 from adjoint import Kernel, make_kernel
 from adjoint.chain.conditional_covariance import noise_pull, noise_root
 from adjoint.chain.kernels import MATCHED
-from flows import GaussianMixture, velocity_and_vjp
-from flows import grid as grids
+from benchmarks.common.records import RESULTS
+from flows import GaussianMixture, uniform, velocity_and_vjp
+from flows.training import write_json
 
 Array = NDArray[np.float64]
 
@@ -57,13 +59,13 @@ SCHEMES = (
     "moment_matched_weighted",
     "covariance_matched_weighted",
 )
-"""Kernels; those with the suffix ``_weighted`` with importance weights."""
+"""Names of kernels; the suffix ``_weighted`` adds importance weights."""
 
 STATES = np.linspace(-9.0, 9.0, 721)
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 SCAN = np.linspace(0.0, 1.0, 41) ** 2
-"""Where a sign change is looked for, as a fraction of the bound on the correction."""
+"""Corrections at which a sign change is sought, as fractions of their bound."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,14 @@ class Problem:
     kappa: float = 0.0
 
     def exact(self) -> GaussianMixture:
-        """The tilted mixture."""
+        """Return the tilted mixture."""
         like = self.base.means
         tilted, _ = self.base.tilt(like.new_tensor([[self.kappa]]), like.new_tensor([self.b]))
         return tilted
 
 
 def mixture(means: list[float], variances: list[float]) -> GaussianMixture:
-    """One-dimensional mixture with equal weights, in float64."""
+    """Make a one-dimensional mixture with equal weights, in float64."""
     m = torch.tensor(means, dtype=torch.float64)[:, None]
     return GaussianMixture.isotropic(m, torch.tensor(variances, dtype=torch.float64).sqrt())
 
@@ -95,15 +97,15 @@ PROBLEMS = {
 
 
 def quadrature_mmse(base: GaussianMixture, t: Tensor) -> Tensor:
-    """E Var(X_1 | X_t) by the trapezoidal rule, scalar."""
+    """Return E Var(X_1 | X_t) by the trapezoidal rule, a scalar."""
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64)[:, None]
     p = base.log_prob(x, t).exp()
     return (p * base.posterior_covariance(x, t)[:, 0, 0]).sum() / p.sum()
 
 
 def kernel_for(base: GaussianMixture, name: str, steps: int) -> Kernel:
-    """The table of kernel ``name`` on the uniform grid, with the base's exact mmse."""
-    grid = grids.uniform(steps)
+    """Make kernel ``name`` on the uniform grid, with the base's exact mmse."""
+    grid = uniform(steps)
     mmse = covariance = None
     if name in MATCHED:
         mmse = torch.stack([quadrature_mmse(base, t) for t in grid[:-1]])
@@ -120,7 +122,7 @@ class Curve:
         self.slope = self.spline(STATES[[0, -1]], 1)
 
     def __call__(self, x: Array) -> Array:
-        """Values at ``x`` of any shape."""
+        """Return the values at ``x`` of any shape."""
         inside = np.clip(x, STATES[0], STATES[-1])
         out = x - inside
         value: Array = self.spline(inside)
@@ -130,10 +132,10 @@ class Curve:
 def first_root(target: Curve, start: Array, factor: Array, move: float, spread: Array) -> Array:
     """Solve c = E[factor(ε) · target(start + move c + spread ε)] for c (N,) at every state.
 
-    Of several roots the first between 0 and the side to which the right-hand side pulls at c = 0.
+    Among several roots it takes the first one in the direction of the right-hand side at c = 0.
 
     Raises:
-        RuntimeError: there is none where the bound on ``target`` says there must be.
+        RuntimeError: no root lies within the bound that ``target`` implies.
     """
 
     def excess(c: Array) -> Array:
@@ -161,7 +163,7 @@ def first_root(target: Curve, start: Array, factor: Array, move: float, spread: 
 
 
 def fixed_point(problem: Problem, kernel: Kernel, *, weighted: bool = False) -> tuple[Array, Array]:
-    """v_θ and v_β at the grid times on ``STATES``, each (K, N)."""
+    """Return v_θ and v_β at the grid times on ``STATES``, each (K, N)."""
     base, x = problem.base, torch.from_numpy(STATES)[:, None]
     value = problem.kappa * STATES - problem.b  # Λ
     log_h = problem.b * STATES - 0.5 * problem.kappa * STATES**2
@@ -181,10 +183,9 @@ def fixed_point(problem: Problem, kernel: Kernel, *, weighted: bool = False) -> 
         else:
             spread = np.full_like(STATES, 0.0 if follows_base else float(kernel.std[k]))
         residual_v, residual_a = float(kernel.residual_v[k]), float(kernel.residual_a[k])
-        read = (
-            residual_a / residual_v if residual_v else 0.0
-        )  # a step without a residual keeps the base
-        factor = -read * (np.ones_like(back) if kernel.residual_at_next else back)
+        # A step without a residual keeps the base.
+        ratio = residual_a / residual_v if residual_v else 0.0
+        factor = -ratio * (np.ones_like(back) if kernel.residual_at_next else back)
 
         mean_v = float(kernel.mean_v[k])
         start = float(kernel.mean_x[k]) * STATES + mean_v * v_base
@@ -208,7 +209,7 @@ def fixed_point(problem: Problem, kernel: Kernel, *, weighted: bool = False) -> 
 
 
 def velocity_error(problem: Problem, kernel: Kernel, v: Array, v_base: Array) -> float:
-    """Mean relative velocity error of v (K, N) over ``TIMES``; see the module docstring."""
+    """Return the mean relative velocity error of v (K, N) over ``TIMES``."""
     exact, x = problem.exact(), torch.from_numpy(STATES)[:, None]
     corrections = np.concatenate([v - v_base, np.zeros((1, len(STATES)))])
     times = kernel.t.numpy()
@@ -224,7 +225,7 @@ def velocity_error(problem: Problem, kernel: Kernel, v: Array, v_base: Array) ->
 
 
 def scheme_error(problem: Problem, scheme: str, steps: int) -> float:
-    """Velocity error of the fixed point of a scheme, one of ``SCHEMES``, in ``steps`` steps."""
+    """Return the velocity error of the fixed point of a scheme in ``steps`` steps."""
     name = scheme.removesuffix("_weighted")
     kernel = kernel_for(problem.base, name, steps)
     v, v_base = fixed_point(problem, kernel, weighted=scheme != name)
@@ -233,14 +234,14 @@ def scheme_error(problem: Problem, scheme: str, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Args:
-    """Fixed points of every scheme in one dimension (about three minutes)."""
+    """Compute the fixed points of every scheme in one dimension (about three minutes)."""
 
     steps: tuple[int, ...] = (5, 10, 20, 40)
-    """Numbers of steps."""
+    """Numbers of steps K."""
     schemes: tuple[str, ...] = SCHEMES
     """Schemes, kernel names with or without the suffix _weighted."""
-    out: Path = Path(__file__).parent / "results" / "fixed_points.json"
-    """Where the rows are written."""
+    output: Path = RESULTS / "fixed_points.json"
+    """File of the rows."""
 
 
 def main(args: Args) -> list[dict[str, str | int | float]]:
@@ -256,10 +257,9 @@ def main(args: Args) -> list[dict[str, str | int | float]]:
     for scheme in args.schemes:
         groups = ("/".join(itertools.islice(texts, len(PROBLEMS))) for _ in args.steps)
         print(f"{scheme:<28}" + "".join(f"{group:>20}" for group in groups))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(args.output, rows)
     return rows
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, prog="python -m benchmarks.fixed_points"))

@@ -1,4 +1,4 @@
-"""Does it learn?  Agents on point maze and cube-single, several seeds each, with their curves.
+"""Do the agents learn?  Point maze and cube-single, several seeds each, with learning curves.
 
     python -m benchmarks.rl --suites pointmaze          # three seeds of four agents
     python -m benchmarks.rl                             # everything; hours on two cores
@@ -7,15 +7,15 @@
 ``temperature``  QAM with a τ ten times too low and ten times too high;
 ``kernels``      QAM with the most exact kernel against the published one, at K = 5 and 10;
 ``online``       QAM offline on five episodes of data, then online;
-``paths``        QAM at many evaluations while it learns, by the plain path of execution and by
-                 those of `PATHS`, of which those of a GPU are run where there is one;
+``paths``        QAM with many evaluations while it learns, by each path of execution in `PATHS`;
+                 the paths of a GPU are run where there is one;
 ``cube``         BC, FQL, QAM and QAM-F on cube-single, and QAM with the most exact kernel.
 
-A run that was stopped continues where it stood, and one whose rows are in the record is not run
-again.  Each evaluation is a row {task, agent, seed, step, phase, success, episodes, hours, device,
-preset} of ``results/rl.json``; ``preset`` names what differs from the preset ``small``, and
-``hours`` is the wall time of the process that finished the run, evaluations included, on a machine
-that was shared with others.  The curves are drawn by
+A stopped run continues from its checkpoint, and a run whose rows are in the record is not repeated.
+Each evaluation is a row {task, agent, seed, step, phase, success, episodes, hours, device, preset}
+of ``results/rl.json``; ``preset`` names the changes to the preset ``small``, and ``hours`` is the
+wall time of the process that finished the run, evaluations included, on a machine that was shared
+with others.  The curves are drawn by
 
     python -m applications.rl report benchmarks/results/rl.json --by agent preset
 """
@@ -25,15 +25,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from applications.rl import run_folder
 from applications.rl.agents.presets import preset
@@ -41,7 +38,9 @@ from applications.rl.data.generate import DataConfig, generate
 from applications.rl.environments.tasks import find_task
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.train import Trained, train
-from flows.training import prepare_process, write_json
+from benchmarks.common.jobs import completed
+from benchmarks.common.records import RESULTS
+from flows.training import write_json
 
 MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 CUBE = "cube-single-play-singletask-task1-v0"
@@ -57,7 +56,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "graph tf32": {"compile": True, "graph": 10, "device": "cuda", "precision": "tf32"},
     "graph bfloat16": {"compile": True, "graph": 10, "device": "cuda", "precision": "bfloat16"},
 }
-"""Options of the paths of execution; all but the plain one train all seeds together."""
+"""Options of each path of execution; every path but ``plain`` trains all seeds together."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,13 @@ class Experiment:
     """One agent on one task, to be run with several seeds.
 
     Attributes:
-        suite: what it belongs to.
-        task, agent: of `applications.rl`.
-        options: of the agent, that differ from the preset ``small``.
-        offline, online: steps.
-        transitions: of the data.
-        eval_every, episodes: of the evaluations.
-        path: of execution, of `PATHS`.
+        suite: name of the suite of experiments.
+        task, agent: names in `applications.rl`.
+        options: options of the agent that differ from the preset ``small``.
+        offline, online: number of steps of each phase.
+        transitions: size of the data.
+        eval_every, episodes: steps between evaluations, and episodes of each.
+        path: name of the path of execution, in `PATHS`.
     """
 
     suite: str
@@ -87,7 +86,7 @@ class Experiment:
 
     @property
     def preset(self) -> str:
-        """The preset and what differs from it."""
+        """Name of the preset, followed by the changes to it."""
         changes = [f"{name}={value}" for name, value in self.options.items()]
         if self.suite == "online":
             changes.append(f"transitions={self.transitions}")
@@ -97,17 +96,17 @@ class Experiment:
 
     @property
     def device(self) -> str:
-        """Where it trains."""
+        """Device of the training."""
         return PATHS[self.path].get("device", "cpu")
 
     @property
     def folder(self) -> Path:
-        """Where its runs are, within that of the benchmark."""
+        """Folder of the experiment's runs, relative to the folder of the benchmark."""
         return Path(self.task) / self.agent / self.preset.replace(" ", ",")
 
 
 def experiments() -> list[Experiment]:
-    """Everything, in the order in which it is run."""
+    """Return all experiments, in the order in which they are run."""
     maze = [Experiment("pointmaze", MAZE, agent) for agent in AGENTS]
     temperatures = [
         Experiment("temperature", MAZE, "qam", {"inverse_temperature": tau}) for tau in (0.1, 10.0)
@@ -134,27 +133,27 @@ def experiments() -> list[Experiment]:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Train the agents, evaluate them, and keep every evaluation."""
+    """Train the agents, evaluate them, and record every evaluation."""
 
     suites: tuple[str, ...] = ("pointmaze", "temperature", "kernels", "online", "paths", "cube")
-    """What to run; the module's help explains them."""
+    """Suites of experiments to run."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each agent."""
     workers: int = 2
-    """Processes, one thread each."""
+    """Number of processes, one thread each."""
     folder: Path = Path("outputs/benchmark-rl")
-    """Data and run folders."""
-    results: Path = Path("benchmarks/results/rl.json")
-    """Rows, kept and completed."""
+    """Folder of data and runs."""
+    output: Path = RESULTS / "rl.json"
+    """File of the rows; missing rows are added to it."""
 
 
 def data_folder(config: BenchmarkConfig, experiment: Experiment) -> Path:
-    """Where the data of an experiment are."""
+    """Return the folder of the data of an experiment."""
     return config.folder / f"data-{experiment.transitions}"
 
 
 def make_data(config: BenchmarkConfig, experiment: Experiment) -> None:
-    """Make the data of an experiment, or find them made."""
+    """Make the data of an experiment unless they exist."""
     generate(
         DataConfig(
             task=experiment.task,
@@ -168,7 +167,7 @@ def make_data(config: BenchmarkConfig, experiment: Experiment) -> None:
 def train_config(
     config: BenchmarkConfig, experiment: Experiment, seeds: Sequence[int]
 ) -> TrainConfig:
-    """How seeds of an experiment are trained."""
+    """Return the configuration that trains ``seeds`` of an experiment."""
     options = preset(experiment.agent, find_task(experiment.task), "small")
     return TrainConfig(
         task=experiment.task,
@@ -193,13 +192,13 @@ def train_config(
 
 
 def run(config: BenchmarkConfig, experiment: Experiment, seeds: Sequence[int]) -> list[Row]:
-    """Train seeds, or continue them; a row for each of their evaluations."""
+    """Train or continue ``seeds`` of an experiment; return a row for each evaluation."""
     ended = train(train_config(config, experiment, seeds))
     return [row for trained in ended for row in read_rows(experiment, trained)]
 
 
 def read_rows(experiment: Experiment, trained: Trained) -> list[Row]:
-    """The evaluations of a finished run."""
+    """Return a row for each evaluation of a finished run."""
     with (trained.folder / run_folder.EVALUATION).open(newline="") as file:
         found = list(csv.DictReader(file))
     return [
@@ -219,19 +218,13 @@ def read_rows(experiment: Experiment, trained: Trained) -> list[Row]:
     ]
 
 
-def prepare_worker() -> None:
-    """One thread a process; see `flows.training.runtime`."""
-    torch.set_num_threads(1)
-    prepare_process()
-
-
 def key(row: Row) -> tuple[object, ...]:
-    """What a run's rows have in common."""
+    """Return the columns that identify the run of a row."""
     return tuple(row[name] for name in ("task", "agent", "preset", "seed"))
 
 
 def pending(config: BenchmarkConfig, rows: list[Row]) -> list[tuple[Experiment, list[int]]]:
-    """Experiments, and seeds that are trained in one process, that are not among the rows."""
+    """Return the missing jobs: an experiment, and the seeds that one process trains."""
     done = {key(row) for row in rows}
     jobs: list[tuple[Experiment, list[int]]] = []
     for experiment in experiments():
@@ -249,7 +242,7 @@ def pending(config: BenchmarkConfig, rows: list[Row]) -> list[tuple[Experiment, 
 
 
 def summary(rows: list[Row]) -> str:
-    """Success at each run's last step: mean and range over the seeds."""
+    """Return a table of success at the last step: mean and range over the seeds."""
     last: dict[tuple[object, ...], Row] = {}
     for row in rows:
         if key(row) not in last or row["step"] > last[key(row)]["step"]:  # type: ignore[operator]
@@ -265,19 +258,15 @@ def summary(rows: list[Row]) -> str:
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Run what is missing, print the table."""
-    rows: list[Row] = json.loads(config.results.read_text()) if config.results.exists() else []
+    """Run the missing jobs and print the table."""
+    rows: list[Row] = json.loads(config.output.read_text()) if config.output.exists() else []
     jobs = pending(config, rows)
     for experiment in {(job.task, job.transitions): job for job, _ in jobs}.values():
         make_data(config, experiment)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(
-        config.workers, mp_context=context, initializer=prepare_worker
-    ) as pool:
-        futures = [pool.submit(run, config, *job) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(jobs), desc="runs"):
-            rows += future.result()
-            write_json(config.results, rows)
+    calls = [(config, *job) for job in jobs]
+    for new in completed(run, calls, workers=config.workers, name="runs"):
+        rows += new
+        write_json(config.output, rows)
     print(summary(rows))
 
 

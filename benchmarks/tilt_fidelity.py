@@ -1,12 +1,12 @@
-"""How exact is a trained tilt?  Every kernel, every problem, equal training budgets.
+"""How exact is a trained tilt?  Every kernel on every problem, at equal training budgets.
 
-    python -m benchmarks.tilt_fidelity                 # all of it: over an hour on two cores
+    python -m benchmarks.tilt_fidelity                 # everything: over an hour on two cores
     python -m benchmarks.tilt_fidelity --kernels moment_matched_refined --steps 40 \\
         --iterations 1500 --batch-size 256             # with more training
     python -m benchmarks.tilt_fidelity --problems ring/linear --steps 10 --iterations 200
 
-Each row trains one network from the same seed with the same number of updates and trajectories and
-measures it against the truth (`benchmarks.common.problems`):
+For each row one network is trained, from the same seed and with the same number of updates and
+trajectories, and compared with the exact tilt (`benchmarks.common.problems`):
 
 velocity_error
     E‖v_θ - v*‖² / E‖v* - v_β‖² under p*_t, averaged over t = .1, .3, .5, .7, .9: 1 is the
@@ -18,7 +18,7 @@ w2_ratio
 log_weight_std, ess
     the certificate, on the kernel's own chain.
 
-Rows are written as they come and kept: a second call runs only what is missing.
+Rows are written as they are measured; a second call runs only the missing ones.
 """
 
 from __future__ import annotations
@@ -26,32 +26,31 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from adjoint import tilt
+from adjoint import TiltConfig, tilt
 from adjoint.chain.conditional_covariance import MAX_DIM
-from adjoint.tilt import TiltConfig
 from applications.toy2d.distances import mode_frequencies, w2_ratio
 from benchmarks.common import problems
 from benchmarks.common.figures import kernel_comparison
+from benchmarks.common.jobs import completed
 from benchmarks.common.problems import Problem
+from benchmarks.common.records import RESULTS
 from flows import MLPVelocity, Residual, VelocityField, sample
-from flows.training import prepare_process, write_json
+from flows.training import write_json
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES = 20_000
 MODE_SAMPLES = 100_000
-"""For mode_tv; rows without the suffix _refined at 700 updates were recorded with ``SAMPLES``."""
+"""Samples of mode_tv; rows at 700 updates without the suffix _refined were recorded with
+``SAMPLES``."""
 REFINED = 0.7
-"""Fraction of the updates that the suffix _refined gives to the log-variance."""
+"""Fraction of the updates on the log-variance loss in a kernel with the suffix _refined."""
 SCHEMES = (
     "covariance_matched_refined",
     "moment_matched_refined",
@@ -70,27 +69,27 @@ class FidelityConfig:
     problems: tuple[str, ...] = field(default_factory=lambda: tuple(problems.names()))
     """Problems to run."""
     kernels: tuple[str, ...] = SCHEMES
-    """Kernels to compare; the suffix _refined ends with the log-variance, _weighted adds importance
-    weights; without a suffix all updates are of adjoint matching."""
+    """Kernels to compare; the suffix _refined ends with updates on the log-variance loss, _weighted
+    adds importance weights, and without a suffix all updates are on the adjoint-matching loss."""
     steps: tuple[int, ...] = (10, 40, 20)
     """Numbers of steps K."""
     iterations: int = 700
     """Updates of every run."""
     batch_size: int = 128
-    """Trajectories an update."""
+    """Trajectories in each update."""
     workers: int = 2
-    """Processes, one thread each."""
-    output: Path = Path("benchmarks/results/tilt_fidelity.json")
-    """Rows, kept and completed."""
+    """Number of processes, one thread each."""
+    output: Path = RESULTS / "tilt_fidelity.json"
+    """File of the rows; missing rows are added to it."""
 
     @classmethod
     def budget(cls) -> tuple[int, int]:
-        """Updates and trajectories an update by default: the budget that the figure compares."""
+        """Return the default updates and batch size: the budget that the figure compares."""
         return cls.iterations, cls.batch_size
 
 
 def velocity_error(problem: Problem, v: VelocityField, n: int = 2048) -> float:
-    """The relative velocity error of the module docstring."""
+    """Return the relative velocity error E‖v_θ - v*‖² / E‖v* - v_β‖², averaged over `TIMES`."""
     generator = torch.Generator().manual_seed(7)
     errors = []
     for time_ in TIMES:
@@ -106,20 +105,20 @@ def velocity_error(problem: Problem, v: VelocityField, n: int = 2048) -> float:
 
 
 def flow_samples(v: VelocityField, dim: int, n: int) -> Tensor:
-    """ODE samples (n, dim) from fixed noise."""
+    """Draw ODE samples (n, dim) from fixed noise."""
     x0 = torch.randn(n, dim, generator=torch.Generator().manual_seed(8))
     return torch.cat([sample(v, part, grid=40, method="ab2") for part in x0.split(8192)])
 
 
 def make_model(problem: Problem, width: int = 64) -> nn.Module:
-    """The network of every run: a zero-initialised residual on the base."""
+    """Make the network of every run: a zero-initialised residual on the base."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return Residual(problem.base, MLPVelocity(problem.dim, hidden=[width] * 3, zero_init=True))
 
 
 def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
-    """Train and judge one tilt."""
+    """Train one tilt and compare it with the exact one."""
     problem = problems.make_problem(name)
     options = TiltConfig(
         kernel=kernel.removesuffix("_weighted").removesuffix("_refined"),
@@ -160,14 +159,8 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
     }
 
 
-def prepare_worker() -> None:
-    """One thread a process, and no denormals, which slow Adam down."""
-    torch.set_num_threads(1)
-    prepare_process()
-
-
 def pending(config: FidelityConfig, rows: list[Row]) -> list[tuple[str, str, int]]:
-    """What is asked for and not yet among the rows at this budget."""
+    """Return the (problem, kernel, steps) that have no row at this budget yet."""
     budget = (config.iterations, config.batch_size)
     done = {
         (row["problem"], row["kernel"], row["steps"]) for row in rows if budget_of(row) == budget
@@ -182,23 +175,18 @@ def pending(config: FidelityConfig, rows: list[Row]) -> list[tuple[str, str, int
 
 
 def serves(name: str, kernel: str) -> bool:
-    """Whether the kernel is for the dimension of the problem."""
+    """Return whether the kernel serves the dimension of the problem."""
     dim = int(name.removeprefix("mixture-").removesuffix("d")) if "mixture" in name else 2
     return dim <= MAX_DIM or not kernel.startswith("covariance_matched")
 
 
 def main(config: FidelityConfig) -> None:
-    """Run what is missing, print the table, draw the figure."""
+    """Run the missing jobs, print the table and draw the figure."""
     rows: list[Row] = json.loads(config.output.read_text()) if config.output.exists() else []
-    jobs = pending(config, rows)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(
-        config.workers, mp_context=context, initializer=prepare_worker
-    ) as pool:
-        futures = [pool.submit(measure, *job, config) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(jobs), desc="tilts"):
-            rows.append(future.result())
-            write_json(config.output, rows)
+    jobs = [(*job, config) for job in pending(config, rows)]
+    for row in completed(measure, jobs, workers=config.workers, name="tilts"):
+        rows.append(row)
+        write_json(config.output, rows)
     print(summary(rows))
     compared = [row for row in rows if budget_of(row) == FidelityConfig.budget()]
     figure = config.output.with_suffix(".png")
@@ -206,7 +194,7 @@ def main(config: FidelityConfig) -> None:
 
 
 def summary(rows: list[Row]) -> str:
-    """Per budget, K and kernel: median and worst over the problems."""
+    """Return a table of median and worst over the problems, by budget, K and kernel."""
     metrics = ("velocity_error", "mode_tv", "w2_ratio", "log_weight_std", "ess")
     lines = []
     for budget in sorted({budget_of(row) for row in rows}):
@@ -228,7 +216,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def budget_of(row: Row) -> tuple[int, int]:
-    """Updates, and trajectories an update, of a row."""
+    """Return the updates and the batch size of a row."""
     return int(row["iterations"]), int(row["batch_size"])
 
 

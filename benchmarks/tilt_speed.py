@@ -2,18 +2,20 @@ r"""How long an update of `tilt()` takes against a plain loop of adjoint matchin
 
     python -m benchmarks.tilt_speed [--device cuda --clock wall] [--no-compile]
 
-The plain loop is the published algorithm as one writes it down with PyTorch alone: the
-Euler-Maruyama chain step by step, the lean adjoint step by step with ``torch.autograd.grad``, the
-loss summed over the steps, one step of Adam.  Both sides have the same networks, the same kernel
+The plain loop is the published algorithm in PyTorch alone: the Euler-Maruyama chain step by step,
+the lean adjoint step by step with ``torch.autograd.grad``, the loss summed over the steps, one step
+of Adam (`examples/adjoint_matching.py` writes the chain of the default kernel down likewise).  Both
+sides have the same networks, the same kernel
 (the published pair), K, batch, precision and optimiser.  Before the clock starts they make six
 updates on the same noise, and their losses must agree.  `tilt()` does more than the loop in an
 update: it averages the weights and reports log-weights and their effective sample size.
 
-``compiled`` evaluates base and model through ``torch.compile`` on both sides, and ``graph``, on a
-GPU, launches loss and gradient of `tilt()` as one CUDA graph besides; ``compile_s`` is what the
-first two updates take beyond two others, on the clock of the wall.  Contestants take turns in
+``compiled`` evaluates base and model through ``torch.compile`` on both sides; ``graph``, on a GPU,
+also launches loss and gradient of `tilt()` as one CUDA graph.  ``compile_s`` is the wall-clock time
+of the first two updates beyond that of two later ones.  Contestants take turns in
 blocks; times are medians over the blocks, and ``ratio_to_plain`` is the median over the rounds of
-the ratio to the eager plain loop.  On a CPU the clock is that of the process, with one thread.
+the ratio to the eager plain loop.  On a CPU the processor time of one thread is
+measured.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ from applications.toy2d.digits.mlp_flow import make_flow
 from applications.toy2d.rewards import make_reward
 from applications.toy2d.targets import find_target
 from benchmarks.common.clock import Clock, check_clock, seconds
-from benchmarks.memory.__main__ import ConvField, square
+from benchmarks.common.conv_field import ConvField, square
+from benchmarks.common.records import RESULTS
 from flows import MLPVelocity, Trainer, VelocityField, frozen, uniform
 from flows.training import GradientGraph, prepare_process, write_json
 
 Row = dict[str, Any]
-RESULTS = Path(__file__).parent / "results"
 LR, CLIP = 1e-3, 100.0
 
 
@@ -57,25 +59,25 @@ class Args:
     """Time an update of tilt() against a plain loop of adjoint matching."""
 
     device: str = "cpu"
-    """Where the updates run: cpu or cuda."""
+    """Device of the updates: cpu or cuda."""
     threads: int = 1
-    """Threads of a CPU."""
+    """Number of threads on a CPU."""
     clock: Clock = "cpu"
-    """Time of the wall, or of the processor: see `benchmarks.common.clock`."""
+    """Wall-clock time or processor time, see `benchmarks.common.clock`."""
     models: tuple[str, ...] = ("toy, closed form", "toy, network", "digits", "convolutions")
-    """Which of the models."""
+    """Names of models."""
     steps: int = 20
     """Steps K of the chain."""
     batch_size: int = 256
-    """Trajectories an update; an eighth of it with the convolutions."""
+    """Trajectories in each update; the convolutions take an eighth."""
     rounds: int = 7
-    """Blocks of updates of each contestant."""
+    """Number of blocks of updates of each contestant."""
     iterations: int = 3
     """Updates in a block."""
     compile: bool = True
-    """Time compiled fields too."""
+    """Also time compiled fields."""
     output: Path = RESULTS / "tilt_speed.json"
-    """Rows; the figure is written beside them."""
+    """File of the rows; the figure is written beside it."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "rounds", "iterations"):
@@ -108,15 +110,17 @@ PROBLEMS: dict[str, Callable[[], tuple[nn.Module, ValueFunction, tuple[int, ...]
     "digits": _digits,
     "convolutions": lambda: (ConvField(16), square, (1, 16, 16)),
 }
-"""Base, reward and shape of a sample; untrained, for no time depends on the weights."""
+"""Makers of base, reward and sample shape; untrained, since no time depends on the weights."""
 
 
 class Plain:
-    """Adjoint matching in PyTorch alone, Algorithm 1 of Domingo-Enrich et al. (2409.08861) with
-    the coefficients of Li and Levine (2601.14234).
+    """Adjoint matching in PyTorch alone.
+
+    Source: algorithm 1 of Domingo-Enrich et al. (2409.08861), with the coefficients of Li and
+    Levine (2601.14234).
 
     Arguments:
-        base, model: the frozen field and the one that is trained.
+        base, model: the frozen field, and the field that is trained.
         reward: (x, cond) → (B,).
         noise: () → start (B, *) and step noises (K, B, *).
     """
@@ -136,7 +140,7 @@ class Plain:
         self.reward, self.noise = reward, noise
 
     def update(self) -> Tensor:
-        """One update; returns its loss."""
+        """Make one update and return its loss."""
         x, noise = self.noise()
         steps = len(noise)
         h, t = 1 / steps, torch.linspace(0, 1, steps + 1, device=x.device)
@@ -172,7 +176,7 @@ class Plain:
 
 
 def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
-    """An update of each side in each mode, which returns its loss; all start from one model."""
+    """Return functions that make an update and return its loss, by (side, mode), from one model."""
     torch.manual_seed(0)
     base, reward, shape = PROBLEMS[name]()
     batch = max(1, args.batch_size // 8) if name == "convolutions" else args.batch_size
@@ -231,23 +235,25 @@ def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Ten
 
 
 def measure(args: Args, name: str) -> list[Row]:
-    """The rows of one model.
+    """Time all contestants on one model and return their rows.
 
     Raises:
-        RuntimeError: the losses of two contestants differ, on the same noise.
+        RuntimeError: the losses of two contestants differ on the same noise.
     """
     updates = contestants(args, name)
     losses: dict[tuple[str, str], list[float]] = {}
     first: dict[tuple[str, str], float] = {}
     for who, update in updates.items():
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as empty:  # nothing compiled by an earlier run
+        with (
+            tempfile.TemporaryDirectory() as empty
+        ):  # an empty cache: nothing compiled by an earlier run
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
             losses[who] = [float(update()), float(update())]
         middle = time.perf_counter()
         losses[who].append(float(update()))
         first[who] = middle - start - 2 * (time.perf_counter() - middle)
-    for _ in range(GradientGraph.WARM):  # then it is recorded
+    for _ in range(GradientGraph.WARM):  # after which the graph is recorded
         for who, update in updates.items():
             losses[who].append(float(update()))
     reference = losses["plain loop", "eager"]
@@ -279,7 +285,7 @@ def measure(args: Args, name: str) -> list[Row]:
 
 
 def figure(rows: list[Row], path: Path) -> Path:
-    """The ratios as bars, a group a model."""
+    """Draw the ratios as bars, one group for each model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     kinds = list(dict.fromkeys((row["name"], row["mode"]) for row in rows))
     colours = ("#6f7a8c", style.TILTED, "#a9b4c4", "#f4e3c1", style.EXACT)
@@ -288,7 +294,7 @@ def figure(rows: list[Row], path: Path) -> Path:
         1,
         1,
         (max(6.4, 1.9 * len(models)), 3.2),
-        title="Time of an update, the plain loop's being 1",
+        title="Time of an update relative to the plain loop",
         margin=(0.6, 0.4, 1.0, 0.6),
     )
     ax = axes[0, 0]
@@ -306,7 +312,7 @@ def figure(rows: list[Row], path: Path) -> Path:
 
 
 def main(args: Args) -> list[Row]:
-    """Measure, print the table, write rows and figure."""
+    """Measure, print the table, and write rows and figure."""
     torch.set_num_threads(args.threads)
     rows: list[Row] = []
     for name in args.models:

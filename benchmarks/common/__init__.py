@@ -1,1 +1,1 @@
-"""Problems, figures and clocks that several benchmarks share."""
+"""Problems, networks, figures, clocks and worker processes that several benchmarks share."""

@@ -1,4 +1,4 @@
-"""The clock of the benchmarks of speed."""
+"""Timing of blocks of calls, by wall-clock time or by processor time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 
 Clock = Literal["wall", "cpu"]
-"""Time of the wall, or of this process's processors: the better one on a CPU that others use too,
-with one thread (with several it is their sum)."""
+"""Wall-clock time, or the processor time of this process.  Processor time is the better choice with
+one thread on a CPU that others use too; with several threads it is their sum."""
 
 
 def seconds(run: Callable[[], object], calls: int, *, device: str, clock: Clock) -> float:
-    """Seconds a call of ``run``, of a block of them; on a GPU until it has done them."""
+    """Return the seconds of a call of ``run``, averaged over ``calls``; a GPU is waited for."""
     now = time.perf_counter if clock == "wall" else time.process_time
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     wait()
@@ -26,7 +26,7 @@ def seconds(run: Callable[[], object], calls: int, *, device: str, clock: Clock)
 
 
 def check_clock(clock: Clock, device: str) -> None:
-    """Refuse the processor's time for what is done elsewhere.
+    """Refuse processor time for work that another device does.
 
     Raises:
         ValueError: ``clock`` is "cpu" on another device.

@@ -30,9 +30,9 @@ def kernel_comparison(
     aims: Mapping[str, float] = AIMS,
     kernels: Sequence[str] | None = None,
     title: str = "How faithful is the tilt?",
-    subtitle: str = "a dot a problem, a bar the median, by steps K; lower is better",
+    subtitle: str = "dots are problems, bars are medians; by steps K; lower is better",
 ) -> Path:
-    """Kernels side by side for each number of steps: a dot a problem, a bar at the median.
+    """Draw kernels side by side for each number of steps: dots are problems, bars are medians.
 
     Axes are logarithmic; values that are not positive are drawn at half the smallest positive one.
     Rows that lack a metric (absent or None or not finite) are left out of its panel.
@@ -42,12 +42,12 @@ def kernel_comparison(
         rows: Flat rows with "kernel", "steps" and the metrics, as in results/tilt_fidelity.json.
         metrics: Column names to titles, a panel each.
         aims: Dashed lines by column name.
-        kernels: Their order; that of their first row unless given.
+        kernels: Order of the kernels; by default the order of their first rows.
         title: Headline.
         subtitle: Line below it.
 
     Raises:
-        ValueError: there are no rows, a row lacks its kernel or steps, the rows hold none of a
+        ValueError: there are no rows, a row lacks its kernel or steps, no row has a value of some
             metric, or there are more kernels than colours.
     """
     if not rows:
@@ -97,7 +97,7 @@ def _panel(
     order: Sequence[str],
     metric: str,
 ) -> None:
-    """One metric: a strip of dots for each (steps, kernel), logarithmic."""
+    """Draw one metric: a strip of dots for each (steps, kernel), on a logarithmic axis."""
     positive = np.concatenate([v[v > 0] for v in groups.values()])
     if len(positive) == 0:
         raise ValueError(f"rows must hold some positive {metric}, got none")

@@ -1,7 +1,7 @@
-"""Tilting problems with everything known: base flow, reward, exact tilt and optimal velocity.
+"""Tilting problems whose base flow, exact tilt and optimal velocity are known.
 
-Two families.  In the plane, a mixture target of `applications.toy2d` under one of its rewards: the
-tilt by quadrature on a grid, and the optimal velocity
+There are two families.  In the plane, a mixture target of `applications.toy2d` under one of its
+rewards: the tilt by quadrature on a grid, and the optimal velocity
 
     v*(x, t) = E*[X_1 - X_0 | X_t = x],   X_0 = (x - t X_1)/(1-t),
 
@@ -31,17 +31,17 @@ MIXTURE_DIMS = (2, 8, 32)
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A base, a reward, and the truth about the tilt.
+    """A base, a reward, and the exact tilt.
 
     Attributes:
-        name, dim: what it is called, and the dimension of a sample.
+        name, dim: name of the problem, and dimension of a sample.
         base: closed-form flow, float32.
         reward: (x, cond) → (B,).
         sample: (n, generator) → exact samples (n, dim), float32.
-        velocity: (x, t) → optimal velocity (B, dim) at a float t, or None where it must be made.
+        velocity: (x, t) → optimal velocity (B, dim) at a float t.
         modes: (C, dim) centres whose cells partition the space.
         frequencies: (C,) exact probability of each cell.
-        log_z: exact.
+        log_z: exact log Z.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Problem:
 
 
 def grid_velocity(exact: GridTilt) -> VelocityField:
-    """The optimal velocity as an average over the cells of a grid that hold any mass."""
+    """Return the optimal velocity, as an average over those cells of a grid that hold mass."""
     points, weight = exact.points, exact.density.flatten()
     kept = weight > 1e-12 * weight.max()
     cells, log_w = points[kept].float(), weight[kept].log().float()
@@ -73,7 +73,7 @@ def grid_velocity(exact: GridTilt) -> VelocityField:
 
 
 def plane_problem(target_name: str, reward_name: str) -> Problem:
-    """A mixture target in the plane under a toy reward."""
+    """Return the problem of a mixture target in the plane under a toy reward."""
     target = find_target(target_name)
     assert target.mixture is not None
     assert target.modes is not None
@@ -94,11 +94,11 @@ def plane_problem(target_name: str, reward_name: str) -> Problem:
 
 
 def mixture_problem(dim: int, components: int = 4, seed: int = 0) -> Problem:
-    """A random mixture in ``dim`` dimensions under a quadratic reward; both fixed by the seed.
+    """Return the problem of a random mixture in ``dim`` dimensions under a quadratic reward.
 
     Component means lie on a sphere of radius 2.5, covariances have eigenvalues between 0.1 and 0.5;
-    the reward curves along one random direction and pushes along another, scaled so that the tilt
-    moves most of the mass whatever the dimension.
+    the reward is quadratic along one random direction and linear along another, scaled so that the
+    tilt moves most of the mass in any dimension.  The seed fixes both.
     """
     g = torch.Generator().manual_seed(1000 * dim + seed)
     directions = torch.randn(components + 2, dim, generator=g, dtype=torch.float64)
@@ -133,16 +133,16 @@ def mixture_problem(dim: int, components: int = 4, seed: int = 0) -> Problem:
 
 
 def names() -> list[str]:
-    """All problems: targets × rewards in the plane, then mixtures by dimension."""
+    """Return all names: targets × rewards in the plane, then mixtures by dimension."""
     plane = [f"{target}/{reward}" for target in PLANE_TARGETS for reward in PLANE_REWARDS]
     return plane + [f"mixture-{dim}d" for dim in MIXTURE_DIMS]
 
 
 def make_problem(name: str) -> Problem:
-    """The problem called ``name``.
+    """Make the problem called ``name``.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: the name is unknown; the message lists the known names.
     """
     if name not in names():
         raise ValueError(f"unknown problem {name!r}; expected one of {', '.join(names())}")

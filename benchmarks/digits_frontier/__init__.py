@@ -1,1 +1,1 @@
-"""Reward against diversity: tilts beside the plain alternatives."""
+"""Benchmark: reward against diversity and closeness, the tilt beside its alternatives."""

@@ -1,43 +1,44 @@
-"""Reward against diversity and closeness on digits: the tilt beside the plain alternatives.
+"""Reward against diversity and closeness on digits: the tilt beside plain alternatives.
 
 A small UNet flow of scikit-learn's digits is tilted toward three rewards at several temperatures
 (`benchmarks.digits_frontier.rewards`: the log-probability of a digit, ink, and the symmetry of a
-decoded, upscaled image); a second, class-conditional one under guidance toward ink. What is trained
-is a perceptron added to the flow, or low-rank adapters in it (``tilt_lora``). On the same bases,
-and by the same ODE sampler, stand the alternatives of `benchmarks.digits_frontier.alternatives`,
-each at several strengths, and the exact tilt by importance-resampling of the base.
-`benchmarks.digits_frontier.judge` says how diversity is measured and what "at equal reward" means,
-`benchmarks.digits_frontier.kl` how far a method has moved from the base, in relative entropy: what
-a tilt makes least.
+decoded, upscaled image); a second, class-conditional flow under guidance is tilted toward ink.
+A tilt trains a perceptron that is added to the flow, or low-rank adapters in it (``tilt_lora``).
+The alternatives of `benchmarks.digits_frontier.alternatives`, each at several strengths, use the
+same bases and the same ODE sampler; the exact tilt is by importance resampling of the base.
+`benchmarks.digits_frontier.metrics` says how diversity is measured,
+`benchmarks.digits_frontier.margins` what "at equal reward" means, and
+`benchmarks.digits_frontier.kl` how far a method has moved from the base, in relative entropy, which
+a tilt minimises.
 
 A row is one method at one strength (the temperature of a tilt, n of best-of-n, the weight of
-gradient guidance, the updates of reward backpropagation).  Rows of tilts hold besides:
+gradient guidance, the updates of reward backpropagation).  Rows of tilts have further columns:
 
 ``log_weight_std``, ``ess``, ``path_kl``, ``log_z``
-    the certificate; those of the base have the suffix ``_base``, ``log_z_exact`` is of the base's
-    chain and ``log_z_ode`` of its ODE.  With labels they are means over the labels.
+    the certificate; the values of the base have the suffix ``_base``, ``log_z_exact`` belongs to
+    the base's chain and ``log_z_ode`` to its ODE.  With labels they are means over the labels.
 ``within_*``, ``max_z_*``, ``class_tv_*``
     class frequencies against importance-resampled samples of the base, for the tilted ODE, the
-    tilted chain, and that chain with its weights, each against the base's own law, as in
-    `benchmarks.digits`: of the ten classes those within two standard errors, the largest deviation
-    in standard errors, and the total variation.  Under guidance the samples of a label
+    tilted chain, and that chain with its weights, each against the base by the same sampler, as in
+    `benchmarks.digits`: the number of the ten classes within two standard errors, the largest
+    deviation in standard errors, and the total variation.  Under guidance the samples of a label
     are nearly all of one class, and rare exceptions have no usable standard error: look at the
     variation there.
 ``METRIC_over_METHOD``
     the margin in diversity over a method at equal reward, with its standard error; absent where the
     method does not reach the reward.  ``at_least_METHOD`` says 1 where the margins of coverage and
     distance are not below minus two standard errors, 0 where one is, and -1 where the reward is not
-    reached.  Rows of the exact tilt have them too: what it misses, no tilt can have.
+    reached.  Rows of the exact tilt have these columns too: no tilt can do better.
 ``kl``
     KL to the base in nats; absent where it overflows, as after many updates of backpropagation.
     ``kl_step_error`` is how much more it is in the first batch than by twice the steps.
 ``closeness_over_METHOD``
     by how many nats the method is further from the base at equal reward, with its standard error;
-    ``as_close_METHOD`` is of this margin what ``at_least_METHOD`` is of those of diversity.
+    ``as_close_METHOD`` is to this margin what ``at_least_METHOD`` is to the margins of diversity.
 
-Run: ``python -m benchmarks.digits_frontier``.  Everything that has been computed is kept in the
-folder; a second call computes only what is missing.  Writes ``results/digits_frontier.json``, and
-as figures beside it ``.png`` (the frontiers) and ``_images.png`` (examples).
+Run: ``python -m benchmarks.digits_frontier``.  Everything that has been computed is stored in the
+folder; a second call computes only the missing parts.  Writes ``results/digits_frontier.json``, and
+the figures beside it: ``.png`` (the frontiers) and ``_images.png`` (examples).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from flows.training import prepare_process, write_json
 
 
 def main(config: FrontierConfig) -> None:
-    """Compute what is missing, print a table, write the record and the figures."""
+    """Compute the missing points, print a table, and write the rows and the figures."""
     torch.set_num_threads(config.threads)
     prepare_process()
     study = Study.begin(config)
@@ -65,13 +66,12 @@ def main(config: FrontierConfig) -> None:
         points[name] = Runs(study, name).points()
         new = frontier_rows.make_rows(points[name])
         for row in new:
-            row |= {"nearest_held_out": study.judge.held_out}
+            row |= {"nearest_held_out": study.metrics.held_out}
             print(frontier_rows.line(row), flush=True)
         rows += new
-        config.results.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.results, rows)
-        frontier_figure.frontiers(config.results.with_suffix(".png"), points)
-        stem = config.results.with_name(f"{config.results.stem}_images.png")
+        write_json(config.output, rows)
+        frontier_figure.frontiers(config.output.with_suffix(".png"), points)
+        stem = config.output.with_name(f"{config.output.stem}_images.png")
         frontier_figure.examples(stem, points)
 
 

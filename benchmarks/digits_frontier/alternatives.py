@@ -1,6 +1,6 @@
-"""The plain ways to make a flow seek a reward, as they would be written without this package.
+"""Best-of-n, gradient guidance and reward backpropagation, written without this package.
 
-`best_of`           of n samples the one with the highest reward.
+`best_of`           the sample with the highest reward among n.
 `RewardGuidance`    every velocity of the sampler gets the gradient of the reward at the predicted
                     clean sample: v + w (1-t)/t ∇_x r(x + (1-t) v(x, t)).  With w = 1/T it would be
                     the tilt at temperature T if log E[exp(r/T) | x_t] were r(E[x_1 | x_t]) / T, as
@@ -24,31 +24,31 @@ Field = Callable[[Tensor, Tensor, Cond | None], Tensor]
 Reward = Callable[[Tensor, Cond | None], Tensor]
 
 EARLIEST = 0.02
-"""Least t in (1-t)/t: at t = 0 that is 0/0, since the predicted clean sample is constant there."""
+"""Smallest t in (1-t)/t: at t = 0 the predicted clean sample is constant, and the term is 0/0."""
 
 
 def best_of(rewards: Tensor, n: int) -> Tensor:
-    """Indices (N // n,) of the highest of each ``n`` consecutive rewards (N,)."""
+    """Return the indices (N // n,) of the highest of each ``n`` consecutive rewards (N,)."""
     groups = rewards[: len(rewards) // n * n].reshape(-1, n)
     return torch.arange(len(groups)) * n + groups.argmax(1)
 
 
 class RewardGuidance:
-    """The guided velocity of the module docstring, for any ODE solver.
+    """The velocity v + w (1-t)/t ∇_x r(x + (1-t) v) of gradient guidance, for any ODE solver.
 
     Arguments:
         field: velocity field.
         reward: differentiable (x, cond) -> (B,).
-        strength: w.
+        strength: weight w of the guidance.
     """
 
     def __init__(self, field: Field, reward: Reward, strength: float) -> None:
         self.field, self.reward, self.strength = field, reward, strength
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the shape of ``x`` at a scalar ``t``.
+        """Return the velocity, of the shape of ``x``, at a scalar ``t``.
 
-        It has a graph only where ``x`` asks for a gradient, as the likelihood of its ODE does.
+        The velocity has a graph only if ``x`` requires a gradient, as in the likelihood of the ODE.
         """
         differentiable = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
@@ -74,11 +74,12 @@ def backpropagate(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Iterator[tuple[int, nn.Module]]:
-    """A copy of ``field`` after each number of updates in ``stops``, increasing.
+    """Yield (updates, trained copy of ``field``) after each number of updates in ``stops``.
 
     Arguments:
         draw: (n, generator) -> noise (n, *) and conditions.
         last_only: differentiate the last Euler step only.
+        stops: increasing numbers of updates.
         steps: Euler steps of the sampler.
     """
     model = copy.deepcopy(field).requires_grad_(True)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.records import RESULTS
+
 SHARED = (
     *("seed", "widths", "base_iterations", "classifier_iterations", "guidance"),
     *("ode_steps", "samples", "batch", "digit"),
 )
-"""Options that every point depends on."""
+"""Names of the options that every point depends on."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,10 @@ class Problem:
     """A base and a reward.
 
     Attributes:
-        reward: name in `benchmarks.digits_frontier.rewards`.
-        labelled: the class-conditional base under guidance instead of the plain one.
-        temperatures, lora: of the tilts by a correction and by adapters.
-        strengths: of gradient guidance.
+        reward: name of a reward in `benchmarks.digits_frontier.rewards`.
+        labelled: tilt the class-conditional base under guidance instead of the plain base.
+        temperatures, lora: temperatures of the tilts by a correction and by adapters.
+        strengths: weights of gradient guidance.
         iterations: updates of a tilt.
     """
 
@@ -47,15 +49,15 @@ class FrontierConfig:
     """Reward against diversity of tilted digits and of the alternatives."""
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
-    """Which of PROBLEMS."""
+    """Problems to run, names in PROBLEMS."""
     digit: int = 3
     """The digit whose log-probability is a reward."""
     kernel: str = "moment_matched"
-    """Memoryless scheme."""
+    """Kernel of the memoryless chain."""
     steps: int = 16
     """Steps K of the chain, and Euler steps of reward backpropagation."""
     iterations: int = 0
-    """Updates of each tilt; 0 is the number that PROBLEMS has."""
+    """Updates of each tilt; 0 takes the number in PROBLEMS."""
     batch_size: int = 192
     """Trajectories an update."""
     lr: float = 1e-3
@@ -65,7 +67,7 @@ class FrontierConfig:
     lora_lr: float = 4e-3
     """Learning rate of the adapters."""
     min_ess: float = 0.2
-    """Effective sample size / B from which trajectories are weighted."""
+    """Smallest effective sample size / B at which trajectories are weighted."""
     guidance: float = 1.5
     """Classifier-free guidance weight of the labelled flow."""
     widths: tuple[int, ...] = (32, 64)
@@ -75,19 +77,19 @@ class FrontierConfig:
     classifier_iterations: int = 600
     """Updates of the classifier."""
     stops: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Updates of reward backpropagation, each a point of its frontier."""
+    """Numbers of updates of reward backpropagation; each gives a point of its frontier."""
     backprop_batch: int = 96
-    """Samples an update of it."""
+    """Samples in each update of reward backpropagation."""
     backprop_lr: float = 1e-3
     """Learning rate of reward backpropagation."""
     candidates: tuple[int, ...] = (2, 4, 8, 16, 32)
-    """n of best-of-n."""
+    """Numbers n of candidates of best-of-n."""
     base_samples: int = 32_768
-    """Samples of each law of each base, for best-of-n and importance-resampling."""
+    """Samples of each base by its ODE and by its chain, for best-of-n and importance resampling."""
     samples: int = 4096
-    """Samples of every other law."""
+    """Samples of every other distribution."""
     batch: int = 512
-    """Samples that are judged together."""
+    """Samples in a batch of the metrics."""
     ode_steps: int = 25
     """Adams-Bashforth steps of every ODE sample."""
     kl_probes: int = 1
@@ -99,9 +101,9 @@ class FrontierConfig:
     threads: int = 1
     """Threads of PyTorch."""
     folder: Path = Path("outputs/benchmark-digits-frontier")
-    """What has been computed."""
-    results: Path = Path(__file__).parents[1] / "results" / "digits_frontier.json"
-    """The record; the figures stand beside it."""
+    """Folder of everything that has been computed."""
+    output: Path = RESULTS / "digits_frontier.json"
+    """File of the rows; the figures are written beside it."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.problems if name not in PROBLEMS]
@@ -120,10 +122,10 @@ class FrontierConfig:
             )
 
     def identity(self, *names: str) -> dict[str, Any]:
-        """The options ``names`` and those that everything depends on, as plain data."""
+        """Return the options ``names`` and `SHARED` as plain data, the identity of a result."""
         found = {name: getattr(self, name) for name in (*SHARED, *names)}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
     def seed_of(self, name: str) -> int:
-        """A seed for what is called ``name``."""
+        """Return the seed of the computation called ``name``."""
         return (zlib.crc32(name.encode()) + self.seed) % 2**31

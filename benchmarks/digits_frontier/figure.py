@@ -1,4 +1,4 @@
-"""Pictures of the frontier: curves of diversity and closeness, samples at the nearest reward."""
+"""Pictures of the frontier: curves of diversity and closeness, and samples at equal reward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from applications.common.pictures import style
 from applications.toy2d.digits.data import SIZE
 from applications.toy2d.digits.pictures import mosaic
-from benchmarks.digits_frontier.judge import CLOSENESS, Metrics, mean, root, stderr
+from benchmarks.digits_frontier.margins import root
+from benchmarks.digits_frontier.metrics import CLOSENESS, Metrics, mean, stderr
 from benchmarks.digits_frontier.rows import Point, curve_of
 
 METHODS = {
@@ -22,7 +23,7 @@ METHODS = {
     "backprop_last": ("backpropagation, last step", "#a9b4c4"),
     "backprop_all": ("backpropagation, all steps", "#6f7a8c"),
 }
-"""Names and hues, in the order of the legend."""
+"""Display name and colour of each method, in the order of the legend."""
 LABELS = {
     "classes": "effective number of classes",
     "distance": "mean distance of two samples",
@@ -33,32 +34,33 @@ ACROSS, DOWN = 6, 4
 
 
 def height(point: Metrics, metric: str) -> Tensor | None:
-    """What the panel of ``metric`` shows of a point, by batch; None where it has none."""
+    """Return the height of a point in the panel of ``metric``, by batch; None if not drawn."""
     return root(point[metric]) if metric == CLOSENESS else point[metric]
 
 
 def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
-    """A column a problem, a row a metric, a curve a method; bars: two standard errors.
+    """Draw a column for each problem, a row for each metric and a curve for each method.
 
-    In the last row, √KL to the base, nothing can lie below the exact tilt.
+    Bars show two standard errors.  In the last row, √KL to the base, no method can lie below the
+    exact tilt.
 
     Arguments:
         path: the PNG to write.
-        points: those of each problem.
+        points: the points of each problem, by its name.
     """
     sheet, axes = style.sheet(
         len(LABELS),
         len(points),
         (4.6, 2.9),
         title="Reward against diversity and closeness, handwritten digits",
-        subtitle="from the base, where all curves meet; bars: two standard errors; "
-        "last row: the exact tilt is the least that is possible",
+        subtitle="all curves start at the base; bars: two standard errors; "
+        "last row: no method can lie below the exact tilt",
         gap=(0.6, 0.6),
         margin=(0.7, 0.4, 1.5, 0.7),
     )
     for j, (problem, own) in enumerate(points.items()):
         shown = [mean(p.metrics["reward"]) for p in own if not p.method.startswith("backprop")]
-        room = 0.3 * (max(shown) - min(shown))  # backpropagation's go on to absurd ones
+        room = 0.3 * (max(shown) - min(shown))  # backpropagation goes on to absurd rewards
         left, right = min(shown) - 0.1 * room, max(shown) + room
         for i, metric in enumerate(LABELS):
             ax = axes[i, j]
@@ -96,21 +98,22 @@ def frontiers(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
 
 
 def nearest_in_reward(points: Sequence[Point], reward: float) -> Point:
-    """The point whose reward is nearest."""
+    """Return the point whose mean reward is nearest to ``reward``."""
     return min(points, key=lambda p: abs(mean(p.metrics["reward"]) - reward))
 
 
 def examples(path: str | Path, points: Mapping[str, Sequence[Point]]) -> Path:
-    """A row a problem, a panel a method: samples where its reward is nearest to a tilt's.
+    """Draw a row for each problem and a panel of samples for each method, at about equal reward.
 
-    The tilt is the one at the median of the temperatures.
+    Of each method the panel shows the strength whose mean reward is nearest to that of the tilt at
+    the median of the temperatures.
     """
     sheet, axes = style.sheet(
         len(points),
         1 + len(METHODS),
         (2.7, 2.7 * DOWN / ACROSS),
         title="Samples at the nearest reward",
-        subtitle="of every method the strength whose mean reward is nearest to that of the tilt",
+        subtitle="each method at the strength whose mean reward is nearest to that of the tilt",
         gap=(0.25, 0.5),
     )
     for i, (problem, own) in enumerate(points.items()):

@@ -1,4 +1,4 @@
-"""Rewards of handwritten digits for the frontier: one of a class, one of pixels, one of an image.
+"""Rewards of handwritten digits for the frontier: of a class, of pixels, and of a decoded image.
 
 Each has a standard deviation of about one on the training images, except for the class, whose
 log-probability lies between -6 and 0.  Samples are vectors of 64 pixels.
@@ -15,11 +15,11 @@ from applications.toy2d.digits.data import SIZE
 from flows import Cond
 
 UPSCALE = 4
-"""Side of the decoded image over that of the digit."""
+"""Ratio of the side of the decoded image to the side of the digit."""
 
 
 def make_rewards(classifier: nn.Module, digit: int) -> dict[str, Reward]:
-    """The rewards of the module docstring by name."""
+    """Return the rewards of the frontier by name: ``digit``, ``ink`` and ``symmetry``."""
     return {
         "digit": Reward(DigitReward(classifier, digit), name="digit"),
         "ink": Reward(ink, name="ink"),
@@ -28,17 +28,17 @@ def make_rewards(classifier: nn.Module, digit: int) -> dict[str, Reward]:
 
 
 def ink(x: Tensor, cond: Cond | None) -> Tensor:
-    """A quarter of the sum of the pixels, (B,)."""
+    """Return a quarter of the sum of the pixels, (B,)."""
     return x.flatten(1).sum(1) / 4
 
 
 def symmetry(y: Tensor, cond: Cond | None) -> Tensor:
-    """Minus ten times the mean squared difference of images (B, C, H, W) and their mirror, (B,)."""
+    """Return -10 times the mean squared difference of images (B, C, H, W) and their mirrors."""
     return -10 * (y - y.flip(3)).square().mean((1, 2, 3))
 
 
 def make_decoder() -> nn.Module:
-    """Vectors (B, 64) to smooth images (B, 1, 32, 32): upscaled, then blurred."""
+    """Make a decoder from vectors (B, 64) to smooth images (B, 1, 32, 32): upscale, then blur."""
     blur = nn.Conv2d(1, 1, 5, padding=2, padding_mode="replicate", bias=False)
     profile = torch.exp(-torch.linspace(-2, 2, 5).square() / 2)
     blur.weight.data = (profile[:, None] * profile / profile.sum() ** 2)[None, None]

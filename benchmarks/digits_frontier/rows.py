@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from benchmarks.digits_frontier.judge import (
+from benchmarks.digits_frontier.margins import margin
+from benchmarks.digits_frontier.metrics import (
     CLOSENESS,
+    DECISIVE,
     DIVERSITY,
-    JUDGED,
     Metrics,
-    margin,
     mean,
     stderr,
 )
@@ -29,10 +29,10 @@ class Point:
     """One method at one strength on one problem.
 
     Attributes:
-        problem, method, strength: what it is.
+        problem, method, strength: names of problem and method, and the strength of the method.
         metrics: by name, a value for each batch of samples, with ``reward``.
         images: some samples (N, 64).
-        more: what its row holds besides.
+        more: further columns of the point's row.
     """
 
     problem: str
@@ -44,7 +44,7 @@ class Point:
 
 
 def curve_of(points: Sequence[Point], method: str) -> list[Point]:
-    """The frontier of a method: the base, then its points in the order of their reward's growth."""
+    """Return the frontier of a method: the base, then its points from weakest to strongest."""
     own = [p for p in points if p.method == method]
     if method in ("tilt", "tilt_lora", "exact"):
         own.sort(key=lambda p: -p.strength)
@@ -52,7 +52,7 @@ def curve_of(points: Sequence[Point], method: str) -> list[Point]:
 
 
 def margins(point: Point, points: Sequence[Point]) -> Row:
-    """The columns over each method: margins with their standard errors, and who is ahead."""
+    """Return the columns on each alternative: margins, standard errors, and which is ahead."""
     row: Row = {}
     for method in ALTERNATIVES:
         curve = [p.metrics for p in curve_of(points, method)]
@@ -64,7 +64,7 @@ def margins(point: Point, points: Sequence[Point]) -> Row:
                 break
             row[f"{metric}_over_{method}"] = found.difference
             row[f"{metric}_over_{method}_stderr"] = found.stderr
-            if metric in JUDGED:
+            if metric in DECISIVE:
                 at_least = min(at_least, int(found.at_least))
         row[f"at_least_{method}"] = at_least
         found = margin(point.metrics, curve, CLOSENESS)
@@ -76,7 +76,7 @@ def margins(point: Point, points: Sequence[Point]) -> Row:
 
 
 def make_rows(points: Sequence[Point]) -> list[Row]:
-    """The rows of one problem."""
+    """Return the rows of one problem."""
     rows = []
     for point in points:
         row: Row = {
@@ -97,7 +97,7 @@ def make_rows(points: Sequence[Point]) -> list[Row]:
 
 
 def line(row: Row) -> str:
-    """A row of the printed table; for a tilt, a second line says what it is held against."""
+    """Return a row of the printed table; lines below a tilt compare it with the alternatives."""
     text = (
         "{problem:<11} {method:<14} {strength:<5g} reward {reward:7.3f} ± {reward_stderr:.3f}  "
         "classes {classes:5.2f} ± {classes_stderr:.2f}  distance {distance:5.2f} ± "
@@ -121,7 +121,7 @@ def line(row: Row) -> str:
 
 
 def certificate(row: Row) -> str:
-    """The line of a tilt's certificate and class frequencies."""
+    """Return the line of a tilt's certificate and class frequencies."""
     return (
         "\n    std log w {log_weight_std:.2f} (base {log_weight_std_base:.2f})  ESS {ess:.2f}  "
         "log Z {log_z:.3f} ± {log_z_stderr:.3f}, exact {log_z_exact:.3f} ± "

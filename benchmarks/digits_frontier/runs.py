@@ -1,4 +1,4 @@
-"""Every method on one problem of the frontier of digits; see `benchmarks.digits_frontier`."""
+"""All methods on one problem of the frontier of digits; see `benchmarks.digits_frontier`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adjoint import Reward, lora, tilt
-from adjoint.tilt import TiltConfig, Tilted
+from adjoint import Reward, TiltConfig, Tilted, lora, tilt
 from applications.common.callbacks import training_callbacks
 from applications.toy2d.digits.data import DIM
 from applications.toy2d.digits.unet_flow import draw_labels, with_correction
 from applications.toy2d.exact_tilt import resample_tilt
-from benchmarks.digits.laws import Drawn, by_chain, by_ode, certificate_summary, compare_laws, start
 from benchmarks.digits_frontier import config as frontier_config
 from benchmarks.digits_frontier.alternatives import RewardGuidance, backpropagate, best_of
-from benchmarks.digits_frontier.judge import CLOSENESS
+from benchmarks.digits_frontier.distributions import (
+    SampleSet,
+    certificate_summary,
+    compare_with_exact,
+    sample_chain,
+    sample_ode,
+    start,
+)
 from benchmarks.digits_frontier.kl import best_of_kl, ode_kl, tilt_kl
+from benchmarks.digits_frontier.metrics import CLOSENESS
 from benchmarks.digits_frontier.rewards import make_rewards
 from benchmarks.digits_frontier.rows import Point, Row
 from benchmarks.digits_frontier.study import Study
 
 IMAGES = 96
-"""Samples kept of every point, for the pictures."""
+"""Number of samples stored for each point, for the pictures."""
 
 
 class Runs:
-    """All methods on one problem; each returns its points in the order of its strengths."""
+    """All methods on one problem; each returns its points in the order of their strengths."""
 
     def __init__(self, study: Study, name: str) -> None:
         self.study, self.config, self.name = study, study.config, name
@@ -45,27 +51,27 @@ class Runs:
 
     @cached_property
     def base(self) -> nn.Module:
-        """The flow that is tilted."""
+        """The base flow, which is tilted."""
         return self.study.base(labelled=self.labelled)
 
     @cached_property
-    def pool(self) -> Drawn:
-        """Samples of the base's ODE."""
+    def pool(self) -> SampleSet:
+        """Samples of the base by its ODE."""
         config, name = self.config, f"pool-{self.model}-ode"
 
         def compute() -> dict[str, Any]:
             drawn = self.ode(self.base, config.base_samples, config.seed_of(name))
             return {"samples": drawn.samples, "labels": drawn.labels}
 
-        kept = self.study.kept(name, config.identity("base_samples"), compute)
-        return Drawn(kept["samples"], kept["labels"])
+        stored = self.study.cached(name, config.identity("base_samples"), compute)
+        return SampleSet(stored["samples"], stored["labels"])
 
-    def chain_pool(self, tilted: Tilted) -> Drawn:
-        """Samples of the base's chain; it is the same for all tilts of a base."""
+    def chain_pool(self, tilted: Tilted) -> SampleSet:
+        """Return samples of the base by its chain, which all tilts of a base share."""
         config, name = self.config, f"pool-{self.model}-chain"
 
         def compute() -> dict[str, Any]:
-            drawn, _ = by_chain(
+            drawn, _ = sample_chain(
                 tilted.base,
                 tilted.base,
                 self.reward,
@@ -77,18 +83,18 @@ class Runs:
             return {"samples": drawn.samples, "labels": drawn.labels}
 
         identity = config.identity("base_samples", "kernel", "steps")
-        kept = self.study.kept(name, identity, compute)
-        return Drawn(kept["samples"], kept["labels"])
+        stored = self.study.cached(name, identity, compute)
+        return SampleSet(stored["samples"], stored["labels"])
 
-    def ode(self, velocity: Any, n: int, seed: int) -> Drawn:
-        """Samples by the ODE of a velocity field."""
+    def ode(self, velocity: Any, n: int, seed: int) -> SampleSet:
+        """Draw ``n`` samples by the ODE of a velocity field."""
         steps = self.config.ode_steps
-        return by_ode(velocity, n, labelled=self.labelled, steps=steps, seed=seed)
+        return sample_ode(velocity, n, labelled=self.labelled, steps=steps, seed=seed)
 
-    def judged_ode(self, velocity: Any, seed: int) -> tuple[Drawn, Tensor, Row]:
-        """Samples by the ODE of a velocity field, its KL to that of the base by batch, its error.
+    def ode_and_kl(self, velocity: Any, seed: int) -> tuple[SampleSet, Tensor, Row]:
+        """Draw samples by the ODE of a velocity field, and measure their KL to the base by batch.
 
-        The error is of the first batch, against twice the steps.
+        The row holds the error of the KL of the first batch, against twice as many steps.
         """
         config = self.config
         drawn = self.ode(velocity, config.samples, seed)
@@ -114,48 +120,50 @@ class Runs:
         self,
         method: str,
         strength: float,
-        draw: Callable[[], tuple[Tensor, Tensor, Row]],
+        compute: Callable[[], tuple[Tensor, Tensor, Row]],
         *options: str,
     ) -> Point:
-        """The point of ``method`` at ``strength``, from the folder or computed.
+        """Return the point of ``method`` at ``strength``, stored or computed.
 
         Arguments:
-            draw: gives the samples, the KL to the base by batch or one for all, and what the row
-                holds besides.
-            options: those of the configuration that the point depends on besides the shared ones.
+            compute: returns the samples, the KL to the base (by batch, or one for all batches) and
+                further columns of the row.
+            options: names of the options that the point depends on besides the shared ones.
         """
 
-        def compute() -> dict[str, Any]:
+        def measured() -> dict[str, Any]:
             started = time.process_time()
-            x, kl, more = draw()
+            x, kl, more = compute()
             with torch.no_grad():
-                metrics = self.study.judge(x, self.reward(x))
+                metrics = self.study.metrics(x, self.reward(x))
             metrics[CLOSENESS] = kl.double().expand(len(metrics["reward"])).clone()
             seconds = {"cpu_seconds": time.process_time() - started}
             return {"row": more | seconds, "metrics": metrics, "images": x[:IMAGES].clone()}
 
         name = f"points/{self.name.replace(' ', '-')}-{method}-{strength:g}"
-        kept = self.study.kept(name, self.config.identity("kl_probes", *options), compute)
-        return Point(self.name, method, strength, kept["metrics"], kept["images"], kept["row"])
+        stored = self.study.cached(name, self.config.identity("kl_probes", *options), measured)
+        return Point(
+            self.name, method, strength, stored["metrics"], stored["images"], stored["row"]
+        )
 
     def unchanged(self) -> Point:
-        """The base."""
+        """Return the point of the base itself."""
         n = self.config.samples
 
-        def draw() -> tuple[Tensor, Tensor, Row]:
+        def compute() -> tuple[Tensor, Tensor, Row]:
             return self.pool.samples[:n], torch.zeros(1), {}
 
-        return self.point("base", 0, draw, "base_samples")
+        return self.point("base", 0, compute, "base_samples")
 
     def enough_for(self, n: int) -> bool:
-        """Whether the best of ``n``, under each label, fill two batches."""
+        """Return whether the best of ``n``, under each label, fill two batches."""
         found = sum(len(part.samples) // n for part in self.pool.by_label())
         return found >= 2 * self.config.batch
 
     def best(self, n: int) -> Point:
-        """The best of ``n`` samples of the base, under one label where there are labels."""
+        """Return the point of best-of-n; under labels, all ``n`` candidates have the same label."""
 
-        def draw() -> tuple[Tensor, Tensor, Row]:
+        def compute() -> tuple[Tensor, Tensor, Row]:
             chosen = []
             for part in self.pool.by_label():
                 with torch.no_grad():
@@ -166,12 +174,12 @@ class Runs:
             kl = torch.tensor(best_of_kl(n), dtype=torch.float64)
             return x[order][: self.config.samples], kl, {}
 
-        return self.point("best_of_n", n, draw, "base_samples")
+        return self.point("best_of_n", n, compute, "base_samples")
 
     def exact(self, temperature: float) -> Point:
-        """The exact tilt: samples of the base's ODE, drawn with their weights."""
+        """Return the point of the exact tilt: resampled ODE samples of the base."""
 
-        def draw() -> tuple[Tensor, Tensor, Row]:
+        def compute() -> tuple[Tensor, Tensor, Row]:
             parts, config = self.pool.by_label(), self.config
             generator = torch.Generator().manual_seed(config.seed_of("exact"))
             drawn, rewards = [], []
@@ -184,21 +192,21 @@ class Runs:
             kl = tilt_kl(rewards, config.samples // config.batch)
             return x[order][: config.samples], kl, {}
 
-        return self.point("exact", temperature, draw, "base_samples")
+        return self.point("exact", temperature, compute, "base_samples")
 
     def guidance(self, strength: float) -> Point:
-        """Gradient guidance at sampling time."""
+        """Return the point of gradient guidance at sampling time."""
         seed = self.config.seed_of(f"{self.name} guidance {strength}")
 
-        def draw() -> tuple[Tensor, Tensor, Row]:
+        def compute() -> tuple[Tensor, Tensor, Row]:
             velocity = RewardGuidance(self.base, self.reward, strength)
-            drawn, kl, more = self.judged_ode(velocity, seed)
+            drawn, kl, more = self.ode_and_kl(velocity, seed)
             return drawn.samples, kl, more
 
-        return self.point("guidance", strength, draw)
+        return self.point("guidance", strength, compute)
 
     def backpropagation(self, *, last_only: bool) -> list[Point]:
-        """Reward backpropagation, a point for each number of updates."""
+        """Return the points of reward backpropagation, one for each number of updates."""
         config = self.config
         method = "backprop_last" if last_only else "backprop_all"
         models: dict[int, nn.Module] = {}
@@ -217,34 +225,38 @@ class Runs:
             ):
                 models[stop] = copy.deepcopy(model).requires_grad_(False)
 
-        def draw(stop: int) -> tuple[Tensor, Tensor, Row]:
+        def compute(stop: int) -> tuple[Tensor, Tensor, Row]:
             if not models:
                 train()
             seed = config.seed_of(f"{self.name} {method} {stop}")
-            drawn, kl, more = self.judged_ode(models[stop], seed)
+            drawn, kl, more = self.ode_and_kl(models[stop], seed)
             return drawn.samples, kl, more
 
         options = ("steps", "backprop_batch", "backprop_lr", "stops")
-        return [self.point(method, stop, partial(draw, stop), *options) for stop in config.stops]
+        return [self.point(method, stop, partial(compute, stop), *options) for stop in config.stops]
 
     def tilted(self, temperature: float, *, low_rank: bool) -> Point:
-        """A tilt, in full or by adapters, with its certificate and class frequencies."""
+        """Return the point of a tilt, by a correction or by adapters, with its certificate."""
         config = self.config
         method = "tilt_lora" if low_rank else "tilt"
         name = f"{self.name.replace(' ', '-')}-{method}-{temperature:g}"
 
-        def draw() -> tuple[Tensor, Tensor, Row]:
+        def compute() -> tuple[Tensor, Tensor, Row]:
             result = self._tilt(temperature, name, low_rank=low_rank)
-            drawn, kl, more = self.judged_ode(result.field, config.seed_of(name))
-            return drawn.samples, kl, more | self._judged(result, temperature, drawn)
+            drawn, kl, more = self.ode_and_kl(result.field, config.seed_of(name))
+            return (
+                drawn.samples,
+                kl,
+                more | self._certificate_and_classes(result, temperature, drawn),
+            )
 
         training = ("iterations", "batch_size", "min_ess", "compile")
         shared = ("base_samples", "kernel", "steps", *training)
         own = ("lora_rank", "lora_lr") if low_rank else ("lr",)
-        return self.point(method, temperature, draw, *shared, *own)
+        return self.point(method, temperature, compute, *shared, *own)
 
     def _tilt(self, temperature: float, name: str, *, low_rank: bool) -> Tilted:
-        """The trained tilt; resumed where it stopped."""
+        """Train the tilt, or resume it where it stopped."""
         config, base = self.config, self.base
         model: nn.Module
         if low_rank:
@@ -263,7 +275,7 @@ class Runs:
             ema_decay=0.99,
             seed=config.seed,
             base_samples=min(2048, config.base_samples),
-            certificate_samples=0,  # `_judged` makes them, with the labels
+            certificate_samples=0,  # made later, with the labels
             checkpoint_every=100,
             compile=config.compile,
         )
@@ -280,11 +292,15 @@ class Runs:
             identity={"reward": self.problem.reward, "digit": config.digit},
         )
 
-    def _judged(self, result: Tilted, temperature: float, ode: Drawn) -> Row:
-        """Certificate and class frequencies of a tilt; ``ode`` are its ODE samples."""
+    def _certificate_and_classes(self, result: Tilted, temperature: float, ode: SampleSet) -> Row:
+        """Return the columns of a tilt's certificate and of its class frequencies.
+
+        Arguments:
+            ode: samples of the tilt by its ODE.
+        """
         config, scaled = self.config, self.reward.scaled(1 / temperature)
         (chain, after), (_, before) = (
-            by_chain(
+            sample_chain(
                 velocity,
                 result.base,
                 scaled,
@@ -297,26 +313,26 @@ class Runs:
         )
         row: Row = {**certificate_summary(chain), "path_kl": after.path_kl}
         base_chain = self.chain_pool(result)
-        untilted = Drawn(before.samples, chain.labels, before.log_weights)
+        untilted = SampleSet(before.samples, chain.labels, before.log_weights)
         summary = certificate_summary(untilted)
         row |= {f"{name}_base": summary[name] for name in ("log_weight_std", "ess")}
-        laws = {"ode": ode, "chain": chain, "weighted": chain}
-        for law, drawn in laws.items():
-            comparison = compare_laws(
+        kinds = {"ode": ode, "chain": chain, "weighted": chain}
+        for kind, drawn in kinds.items():
+            comparison = compare_with_exact(
                 self.study.classifier,
-                self.pool if law == "ode" else base_chain,
+                self.pool if kind == "ode" else base_chain,
                 drawn,
                 self.reward,
                 temperature,
-                weighted=law == "weighted",
+                weighted=kind == "weighted",
             )
             z = comparison.z.abs()
             row |= {
-                f"within_{law}": int((z <= 2).sum()),
-                f"max_z_{law}": float(z.max()),
-                f"class_tv_{law}": comparison.total_variation,
+                f"within_{kind}": int((z <= 2).sum()),
+                f"max_z_{kind}": float(z.max()),
+                f"class_tv_{kind}": comparison.total_variation,
             }
-            own = "log_z_ode" if law == "ode" else "log_z_exact"
+            own = "log_z_ode" if kind == "ode" else "log_z_exact"
             row |= {
                 own: comparison.resampled.log_z,
                 f"{own}_stderr": comparison.resampled.log_z_stderr,
@@ -324,7 +340,7 @@ class Runs:
         return row
 
     def points(self) -> list[Point]:
-        """Every point of the problem."""
+        """Return every point of the problem."""
         p, config = self.problem, self.config
         return [
             self.unchanged(),

@@ -1,4 +1,4 @@
-"""What all problems of the frontier of digits share: data, classifier, bases, and what is kept."""
+"""Data, classifier, base flows and stored results that all problems of the frontier share."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from applications.toy2d.digits.classifier import Classifier, fit_classifier
 from applications.toy2d.digits.data import Digits, load
 from applications.toy2d.digits.unet_flow import fit_unet, guided
 from benchmarks.digits_frontier.config import FrontierConfig
-from benchmarks.digits_frontier.judge import Judge
+from benchmarks.digits_frontier.metrics import SampleMetrics
 from flows.training import checkpoint as checkpoints
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What all methods share: data, classifier, and the two bases, trained or resumed."""
+    """The data, the classifier, the metrics and the two base flows, trained or resumed."""
 
     config: FrontierConfig
     data: Digits
     classifier: Classifier
-    judge: Judge
+    metrics: SampleMetrics
     bases: dict[bool, nn.Module] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, config: FrontierConfig) -> Study:
-        """Load the data and train or resume the classifier."""
+        """Load the data, and train or resume the classifier."""
         data = load(config.seed)
         classifier = fit_classifier(
             data,
@@ -39,10 +39,10 @@ class Study:
             checkpoint=config.folder / "classifier.pt",
             resume=True,
         )
-        return cls(config, data, classifier, Judge(classifier, data, config.batch))
+        return cls(config, data, classifier, SampleMetrics(classifier, data, config.batch))
 
     def base(self, *, labelled: bool) -> nn.Module:
-        """The plain flow, or the guided one."""
+        """Return the flow without labels or the guided flow with labels, trained or resumed."""
         config = self.config
         if labelled not in self.bases:
             name = "base-labelled" if labelled else "base"
@@ -59,13 +59,13 @@ class Study:
             self.bases[labelled] = guided(flow, config.guidance) if labelled else flow
         return self.bases[labelled]
 
-    def kept(
+    def cached(
         self, name: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """What ``compute`` returns, from the folder where it is there.
+        """Return the stored result called ``name``, or compute and store it.
 
         Raises:
-            CheckpointError: it was computed with other options.
+            CheckpointError: the stored result was computed with other options.
         """
         path = self.config.folder / f"{name}.pt"
         if path.exists():

@@ -1,1 +1,1 @@
-"""How much memory does an update take?"""
+"""Benchmark: how much memory an update takes, and what each option saves."""

@@ -1,24 +1,24 @@
-"""Peak memory of the adjoint pass and of an update, and what each option for large models saves.
+"""Peak memory of the adjoint pass and of an update, and how much each option saves.
 
     python -m benchmarks.memory
 
 Rows {name, steps, device, peak_mb, ratio, seconds} in three groups:
 
 adjoint pass
-    `lean_adjoint` along K steps: the most that is alive at once beyond what goes in and comes out,
-    which is reported as the stored trajectory.  Ratios are to the fewest steps: memory does not
-    grow with K, only the trajectory does.
+    `lean_adjoint` along K steps: the peak beyond its inputs and outputs, which are reported as the
+    stored trajectory.  Ratios are to the fewest steps: the peak does not grow with K, only the
+    trajectory does.
 update
-    Rollout, adjoint, loss and gradient of a convolutional field, whose activations are what counts.
+    Rollout, adjoint, loss and gradient of a convolutional field, whose memory is activations.
     Ratios are to the update without options.
 training
-    Two iterations of the trainer on a wide perceptron, whose weights are what counts, with all that
-    they need: weights of base, model and average, gradient and moments; and the checkpoint on the
-    disk.  Ratios are to the training of all weights.
+    Two iterations of the trainer on a wide perceptron, whose memory is weights: those of base,
+    model and average, the gradient and the optimiser's moments; and the checkpoint on the disk.
+    Ratios are to the training of all weights.
 
 On a CPU tensors are counted operation by operation, and the device of offloading is simulated
-(`benchmarks.memory.ledger`); on a GPU the allocator is asked.  Seconds are those of one run by
-itself.
+(`benchmarks.memory.ledger`); on a GPU the allocator reports the peak.  Seconds are the time of one
+run without counting.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, autocast, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, autocast
 
 from adjoint import (
     Reward,
@@ -45,8 +44,10 @@ from adjoint import (
     make_kernel,
     rollout,
 )
+from benchmarks.common.conv_field import ConvField, square
+from benchmarks.common.records import RESULTS
 from benchmarks.memory.ledger import HOST, Ledger, simulated_device
-from flows import Cond, MLPVelocity, Trainer, frozen, uniform
+from flows import MLPVelocity, Trainer, frozen, uniform
 from flows.training import write_json
 
 SHAPE = (1, 16, 16)
@@ -65,7 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Args:
-    """Peak memory of the adjoint pass, and what each option for large models saves (a minute)."""
+    """Measure peak memory of the adjoint pass, and what each option for large models saves."""
 
     steps: tuple[int, ...] = (10, 40, 160)
     """Steps K of the adjoint passes, the fewest first."""
@@ -76,50 +77,19 @@ class Args:
     width: int = 32
     """Channels of the convolutional field, and a thirty-second of the perceptron's width."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where it runs."""
-    output: Path = Path(__file__).parents[1] / "results" / "memory.json"
-    """Where the rows are written."""
-
-
-class ConvField(nn.Module):
-    """A residual convolutional velocity field on (B, 1, 16, 16).
-
-    Arguments:
-        width: channels.
-        checkpointed: recompute each block in the backward pass.
-    """
-
-    def __init__(self, width: int, *, checkpointed: bool = False) -> None:
-        super().__init__()
-        self.checkpointed = checkpointed
-        self.first = nn.Conv2d(2, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-            )
-            for _ in range(4)
-        )
-        self.last = nn.Conv2d(width, 1, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the shape of ``x``."""
-        h = self.first(torch.cat([x, t.to(x).reshape(-1, 1, 1, 1).expand_as(x)], 1))
-        for block in self.blocks:
-            h = h + (checkpoint(block, h, use_reentrant=False) if self.checkpointed else block(h))
-        return self.last(h)
+    """Device of the measurements: cpu or cuda."""
+    output: Path = RESULTS / "memory.json"
+    """File of the rows."""
 
 
 def measure(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """Most MB that are allocated at once during ``run``, and the seconds of a second run."""
+    """Return the peak memory of ``run`` in MB, and the seconds of a second run."""
     if device == "cpu":
         with Ledger() as ledger:
             run()
         peak = ledger.peak
     else:
-        run()  # the first one allocates workspaces
+        run()  # the first run allocates workspaces
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -131,13 +101,8 @@ def measure(run: Callable[[], object], device: str) -> tuple[float, float]:
     return peak / MB, time.perf_counter() - began
 
 
-def square(x: Tensor, cond: Cond | None) -> Tensor:
-    """The reward -‖x‖²/2."""
-    return -0.5 * x.flatten(1).square().sum(1)
-
-
 def adjoint_rows(args: Args) -> list[dict[str, Any]]:
-    """The adjoint pass for each number of steps."""
+    """Measure the adjoint pass for each number of steps."""
     rows: list[dict[str, Any]] = []
     base = frozen(ConvField(args.width)).to(args.device)
     for steps in args.steps:
@@ -150,7 +115,7 @@ def adjoint_rows(args: Args) -> list[dict[str, Any]]:
             lean_adjoint(base, kernel, xs, xs[-1])
 
         peak, seconds = measure(run, args.device)
-        results = (xs.nbytes + trajectory.v.nbytes) / MB  # of the adjoints, of v_β
+        results = (xs.nbytes + trajectory.v.nbytes) / MB  # adjoints, and v_β along the trajectory
         stored = results + (xs.nbytes + trajectory.noise.nbytes + trajectory.v.nbytes) / MB
         common = {"steps": steps, "device": args.device}
         rows.append({"name": "adjoint pass", **common, "peak_mb": peak - results})
@@ -161,7 +126,7 @@ def adjoint_rows(args: Args) -> list[dict[str, Any]]:
 
 
 def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str, Any]:
-    """An update with the options of `OPTIONS` that ``name`` means, without the ratio."""
+    """Measure an update with the options ``name`` of `OPTIONS`; the row lacks the ratio."""
     options = {"steps": args.update_steps, "batch_size": args.batch_size} | OPTIONS[name]
     config = TiltConfig(kernel="ancestral", **options)
     model = ConvField(args.width, checkpointed=checkpointed).to(args.device)
@@ -189,7 +154,7 @@ def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str
 
 
 def training_rows(args: Args, *, adapted: bool) -> list[dict[str, Any]]:
-    """Two iterations on all weights or on adapters, and their checkpoint, without the ratio."""
+    """Measure two iterations on all weights or on adapters, and their checkpoint."""
     config = TiltConfig(kernel="ancestral", steps=10, batch_size=args.batch_size, iterations=2)
     kernel = make_kernel(config.kernel, uniform(config.steps)).to(args.device)
     name = "adapters of rank 8 trained" if adapted else "all weights trained"

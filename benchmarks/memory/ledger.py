@@ -1,11 +1,12 @@
-"""Bytes of live tensors, counted operation by operation; and a device simulated on the CPU.
+"""Bytes of live tensors, counted operation by operation, and a device simulated on the CPU.
 
-`Ledger` sees every operation, of the backward pass as well, and follows each storage that one
-creates until it is freed.  Unlike the memory of the process this does not depend on an allocator,
-and every run gives the same number.  The scratch space within an operation goes unseen.
+`Ledger` sees every operation, of the backward pass as well, and follows each new storage from its
+creation until it is freed.  Unlike the memory of the process this does not depend on an allocator,
+and every run gives the same number.  Scratch space within an operation is not counted.
 
-`simulated_device` makes a CPU play two places: what is moved to `HOST` is on the other one.  The
-ledger counts the two separately and refuses operations between them, as a real device does.
+`simulated_device` makes one CPU act as a device and a host: tensors moved to `HOST` are on the
+host, all others on the device.  The ledger counts both separately and refuses operations between
+them, as a real device does.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 HOST = torch.device("meta")
-"""What stands for the CPU where the CPU stands for a device."""
+"""Name of the simulated host; the real CPU acts as the device."""
 
 
 class HostTensor(Tensor):
-    """A tensor that says it is on `HOST`."""
+    """A tensor whose ``device`` is `HOST`."""
 
     device = HOST
     at_work: ClassVar[int] = 0
-    """Functions of such tensors that are running; what they create is on the host."""
+    """Number of running functions of such tensors; the tensors they create are on the host."""
 
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the function, and say for how long."""
+        """Run the function with ``at_work`` raised by one."""
         HostTensor.at_work += 1
         try:
             return super().__torch_function__(func, types, args, kwargs or {})
@@ -44,11 +45,11 @@ class HostTensor(Tensor):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts while it is entered.
+    """Count live bytes, on device and host, while the context is entered.
 
     Attributes:
-        peak: most bytes on the device at once, of storages created since it was made.
-        host_peak: the same on `HOST`.
+        peak: most bytes on the device at once, of storages created inside the context.
+        host_peak: most bytes on `HOST` at once, likewise.
     """
 
     def __init__(self) -> None:
@@ -70,7 +71,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def moving(self, to_host: bool) -> Iterator[None]:
-        """Operations inside put their results on the host, or on the device."""
+        """Put the results of the operations inside on the host, or on the device."""
         self._target = to_host
         try:
             yield
@@ -80,26 +81,28 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation and enter the storages of its results."""
+        """Run the operation and count the storages of its results."""
         kwargs = kwargs or {}
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         target = self._target
         if target is None:
-            # Numbers, of dimension 0, and indices may come from anywhere.
+            # Scalars (dimension 0) and indices may come from either place.
             floating = [a for a in inputs if a.is_floating_point()]
             places = {self.place(a) for a in [a for a in floating if a.ndim] or floating}
             if len(places) > 1:
                 raise RuntimeError(f"{func} has tensors on the device and on the host")
             target = places == {True} if places else HostTensor.at_work > 0
         out = func(*args, **kwargs)
-        old = {a.untyped_storage()._cdata for a in inputs}  # of views, and of results in place
+        old = {
+            a.untyped_storage()._cdata for a in inputs
+        }  # storages of views and of in-place results
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in old:
                 self._enter(tensor, target)
         return out
 
     def place(self, tensor: Tensor) -> bool:
-        """Whether it is on the host."""
+        """Return whether the tensor is on the host."""
         return self._places.get(tensor.untyped_storage()._cdata, False)
 
     def _enter(self, tensor: Tensor, on_host: bool) -> None:
@@ -117,7 +120,7 @@ class Ledger(TorchDispatchMode):
 
 
 class _Move(torch.autograd.Function):
-    """A copy at the other place, whose gradient is copied back."""
+    """Copy to the host or to the device; the gradient is copied back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ledger: Ledger, to_host: bool) -> Tensor:
@@ -133,7 +136,7 @@ class _Move(torch.autograd.Function):
 
 @contextmanager
 def simulated_device() -> Iterator[Ledger]:
-    """A ledger of two places: the CPU as the device, and `HOST`; ``Tensor.to`` moves between."""
+    """Yield a ledger of a simulated device and `HOST`; ``Tensor.to`` moves between the two."""
     ledger, move = Ledger(), Tensor.to
 
     def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,4 +155,4 @@ def simulated_device() -> Iterator[Ledger]:
         with ledger:
             yield ledger
     finally:
-        del Tensor.to  # what it was is inherited
+        del Tensor.to  # `Tensor.to` is inherited again

@@ -1,1 +1,1 @@
-"""Adjoint matching on control problems whose optimal control is known."""
+"""Benchmark: adjoint matching on control problems whose optimal control is known."""

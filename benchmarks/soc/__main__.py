@@ -1,16 +1,18 @@
 r"""Adjoint matching on stochastic optimal control problems with a known control.
 
+    python -m benchmarks.soc
+
 The problems of `benchmarks.soc.problems` in the coordinates with standard noise, by the functions
 that tilt a flow: an Euler-Maruyama chain of dX = v dt + dB with v_β = b and v_θ = b + u is one more
-table, whose adjoint is that of its own mean plus the gradient of the running cost,
+kernel, whose adjoint is that of its own mean plus the gradient of the running cost,
 
     a_k = (I + h ∂b/∂x)ᵀ a_{k+1} + h ∇f(x_k),   a_K = ∇g(x_K),   residual √h (u(x_k) + a_{k+1}).
 
 Its unique solution is the optimal control of the chain, which differs from that of the diffusion by
 O(h).  The grid is finer toward t = 1, 1 - t ∝ (1 - k/K)^1.5: there the control of the double well
-changes as fast as its drift contracts, in a fortieth of the horizon (relative error of the chain's
-own optimum, by dynamic programming: .0011 at K = 100, .009 on the uniform grid).  The metric is
-that of the source: on trajectories of the optimal control,
+changes as fast as its drift contracts, in a fortieth of the horizon (the chain's own optimum has
+relative error .0011 at K = 100 by dynamic programming, and .009 on the uniform grid).  The metric
+of the source is taken on trajectories of the optimal control,
 
     control error = E Σ_k h ‖u - u*‖²(x_k, t_k),   relative: divided by E Σ_k h ‖u*‖²,
 
@@ -21,7 +23,6 @@ Source: Domingo-Enrich et al. 2312.02027; training here is far shorter than ther
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from adjoint import (
     select_steps,
     velocity_along,
 )
+from benchmarks.common.records import RESULTS
 from benchmarks.soc.problems import PROBLEMS, ControlProblem
 from flows import (
     Cond,
@@ -52,10 +54,11 @@ from flows import (
     VelocityField,
     uniform,
 )
+from flows.training import write_json
 
 
 def euler_maruyama(grid: Tensor) -> Kernel:
-    """The table of dX = v dt + dB on a grid (K+1,), adjoint and reading as in a consistent pair."""
+    """Make the kernel of dX = v dt + dB on a grid (K+1,), with the adjoint of its own mean."""
     h = grid.double().diff()
     ones = torch.ones_like(h)
     return Kernel(
@@ -77,14 +80,14 @@ def euler_maruyama(grid: Tensor) -> Kernel:
 
 
 class LateTime(nn.Module):
-    """A network that sees 1 - (1-t)^(1/3) for t: the last fortieth of the horizon as a third."""
+    """A network of 1 - (1-t)^(1/3) for t: the last fortieth of the horizon becomes a third."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """The network's value, (B, dim)."""
+        """Return the network's value, (B, dim)."""
         return self.network(x, 1 - (1 - t).clamp_min(0.0) ** (1 / 3), cond)
 
 
@@ -92,10 +95,10 @@ class ControlLoss:
     """The adjoint-matching loss of a control problem, as a trainer calls it.
 
     Arguments:
-        problem: the problem.
-        kernel: table of the chain.
-        batch_size: trajectories per loss.
-        fraction: random part of the steps on which the loss is taken.
+        problem: the control problem.
+        kernel: kernel of the chain.
+        batch_size: number of trajectories.
+        fraction: fraction of the steps, drawn at random, on which the loss is taken.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class ControlLoss:
     def __call__(
         self, module: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of ``module``, the controlled drift, on fresh trajectories, and metrics."""
+        """Return the loss of ``module``, the controlled drift, on new trajectories, and metrics."""
         problem, kernel = self.problem, self.kernel
         x0 = problem.start.expand(self.batch_size, -1)
         noise = draw_noise(kernel, x0, generator=generator)
@@ -134,7 +137,7 @@ def control_error(
     n: int = 2048,
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
-    """E∫‖u-u*‖² and E∫‖u*‖² on ``n`` trajectories of the optimal control, u = field - b."""
+    """Return E∫‖u-u*‖² and E∫‖u*‖² on ``n`` trajectories of the optimal control, u = field - b."""
 
     def optimal(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         return problem.drift(x, t, cond) + problem.control(x, float(t))
@@ -154,10 +157,10 @@ def control_error(
 
 @dataclass(frozen=True)
 class Args:
-    """Adjoint matching on four control problems with a known solution (some minutes)."""
+    """Solve four control problems with a known solution by adjoint matching (some minutes)."""
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
-    """Problems, of ou_quadratic_easy, ou_quadratic_hard, ou_linear, double_well."""
+    """Names of problems: ou_quadratic_easy, ou_quadratic_hard, ou_linear, double_well."""
     steps: int = 50
     """Steps of the chain; the double well, which is stiff, takes twice as many."""
     iterations: int = 1000
@@ -165,20 +168,20 @@ class Args:
     batch_size: int = 256
     """Trajectories per optimiser step."""
     fraction: float = 0.25
-    """Random part of a trajectory's steps on which the loss is taken."""
+    """Fraction of a trajectory's steps, drawn at random, on which the loss is taken."""
     lr: float = 1e-2
-    """Learning rate, the start of a cosine."""
+    """Learning rate at the start of a cosine schedule."""
     seed: int = 0
-    """Of the network and the training noise."""
-    out: Path = Path(__file__).parents[1] / "results" / "soc.json"
-    """Where the rows are written."""
+    """Seed of the network and the training noise."""
+    output: Path = RESULTS / "soc.json"
+    """File of the rows."""
 
 
 def solve(name: str, args: Args) -> dict[str, Any]:
     """Train on one problem and return its row.
 
     Raises:
-        ValueError: unknown problem.
+        ValueError: the problem is unknown.
     """
     if name not in PROBLEMS:
         raise ValueError(f"problem must be one of {', '.join(PROBLEMS)}, got {name!r}")
@@ -189,11 +192,11 @@ def solve(name: str, args: Args) -> dict[str, Any]:
     control = LateTime(MLPVelocity(problem.dim, hidden=(128, 128), zero_init=True))
     field = Residual(problem.drift, control)
 
-    def judged(module: nn.Module) -> tuple[float, float]:
+    def measured(module: nn.Module) -> tuple[float, float]:
         generator = torch.Generator().manual_seed(1)
         return control_error(problem, kernel, module, generator=generator)
 
-    before, _ = judged(field)
+    before, _ = measured(field)
     loss = ControlLoss(problem, kernel, batch_size=args.batch_size, fraction=args.fraction)
     config = TrainerConfig(
         iterations=args.iterations, lr=args.lr, ema_decay=0.99, grad_clip=0.0, seed=args.seed
@@ -201,7 +204,7 @@ def solve(name: str, args: Args) -> dict[str, Any]:
     began = time.perf_counter()
     trained = Trainer(field, loss, config, callbacks=[ProgressBar(name)]).fit()
     seconds = time.perf_counter() - began
-    after, size = judged(trained)
+    after, size = measured(trained)
     return {
         "problem": name,
         "dim": problem.dim,
@@ -215,7 +218,7 @@ def solve(name: str, args: Args) -> dict[str, Any]:
 
 
 def main(args: Args) -> list[dict[str, Any]]:
-    """Solve, print and write all rows."""
+    """Solve all problems, and print and write their rows."""
     torch.set_num_threads(1)
     rows = [solve(name, args) for name in args.problems]
     print(f"{'':<20}{'dim':>5}{'steps':>7}{'start':>10}{'error':>10}{'relative':>10}{'s':>7}")
@@ -225,10 +228,9 @@ def main(args: Args) -> list[dict[str, Any]]:
             f"{row['control_error_start']:>10.4f}{row['control_error']:>10.5f}"
             f"{row['control_error_relative']:>10.5f}{row['seconds']:>7.0f}"
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(args.output, rows)
     return rows
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, prog="python -m benchmarks.soc"))

@@ -37,14 +37,14 @@ Control = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ControlProblem:
-    """A control problem with standard noise, and its solution.
+    """A control problem with standard noise, and its optimal control.
 
     Attributes:
-        name, dim: what it is called, and the dimension of a state.
-        drift: b as a velocity field, (x, t, cond) → (B, dim).
-        running: f, (x, cond) → (B,), or None for no running cost.
-        terminal: g, (x, cond) → (B,).
-        control: u*, (x, t) → (B, dim).
+        name, dim: name of the problem, and dimension of a state.
+        drift: b, as a velocity field (x, t, cond) → (B, dim).
+        running: the cost f, (x, cond) → (B,), or None for no running cost.
+        terminal: the cost g, (x, cond) → (B,).
+        control: the optimal u*, (x, t) → (B, dim).
         start: (dim,) state at t = 0.
     """
 
@@ -58,7 +58,7 @@ class ControlProblem:
 
 
 def linear_drift(A: Tensor) -> VelocityField:
-    """b(x) = A x."""
+    """Return the drift b(x) = A x."""
 
     def drift(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         return x @ A.to(x).T
@@ -67,7 +67,7 @@ def linear_drift(A: Tensor) -> VelocityField:
 
 
 def quadratic_form(P: Tensor) -> ValueFunction:
-    """x ↦ xᵀPx."""
+    """Return the function x ↦ xᵀPx."""
 
     def form(x: Tensor, cond: Cond | None = None) -> Tensor:
         return ((x @ P.to(x)) * x).sum(1)
@@ -76,7 +76,7 @@ def quadratic_form(P: Tensor) -> ValueFunction:
 
 
 def riccati(A: Tensor, P: Tensor, Q: Tensor) -> Callable[[float], Tensor]:
-    """t ↦ F(t), (d, d) float64, the solution of the Riccati equation of the module docstring."""
+    """Return t ↦ F(t), (d, d) float64, the solution of the Riccati equation above."""
     a, p = A.double().numpy(), P.double().numpy()
 
     def backward(s: float, flat: Array) -> Array:  # s = 1 - t
@@ -90,7 +90,7 @@ def riccati(A: Tensor, P: Tensor, Q: Tensor) -> Callable[[float], Tensor]:
 
 
 def quadratic_ou(name: str, a: float, p: float, q: float, dim: int = 20) -> ControlProblem:
-    """Ornstein-Uhlenbeck with A = aI, P = pI, Q = qI, from a fixed start drawn from N(0, I/4)."""
+    """Make an Ornstein-Uhlenbeck problem with A = aI, P = pI, Q = qI, start from N(0, I/4)."""
     eye = torch.eye(dim)
     F = riccati(a * eye, p * eye, q * eye)
     return ControlProblem(
@@ -105,7 +105,7 @@ def quadratic_ou(name: str, a: float, p: float, q: float, dim: int = 20) -> Cont
 
 
 def linear_ou(dim: int = 10) -> ControlProblem:
-    """Ornstein-Uhlenbeck with a linear cost, in the coordinates σ⁻¹X, from the origin."""
+    """Make an Ornstein-Uhlenbeck problem with a linear cost, in coordinates σ⁻¹X, start 0."""
     xi = 0.1 * torch.randn(dim, dim, generator=torch.Generator().manual_seed(0)).double()
     eye = torch.eye(dim, dtype=torch.float64)
     A, sigma, omega = -eye + xi, eye + xi, torch.ones(dim, dtype=torch.float64)
@@ -136,7 +136,7 @@ def log_psi_gradient(
     cells: int = 1375,
     steps: int = 1000,
 ) -> tuple[Array, Array]:
-    """States (N,) and optimal control u* = ∂ log ψ/∂x (steps+1, N) at t = 0, 1/steps, ..., 1.
+    """Return states (N,) and the control u* = ∂ log ψ/∂x (steps+1, N) at t = 0, 1/steps, ..., 1.
 
     Crank-Nicolson in time with four implicit half-steps at the start (Rannacher), central
     differences in space, reflecting ends; ``drift`` and ``cost`` (g) are functions of one variable.
@@ -172,12 +172,12 @@ def log_psi_gradient(
 
 
 def well_control(kappa: float, nu: float) -> tuple[Array, Array]:
-    """States and u* of one dimension of the double well; see `log_psi_gradient`."""
+    """Return states and u* of one dimension of the double well, by `log_psi_gradient`."""
     return log_psi_gradient(lambda x: -4 * kappa * x * (x**2 - 1), lambda x: nu * (x**2 - 1) ** 2)
 
 
 def double_well(dim: int = 10, hard: int = 3) -> ControlProblem:
-    """Double well with κ = 5, ν = 3 in the first ``hard`` dimensions, from the origin."""
+    """Make a double well with κ = 5, ν = 3 in the first ``hard`` dimensions, from the origin."""
     kappa, nu = torch.ones(dim), torch.ones(dim)
     kappa[:hard], nu[:hard] = 5.0, 3.0
     tables = {}
@@ -188,7 +188,7 @@ def double_well(dim: int = 10, hard: int = 3) -> ControlProblem:
     table = torch.stack([tables[k, n] for k, n in zip(kappa.tolist(), nu.tolist(), strict=True)])
 
     def control(x: Tensor, t: float) -> Tensor:
-        """Linear interpolation in time and in the state."""
+        """Interpolate the control linearly in time and in the state."""
         k = min(int(t * steps), steps - 1)
         rows = torch.lerp(table[:, k], table[:, k + 1], t * steps - k).to(x)  # (dim, N)
         place = ((x - low) / dx).clamp(0, rows.shape[1] - 1.001)

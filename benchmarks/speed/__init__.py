@@ -1,1 +1,1 @@
-"""How long does an update of QAM take?"""
+"""Benchmark: how long an update of QAM takes, and where the time goes."""

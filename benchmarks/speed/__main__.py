@@ -1,4 +1,4 @@
-r"""How long an update of QAM takes, where the time goes, and how that compares with its peer.
+r"""How long an update of QAM takes, which parts take the time, and how its JAX peer compares.
 
     python -m benchmarks.speed [--executions eager compiled] [--seeds 1 4 12] [--quick]
                                [--peer CHECKOUT --peer-python PYTHON]
@@ -6,23 +6,23 @@ r"""How long an update of QAM takes, where the time goes, and how that compares 
 
 The update is the published one at full size: 4x512 networks, 10 critics, batch 256, K = 10, at the
 dimensions of the scene tasks.  ``update`` is one step of the trainer, sampling from a replay
-included, executed as it is written; ``update, compiled`` and ``update, graph`` are what the options
-``--compile`` and ``--graph`` of a training make of it.  With several seeds a row is an update of
-all of them.  The last rows are the parts of an eager update, each run by itself through the
-functions that the update calls, so that their sum may differ from the whole by what lies between
+included, executed eagerly; ``update, compiled`` and ``update, graph`` are executed as by the
+options ``--compile`` and ``--graph`` of a training.  With several seeds a row is an update of all
+of them.  The last rows are the parts of an eager update, each run by itself through the
+functions that the update calls, so that their sum may differ from the whole by the code between
 them.
 
 The peer is the published JAX implementation in the user's own checkout, run by an interpreter that
 has its requirements (jax, flax, optax, distrax, ml_collections).  It makes one update of the same
-sizes on a fixed batch, so that the ratio is best taken with ``update without sampling``.  Both take
-turns in blocks of a few updates, and the order changes from round to round, because a machine
-shared with others is never the same for two minutes.  Times are medians over blocks, the ratio that
-of paired blocks.  Warm-up and compilation are apart.  On a CPU both are kept to the first
-``threads`` processors.
+sizes on a fixed batch: compare it with ``update without sampling``.  Both take turns in blocks of a
+few updates, and the order changes from round to round, because the load of a shared machine changes
+within minutes.  Times are medians over blocks, and the ratio is
+the median over paired blocks.  Warm-up and compilation are timed separately.  On a CPU both are
+pinned to the first ``threads`` processors.
 
 The ceiling is the rate of float32 matrix products of the update's own sizes, measured on the same
-threads: ``fraction_of_ceiling`` is what part of an update they would take at that rate.  With
-``--precision`` tf32 or bfloat16 it may exceed 1; what these do to the numbers, ``--check`` says.
+threads: ``fraction_of_ceiling`` is the part of an update that its products would take at that rate.
+With ``--precision`` tf32 or bfloat16 it may exceed 1; ``--check`` measures the loss of accuracy.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ import torch
 import tyro
 
 from benchmarks.common.clock import Clock, check_clock, seconds
+from benchmarks.common.records import RESULTS
 from benchmarks.speed import check as speed_check
 from benchmarks.speed import figure as speed_figure
 from benchmarks.speed.peer import Peer
@@ -60,33 +61,33 @@ class SpeedConfig:
     """Time updates of QAM, their parts, and the published implementation."""
 
     device: str = "cpu"
-    """Where the update runs: cpu or cuda."""
+    """Device of the updates: cpu or cuda."""
     threads: int = 1
-    """Threads of a CPU."""
+    """Number of threads on a CPU."""
     executions: tuple[Execution, ...] = ("eager",)
-    """How: eager, compiled (a minute before the first update; needs a C++ compiler on a CPU), graph
-    (on cuda)."""
+    """Ways of execution: eager, compiled (a minute before the first update; needs a C++ compiler on
+    a CPU), graph (on cuda)."""
     seeds: tuple[int, ...] = (1,)
     """Numbers of agents trained at once."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products: tf32 on a GPU only; bfloat16 is autocast, there with the rest in tf32."""
+    """Precision of matrix products: tf32 needs a GPU; bfloat16 is autocast, there beside tf32."""
     rounds: int = 8
-    """Blocks of updates of each implementation."""
+    """Number of blocks of updates of each implementation."""
     updates: int = 2
-    """Updates in a block (launches, of a graph)."""
+    """Updates in a block; launches, for a graph."""
     clock: Clock = "wall"
-    """Time of the wall, or of the processor: see `benchmarks.common.clock`."""
+    """Wall-clock time or processor time, see `benchmarks.common.clock`."""
     peer: Path | None = None
     """Checkout of the published implementation."""
     peer_python: Path = Path(sys.executable)
-    """Interpreter that has what the peer requires."""
+    """Interpreter with the packages that the peer requires."""
     check: bool = False
     """First compare every execution with the golden values; see `benchmarks.speed.check`."""
     quick: bool = False
-    """Tiny sizes, to try the benchmark itself."""
-    output: Path = Path("benchmarks/results/speed.json")
-    """Rows {name, device, threads, seeds, ms_per_update, updates_per_s, ratio_to_peer,
-    fraction_of_ceiling, peak_memory_gb, compile_s}, and beside them a figure."""
+    """Take tiny sizes, to try the benchmark itself."""
+    output: Path = RESULTS / "speed.json"
+    """File of the rows {name, device, threads, seeds, ms_per_update, updates_per_s, ratio_to_peer,
+    fraction_of_ceiling, peak_memory_gb, compile_s}; a figure is written beside it."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "rounds", "updates"):
@@ -106,18 +107,18 @@ class SpeedConfig:
             raise ValueError(f"peer must be a checkout that has agents/qam.py, got {self.peer}")
 
     @property
-    def marked(self) -> str:
-        """What a row's name says of the precision."""
+    def suffix(self) -> str:
+        """Suffix of a row's name that states the precision."""
         return "" if self.precision == "float32" else f", {self.precision}"
 
     def timed(self, run: Callable[[], object], calls: int) -> float:
-        """Seconds a call of a block of them."""
+        """Return the seconds of a call of ``run``, averaged over ``calls``."""
         return seconds(run, calls, device=self.device, clock=self.clock)
 
 
 @contextlib.contextmanager
 def confined(config: SpeedConfig) -> Iterator[None]:
-    """This process, and those it starts, on the first ``threads`` processors it may use."""
+    """Pin this process and its children to the first ``threads`` processors it may use."""
     before = torch.get_num_threads()
     pinned = config.device == "cpu" and hasattr(os, "sched_setaffinity")
     processors = os.sched_getaffinity(0) if pinned else set()
@@ -133,7 +134,7 @@ def confined(config: SpeedConfig) -> Iterator[None]:
 
 
 def measure(config: SpeedConfig) -> Iterator[list[Row]]:
-    """Rows of the updates, each execution and number of seeds as it is done, then of the parts."""
+    """Yield the rows of each execution and number of seeds, then the rows of the parts."""
     sizes = QUICK if config.quick else Sizes()
     with confined(config), contextlib.ExitStack() as closing:
         rate = largest_rate(config.device, lambda run: config.timed(run, 20))
@@ -160,13 +161,13 @@ def measure(config: SpeedConfig) -> Iterator[list[Row]]:
 
 
 def _part(config: SpeedConfig, name: str, run: Callable[[], object], rate: float) -> Row:
-    """The row of a part; ``rate`` is the ceiling."""
+    """Time a part of an update and return its row; ``rate`` is the ceiling."""
     work = operations(run)
     print(f"{name}: {work / 1e9:.1f} billion operations")
     config.timed(run, 2)
     blocks = [config.timed(run, config.updates) for _ in range(config.rounds)]
     value = statistics.median(blocks)
-    name += config.marked
+    name += config.suffix
     return _row(config, name, value, fraction_of_ceiling=work / rate / value)
 
 
@@ -178,10 +179,10 @@ def _updates(
     share: float,
     peer: Peer | None,
 ) -> list[Row]:
-    """Rows of one execution and number of seeds, in turns with the peer.
+    """Time one execution and number of seeds, in turns with the peer, and return the rows.
 
     Arguments:
-        share: seconds of the matrix products of an update of one agent at the ceiling.
+        share: seconds that the matrix products of one agent's update take at the ceiling.
     """
     if config.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -201,7 +202,7 @@ def _updates(
     times: dict[str, list[float]] = {name: [] for name in runs}
     theirs: list[float] = []
     for i in range(config.rounds):
-        together = config.updates * runs[WHOLE].calls  # as many before each is waited for
+        together = config.updates * runs[WHOLE].calls  # equally many before each is waited for
         if peer is not None and i % 2:
             theirs.append(peer.block(together, config.clock))
         for name in reversed(runs) if i % 2 else runs:
@@ -211,7 +212,7 @@ def _updates(
             theirs.append(peer.block(together, config.clock))
     memory = _memory_gb(config.device)
     suffix = "" if execution == "eager" else f", {execution}"
-    suffix += config.marked
+    suffix += config.suffix
 
     def row(name: str, value: float, ratio: float | None) -> Row:
         return _row(
@@ -249,7 +250,7 @@ def _updates(
 
 
 def _row(config: SpeedConfig, name: str, value: float, *, seeds: int = 1, **columns: Any) -> Row:
-    """A row of ``value`` seconds an update of all seeds; columns not given are None."""
+    """Return the row of an update that takes ``value`` seconds; missing columns are None."""
     optional = ("ratio_to_peer", "fraction_of_ceiling", "peak_memory_gb", "compile_s")
     return {
         "name": name,
@@ -263,7 +264,7 @@ def _row(config: SpeedConfig, name: str, value: float, *, seeds: int = 1, **colu
 
 
 def _memory_gb(device: str) -> float:
-    """Largest memory held: on a GPU by these updates, on a CPU by the process so far."""
+    """Return the peak memory in GB: of these updates on a GPU, of the process so far on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -271,10 +272,10 @@ def _memory_gb(device: str) -> float:
 
 
 def main(config: SpeedConfig) -> None:
-    """Check, measure, print, and write rows and figure, as far as they are, after each execution.
+    """Check, measure and print; write the rows after each execution, and the figure at the end.
 
     Raises:
-        AssertionError: an execution does not give the golden values.
+        AssertionError: an execution does not reproduce the golden values.
     """
     if config.check:
         speed_check.main(config.device, config.executions, quick=config.quick)
@@ -290,7 +291,7 @@ def main(config: SpeedConfig) -> None:
             )
         rows += some
         write_json(config.output, rows)
-    speed_figure.draw(config.output.with_suffix(".png"), rows)
+    speed_figure.plot(config.output.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The golden values on every execution: eager, compiled, launched from a graph; alone, together.
+"""Check of the golden values for every execution: eager, compiled, graph; one seed and three.
 
-The recorded cases of the published implementation (tests/rl/golden), three updates each, made by
-the trainers of `benchmarks.speed`'s executions on one device.  Losses, norms of the gradient and
-weights must be the published ones to rtol 1e-5 and atol 1e-6, the latter in units of a tensor's
-largest entry; on a GPU, whose products sum in another order, to ten times that.  Then what lower
-precision does to the numbers is measured, as the largest error of any tensor in the same units.
+The recorded cases of the published implementation (tests/rl/golden), three updates each, are
+repeated by the trainers of `benchmarks.speed`'s executions on one device.  Losses, norms of the
+gradient and weights must equal the published ones to rtol 1e-5 and atol 1e-6, the latter in units
+of a tensor's largest entry; on a GPU, whose products sum in another order, to ten times that.  Then
+the error of lower precision is measured, as the largest error of any tensor in the same units.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
 class Recorded(SplitLoss):
-    """The recorded batches and noises as a loss in parts."""
+    """A loss on the recorded batches and noises."""
 
     def __init__(self, case: Any, device: str, compiled: bool) -> None:
         moved = [
@@ -40,16 +40,16 @@ class Recorded(SplitLoss):
         self.sampled = 0
 
     def sample(self, module: Any, generator: torch.Generator) -> tuple[Any, ...]:
-        """The next recorded inputs, from the first again after the last."""
+        """Return the next recorded inputs, starting again after the last."""
         self.sampled += 1
         return self.inputs[(self.sampled - 1) % UPDATES]
 
     def evaluate(self, module: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics at the given inputs."""
+        """Return loss and metrics at the given inputs."""
         return module.loss(*inputs)
 
     def updates_without_host(self) -> int:
-        """As many as one likes."""
+        """Return how many updates need no host: all of a launch."""
         return UPDATES
 
     def before_update(self, module: Any) -> None:
@@ -58,7 +58,7 @@ class Recorded(SplitLoss):
 
 
 def make_trainer(case: Any, device: str, compiled: bool = False, autocast: bool = False) -> Trainer:
-    """A trainer of the case's agent."""
+    """Make a trainer of the case's agent."""
     agent = case.make().to(device)
     config = TrainerConfig(
         iterations=100 * UPDATES,
@@ -75,10 +75,11 @@ def make_trainer(case: Any, device: str, compiled: bool = False, autocast: bool 
 def largest_error(
     case: Any, device: str, execution: Execution, seeds: int = 1, *, autocast: bool = False
 ) -> float:
-    """Of losses, norms and weights of three updates, in units of a tensor's largest entry or 1.
+    """Return the largest error of losses, norms and weights after three updates.
 
-    The graph is launched once more than what warms it up, from the state of before: a launch must
-    give the numbers too, not only what it was recorded from.
+    Errors are in units of a tensor's largest entry, or of 1 if that is larger.  A graph is launched
+    once more after warming up and recording, from the initial state, so that a launch is checked
+    and not only the eager updates that it was recorded from.
     """
     trainers = [make_trainer(case, device, execution != "eager", autocast) for _ in range(seeds)]
     together = StackedTrainers(trainers) if seeds > 1 else None
@@ -111,7 +112,7 @@ def _snapshot(trainer: Trainer) -> list[Tensor]:
 
 
 def _restore(trainer: Trainer, before: Sequence[Tensor]) -> None:
-    """Weights and buffers as they were, and the optimiser as new, in the same memory."""
+    """Restore weights and buffers and reset the optimiser, in the same memory."""
     with torch.no_grad():
         for tensor, value in zip(_state(trainer), before, strict=True):
             tensor.copy_(value)
@@ -131,7 +132,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _golden() -> Any:
-    """The module of the tests that reads the recorded cases."""
+    """Return the module of the tests that reads the recorded cases."""
     folder = Path(__file__).parents[2] / "tests"
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -141,15 +142,15 @@ def _golden() -> Any:
 
 
 def main(device: str, executions: Sequence[Execution], *, quick: bool = False) -> None:
-    """Check and print.
+    """Check every execution and print the errors.
 
     Raises:
-        AssertionError: an execution does not give the golden values.
+        AssertionError: an execution does not reproduce the golden values.
     """
     cases = [case for case in _golden().CASES if not quick or case.agent == "ifql"]
     allowed = TOLERANCE[device.split(":", maxsplit=1)[0]]
     for execution in executions:
-        # All agents are one code but for their losses: two of them compiled stand for the rest.
+        # Agents differ in their losses alone: two compiled agents represent the rest.
         some = [c for c in cases if execution == "eager" or c.agent in ("qam", "ifql")]
         for case in [c for c in some if execution == "eager" or c.name == "default"]:
             for seeds in (1, 3):

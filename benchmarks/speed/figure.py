@@ -1,4 +1,4 @@
-"""The figure of `benchmarks.speed`: whole updates a seed, and the parts of one."""
+"""The figure of `benchmarks.speed`: times of whole updates, and of the parts of one update."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from applications.common.pictures import style
 
 
-def draw(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Bars of the milliseconds of rows of `benchmarks.speed`, divided by the seeds.
+def plot(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Draw the milliseconds of each row, divided by the number of seeds, as bars.
 
     Raises:
-        ValueError: there are no rows.
+        ValueError: ``rows`` is empty.
     """
     if not rows:
         raise ValueError("rows must hold at least one row, got none")

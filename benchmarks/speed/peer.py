@@ -1,7 +1,7 @@
-"""The published JAX implementation of QAM, in a process of its own that is timed in blocks.
+"""The published JAX implementation of QAM, timed in blocks in a separate process.
 
-The process runs the source of one function, so that its interpreter needs neither PyTorch nor this
-package; it prints a line of JSON for each block of updates that it is told to make.
+The process runs the source of `serve_peer`, so that its interpreter needs neither PyTorch nor this
+package.  It reads a number of updates from a line of its input and answers with a line of JSON.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, Literal
 
 
 class Peer:
-    """The published implementation in a process of its own, which runs blocks when told to.
+    """The published implementation in a separate process, which runs blocks of updates on request.
 
     Arguments:
-        sizes: of the problem, by name: observation, action, horizon, batch, critics, steps, hidden.
+        sizes: sizes of the problem: observation, action, horizon, batch, critics, steps, hidden.
         checkout: the repository of the published implementation.
-        python: an interpreter with its requirements.
+        python: an interpreter with the packages that it requires.
         device: cpu or cuda.
-        threads: of a CPU.
+        threads: number of threads on a CPU.
 
     Attributes:
-        compile_s: seconds of its first update.
+        compile_s: seconds of the first update, which compiles.
 
     Raises:
-        RuntimeError: it does not start, with the end of what it said.
+        RuntimeError: the process ends; its own message is printed above.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class Peer:
         self.compile_s: float = self._read()["compile_s"]
 
     def block(self, updates: int, clock: Literal["wall", "cpu"]) -> float:
-        """Seconds per update of a block."""
+        """Run a block of updates and return its seconds per update."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{updates}\n")
         self._process.stdin.flush()
         return self._read()[clock] / updates
 
     def close(self) -> None:
-        """End the process."""
+        """Close the input of the process and wait for its end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
     def _read(self) -> dict[str, float]:
-        """Its next answer; whatever else it prints is passed over."""
+        """Return the next answer; other lines that the process prints are skipped."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("peer: "):
@@ -76,10 +76,10 @@ class Peer:
 
 
 def serve_peer() -> None:
-    """Be the peer: arguments are checkout and sizes, each line read is a number of updates to make.
+    """Run the peer: each input line is a number of updates to make; each answer is a line of JSON.
 
-    Its source is what the other interpreter is given, which need not have this package or torch: so
-    it imports what it uses itself.
+    The arguments of the process are checkout and sizes.  The other interpreter gets the source of
+    this function and may lack this package and torch, so that the function imports all it uses.
     """
     import json
     import sys

@@ -1,4 +1,4 @@
-"""The update that `benchmarks.speed` times: agents, replays of random rows, and their trainers."""
+"""Updates of agents on random data, whole and in parts, which `benchmarks.speed` times."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ from flows import Trainer, TrainerConfig
 from flows.training import StackedTrainers, UpdateGraph
 
 Execution = Literal["eager", "compiled", "graph"]
-"""How an update is executed: as it is written, with its loss compiled, or launched ten at a time
-from a CUDA graph with its loss compiled."""
+"""Way of execution: eager; with a compiled loss; or ten at a time from a CUDA graph, compiled."""
 
 ROWS_OF_DATA = 100_000
 LAUNCHED = 10
-"""Updates in a launch of a graph."""
+"""Number of updates in a launch of a graph."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What both implementations are given: the published sizes at the dimensions of the scenes."""
+    """Sizes for both implementations: the published ones at the dimensions of the scene tasks."""
 
     observation: int = 40
     action: int = 5
@@ -48,12 +47,12 @@ QUICK = Sizes(observation=6, action=2, horizon=3, batch=16, critics=2, steps=4, 
 
 
 class FixedBatch(AgentLoss):
-    """The loss on a batch that is always the same; the noise is drawn."""
+    """An agent's loss on one fixed batch with fresh noise."""
 
     batch: Batch | None = None
 
     def sample(self, module: nn.Module, generator: torch.Generator) -> tuple[Batch, Noise]:
-        """The first batch that was drawn, and new noise."""
+        """Return the fixed batch and new noise."""
         if self.batch is None:
             self.batch, _ = super().sample(module, generator)
         assert isinstance(module, QAM)
@@ -64,15 +63,15 @@ class Update:
     """Updates of one or several agents.
 
     Arguments:
-        sizes: of the problem.
-        device: where everything lies.
-        seeds: agents trained at once.
-        execution: see `Execution`.
-        fixed: leave sampling from the replay out.
+        sizes: sizes of the problem.
+        device: device of agents and data.
+        seeds: number of agents trained at once.
+        execution: way of execution, see `Execution`.
+        fixed: train on one fixed batch, without sampling from the replay.
         autocast: bfloat16 where PyTorch finds it safe.
 
     Attributes:
-        calls: updates of each agent that a call makes.
+        calls: number of updates of each agent in a call.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ def make_trainer(
     compiled: bool = False,
     autocast: bool = False,
 ) -> Trainer:
-    """A trainer of a new QAM agent on the device of the replay."""
+    """Make a trainer of a new QAM agent on the device of the replay."""
     config = QAMConfig(
         hidden=sizes.hidden, critics=sizes.critics, flow_steps=sizes.steps, horizon=sizes.horizon
     )
@@ -145,7 +144,7 @@ def make_trainer(
 
 
 def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
-    """The parts of an update by name, each a function that does it once."""
+    """Return the parts of an update: functions, by name, that each run one part once."""
     replay = Replay.from_dataset(random_dataset(sizes), device=device)
     trainer = make_trainer(sizes, replay, 0)
     agent, objective, generator = trainer.module, trainer.loss, trainer.generator
@@ -172,7 +171,7 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
         adjoint_matching_loss(v, adjoint, kernel)[0].backward()
 
     def afresh(part: Callable[[], None]) -> Callable[[], None]:
-        """The part with gradients dropped before it, as in an update."""
+        """Return the part preceded by dropping the gradients, as in an update."""
 
         def run() -> None:
             agent.zero_grad(set_to_none=True)
@@ -203,9 +202,9 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts floating-point operations of matrix products in ``total``.
+    """Count floating-point operations of matrix products in ``total``.
 
-    `FlopCounterMode` follows modules by hooks, which a vector-Jacobian product does not bear.
+    `FlopCounterMode` follows modules by hooks, which do not work within a vector-Jacobian product.
     """
 
     total = 0.0
@@ -213,7 +212,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The result of the operation."""
+        """Return the result of the operation and count it."""
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
@@ -222,17 +221,17 @@ class Operations(TorchDispatchMode):
 
 
 def operations(run: Callable[[], object]) -> float:
-    """Floating-point operations of the matrix products of a call of ``run``."""
+    """Return the floating-point operations of the matrix products in a call of ``run``."""
     with Operations() as counter:
         run()
     return counter.total
 
 
 def largest_rate(device: str, time: Callable[[Callable[[], object]], float]) -> float:
-    """Operations per second of float32 products of the sizes of an update, the ceiling of its rate.
+    """Return the operations per second of float32 matrix products of the sizes in an update.
 
     Arguments:
-        time: seconds of a call of a function.
+        time: function that returns the seconds of a call of its argument.
     """
     width, rows = 512, 2560
     a, b = (torch.randn(n, width, device=device) for n in (rows, width))
@@ -241,12 +240,12 @@ def largest_rate(device: str, time: Callable[[Callable[[], object]], float]) -> 
     def product() -> None:
         torch.mm(a, b, out=out)
 
-    time(product)  # the first time is that of loading the library
+    time(product)  # the first call loads the library
     return 2 * rows * width * width / time(product)
 
 
 def random_dataset(sizes: Sizes) -> Dataset:
-    """Rows of random numbers in episodes of 200 steps."""
+    """Make a dataset of random numbers in episodes of 200 steps."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*width: int) -> Any:

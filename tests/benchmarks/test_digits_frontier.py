@@ -1,4 +1,4 @@
-"""The digits frontier: judges on what is known, alternatives where they are exact, a whole run."""
+"""The digits frontier: metrics on known samples, alternatives where they are exact, a whole run."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from torch import nn
 from applications.toy2d.digits import data as digit_data
 from applications.toy2d.digits import unet_flow
 from applications.toy2d.digits.classifier import Classifier
-from benchmarks.digits.laws import Drawn, certificate_summary, compare_laws
 from benchmarks.digits_frontier import (
     __main__ as digits_frontier,
 )
@@ -29,7 +28,13 @@ from benchmarks.digits_frontier import (
 )
 from benchmarks.digits_frontier.alternatives import RewardGuidance, backpropagate, best_of
 from benchmarks.digits_frontier.config import FrontierConfig, Problem
-from benchmarks.digits_frontier.judge import Judge, margin
+from benchmarks.digits_frontier.distributions import (
+    SampleSet,
+    certificate_summary,
+    compare_with_exact,
+)
+from benchmarks.digits_frontier.margins import margin
+from benchmarks.digits_frontier.metrics import SampleMetrics
 from benchmarks.digits_frontier.rewards import make_rewards
 from benchmarks.digits_frontier.rows import ALTERNATIVES, Point, line, margins
 from flows.mixture import GaussianMixture
@@ -170,24 +175,24 @@ def test_labels_are_dropped_for_the_one_that_stands_for_none(monkeypatch):
     assert unet_flow.fit_unet(data, labelled=False, **fit)(3, torch.Generator()).shape == (3, 64)
 
 
-def test_the_judge_measures_diversity():
+def test_metrics_measure_diversity():
     data = digit_data.load(0)
-    judge = Judge(Template(), data, 400)
+    measure = SampleMetrics(Template(), data, 400)
     labels = torch.arange(800) % 4
-    found = judge(one_of(labels), labels.float())
+    found = measure(one_of(labels), labels.float())
     assert found["classes"].tolist() == [pytest.approx(4.0)] * 2
     assert found["reward"].tolist() == [1.5, 1.5]
     apart = 0.75 * math.sqrt(2) * 400 / 399  # a quarter of the pairs is equal
     assert found["distance"].tolist() == [pytest.approx(apart, abs=1e-5)] * 2
     assert found["coverage"].max() == 0
     real = digit_data.add_noise(data.train, generator=torch.Generator().manual_seed(1))
-    sevens = Judge(Template(), data, 60)
+    sevens = SampleMetrics(Template(), data, 60)
     some = sevens(real[data.train_labels == 7], torch.zeros(len(real)))["coverage"]
-    everything = Judge(Template(), data, 600)(real, torch.zeros(len(real)))["coverage"]
+    everything = SampleMetrics(Template(), data, 600)(real, torch.zeros(len(real)))["coverage"]
     assert 0.05 < float(some.mean()) < 0.12
     assert float(everything.mean()) > 0.7
     with pytest.raises(ValueError, match="two batches of 600, got 1000"):
-        Judge(Template(), data, 600)(real[:1000], torch.zeros(1000))
+        SampleMetrics(Template(), data, 600)(real[:1000], torch.zeros(1000))
 
 
 def test_labels_keep_their_share_in_the_exact_tilt():
@@ -201,25 +206,27 @@ def test_labels_keep_their_share_in_the_exact_tilt():
     share = math.exp(up) / (math.exp(up) + math.exp(down))
     exact = [share, (1 - share) / 2, (1 - share) / 2]
     drawn = one_of(torch.where(torch.rand(40_000, generator=g) > share, labels + 1, 0))
-    found = compare_laws(Template(), Drawn(x, labels), Drawn(drawn, labels), reward, 1.0)
+    found = compare_with_exact(
+        Template(), SampleSet(x, labels), SampleSet(drawn, labels), reward, 1.0
+    )
     assert found.exact[:3].tolist() == pytest.approx(exact, abs=0.01)
     assert found.z.abs().max() < 3.5
-    weighted = compare_laws(
+    weighted = compare_with_exact(
         Template(),
-        Drawn(x, labels),
-        Drawn(x, labels, reward(x) + labels),  # what all of a label share does not matter
+        SampleSet(x, labels),
+        SampleSet(x, labels, reward(x) + labels),  # what all of a label share does not matter
         reward,
         1.0,
         weighted=True,
     )
     assert weighted.tilted[:3].tolist() == pytest.approx(exact, abs=0.01)
-    plain = compare_laws(Template(), Drawn(x, labels), Drawn(x, labels), reward, 1.0)
+    plain = compare_with_exact(Template(), SampleSet(x, labels), SampleSet(x, labels), reward, 1.0)
     assert plain.z.abs().max() > 5
 
 
 def test_the_certificate_is_taken_label_by_label():
     labels = torch.arange(100) % 2
-    summary = certificate_summary(Drawn(torch.zeros(100, 64), labels, 3.0 * labels))
+    summary = certificate_summary(SampleSet(torch.zeros(100, 64), labels, 3.0 * labels))
     assert summary == {
         "log_weight_std": 0,
         "ess": pytest.approx(1),
@@ -263,7 +270,7 @@ def test_a_run_is_kept_and_its_rows_are_flat(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier_config, "PROBLEMS", {"ink": small, "guided ink": guided})
     pytest.importorskip("peft", reason="the low-rank tilt needs peft")
     results = tmp_path / "results" / "frontier.json"
-    config = FrontierConfig(**TINY, folder=tmp_path / "run", results=results)
+    config = FrontierConfig(**TINY, folder=tmp_path / "run", output=results)
     digits_frontier.main(config)
     rows = json.loads(results.read_text())
     found = [(row["problem"], row["method"], row["strength"]) for row in rows]
@@ -295,7 +302,7 @@ def test_a_run_is_kept_and_its_rows_are_flat(tmp_path, monkeypatch, capsys):
     assert results.with_name("frontier_images.png").exists()
 
     monkeypatch.setattr(frontier_study, "fit_unet", None)  # nothing is computed a second time
-    for name in ("tilt", "by_ode", "by_chain"):
+    for name in ("tilt", "sample_ode", "sample_chain"):
         monkeypatch.setattr(frontier_runs, name, None)
     digits_frontier.main(config)
     assert json.loads(results.read_text()) == rows
@@ -350,6 +357,6 @@ def test_the_readme_counts_what_the_record_has():
     assert f"{kl}{exact_tilt['kl']:.2f}." in said
     tilts = [row for row in rows if "within_ode" in row and row["problem"] != "guided ink"]
     weighted = [row["within_weighted"] for row in tilts]
-    others = [row[f"within_{law}"] for row in tilts for law in ("ode", "chain")]
+    others = [row[f"within_{kind}"] for row in tilts for kind in ("ode", "chain")]
     assert f"weights ({min(weighted)} to {max(weighted)} of 10 within two standard errors" in said
     assert f"short tilts are not ({min(others)} to {max(others)} of 10)" in said

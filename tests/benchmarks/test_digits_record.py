@@ -10,14 +10,14 @@ README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def rows(name, law):
-    found = [r for r in json.loads((RESULTS / name).read_text()) if r["law"] == law]
+def rows(name, kind):
+    found = [r for r in json.loads((RESULTS / name).read_text()) if r["kind"] == kind]
     assert [r["temperature"] for r in found] == [1.0, 2.0, 4.0]
     return found
 
 
-def within(name, law):
-    return sum(r["within"] for r in rows(name, law))
+def within(name, kind):
+    return sum(r["within"] for r in rows(name, kind))
 
 
 def accepted(name):
@@ -25,8 +25,8 @@ def accepted(name):
     return f"{first}, {second} and {third}"
 
 
-def distances(name, law):
-    tvs = [f"{r['class_tv']:.3f}".lstrip("0") for r in rows(name, law)]
+def distances(name, kind):
+    tvs = [f"{r['class_tv']:.3f}".lstrip("0") for r in rows(name, kind)]
     return f"{min(tvs)} to {max(tvs)}"
 
 

@@ -124,7 +124,7 @@ def test_the_regression_on_simulated_trajectories_is_solved(name, weighted):
 def test_rows_are_written_and_printed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fixed_points, "PROBLEMS", {"G": GAUSSIAN})
     out = tmp_path / "results" / "rows.json"
-    main(Args(steps=(3,), schemes=("ancestral_weighted",), out=out))
+    main(Args(steps=(3,), schemes=("ancestral_weighted",), output=out))
     (row,) = json.loads(out.read_text())
     assert row.pop("velocity_error") < 0.02
     assert row == {"problem": "G", "scheme": "ancestral_weighted", "steps": 3}

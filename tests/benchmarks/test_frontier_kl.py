@@ -11,10 +11,11 @@ from helpers import frontier_batches
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from applications.toy2d.digits import unet_flow
-from benchmarks.digits.laws import Drawn
 from benchmarks.digits_frontier.alternatives import RewardGuidance
-from benchmarks.digits_frontier.judge import margin, mean, root, stderr
+from benchmarks.digits_frontier.distributions import SampleSet
 from benchmarks.digits_frontier.kl import best_of_kl, ode_kl, tilt_kl
+from benchmarks.digits_frontier.margins import margin, root
+from benchmarks.digits_frontier.metrics import mean, stderr
 from benchmarks.digits_frontier.rows import Point, line, make_rows
 from flows.mixture import GaussianMixture
 from flows.sampling import log_likelihood
@@ -26,13 +27,13 @@ def gaussian(mean, covariance):
     return GaussianMixture(torch.ones(1, dtype=torch.float64), m, S[None])
 
 
-def law(field):
+def distribution(field):
     return MultivariateNormal(field.means[0], field.covariances[0])
 
 
 def drawn_from(field, n):
     z = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return Drawn(field.means[0] + z @ torch.linalg.cholesky(field.covariances[0]).T, None)
+    return SampleSet(field.means[0] + z @ torch.linalg.cholesky(field.covariances[0]).T, None)
 
 
 COVARIANCE = [[2.0, 0.5, 0.0], [0.5, 1.0, 0.3], [0.0, 0.3, 0.7]]
@@ -46,7 +47,7 @@ SCALED = gaussian([1.0, -0.6, 0.5], [[1.2, 0.2, 0.1], [0.2, 1.5, 0.0], [0.1, 0.0
 def test_it_is_the_one_between_gaussians(field, probes):
     found = ode_kl(field, BASE, drawn_from(field, 4100), batch=256, steps=20, probes=probes, seed=0)
     assert found.shape == (16,)
-    expected = float(kl_divergence(law(field), law(BASE)))
+    expected = float(kl_divergence(distribution(field), distribution(BASE)))
     assert mean(found) == pytest.approx(expected, abs=3 * stderr(found))
     assert stderr(found) < 0.15 * expected
 
@@ -57,7 +58,9 @@ def test_without_correlations_it_is_right_for_every_sample():
     field = gaussian([0.5, -1.0, 0.7], [[1.0, 0, 0], [0, 1.5, 0], [0, 0, 0.4]])
     drawn = drawn_from(field, 6)
     found = ode_kl(field, base, drawn, batch=1, steps=50, probes=1, seed=0)
-    expected = law(field).log_prob(drawn.samples) - law(base).log_prob(drawn.samples)
+    expected = distribution(field).log_prob(drawn.samples) - distribution(base).log_prob(
+        drawn.samples
+    )
     torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
 
 
@@ -77,7 +80,7 @@ def test_random_signs_agree_with_the_exact_divergence(labelled):
     base, field = a_flow(labelled, 0.0), a_flow(labelled, 0.1)
     x = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
     labels = torch.arange(24) % 10 if labelled else None
-    found = ode_kl(field, base, Drawn(x, labels), batch=2, steps=3, probes=16, seed=0)
+    found = ode_kl(field, base, SampleSet(x, labels), batch=2, steps=3, probes=16, seed=0)
     options = {"grid": 3, "method": "midpoint"}
     options["cond"] = {"label": labels} if labelled else None
     exact = log_likelihood(field, x, **options)[0] - log_likelihood(base, x, **options)[0]
@@ -90,7 +93,9 @@ def test_random_signs_agree_with_the_exact_divergence(labelled):
 def test_a_copy_of_the_base_has_none():
     base = a_flow(False, 0.1)
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
-    found = ode_kl(copy.deepcopy(base), base, Drawn(x, None), batch=4, steps=3, probes=1, seed=0)
+    found = ode_kl(
+        copy.deepcopy(base), base, SampleSet(x, None), batch=4, steps=3, probes=1, seed=0
+    )
     assert found.tolist() == [0, 0]
 
 

@@ -40,7 +40,7 @@ def test_rows_are_flat_and_kept(tmp_path, monkeypatch):
         seeds=(3,),
         workers=1,
         folder=tmp_path,
-        results=tmp_path / "rl.json",
+        output=tmp_path / "rl.json",
     )
     rl.make_data(config, tiny)
     rows = rl.run(config, tiny, [3])

@@ -186,7 +186,7 @@ def test_control_error_of_the_optimum_and_of_no_control():
 
 def test_a_short_training_solves_the_linear_problem(tmp_path, capsys):
     out = tmp_path / "results" / "soc.json"
-    main(Args(problems=("ou_linear",), steps=20, iterations=120, batch_size=64, out=out))
+    main(Args(problems=("ou_linear",), steps=20, iterations=120, batch_size=64, output=out))
     (row,) = json.loads(out.read_text())
     assert list(row) == [
         "problem",

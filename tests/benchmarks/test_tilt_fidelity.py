@@ -1,4 +1,4 @@
-"""The judge of the fidelity benchmark: its truths are exact, and the exact tilt scores as exact."""
+"""The metrics of the fidelity benchmark are exact, and the exact tilt scores as exact."""
 
 import json
 import re

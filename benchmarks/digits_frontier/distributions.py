@@ -1,7 +1,7 @@
-"""The laws of a flow of digits, by ODE and by chain, and tilts of them held against the exact ones.
+"""Samples of a flow of digits by its ODE and by its chain, and comparisons with the exact tilt.
 
 A flow with labels is tilted under each label by itself: the exact tilt reweights the base's samples
-of one label, and the law over all digits is the mean over the labels, each with the same share.
+of one label, and the distribution over all digits is the mean over the labels, in equal shares.
 """
 
 from __future__ import annotations
@@ -22,63 +22,63 @@ from applications.toy2d.exact_tilt import ResampledTilt
 from flows import Cond, VelocityField, sample
 
 PART = 4096
-"""Samples drawn at a time."""
+"""Number of samples drawn at a time."""
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """Samples of one law.
+class SampleSet:
+    """Samples of one distribution.
 
     Attributes:
-        samples: (N, 64).
-        labels: (N,) they were drawn under; None without labels.
-        log_weights: (N,) of a certificate; None where all count the same.
+        samples: (N, 64) images.
+        labels: (N,) labels that the samples were drawn under; None for a flow without labels.
+        log_weights: (N,) log-weights of a certificate; None where all samples count the same.
     """
 
     samples: Tensor
     labels: Tensor | None
     log_weights: Tensor | None = None
 
-    def first(self, n: int) -> Drawn:
-        """The first ``n`` samples."""
+    def first(self, n: int) -> SampleSet:
+        """Return the first ``n`` samples."""
         labels, w = self.labels, self.log_weights
-        return Drawn(
+        return SampleSet(
             self.samples[:n],
             None if labels is None else labels[:n],
             None if w is None else w[:n],
         )
 
-    def by_label(self) -> list[Drawn]:
-        """The samples of each label; all of them without labels."""
+    def by_label(self) -> list[SampleSet]:
+        """Return one set for each label; a set without labels is returned whole."""
         if self.labels is None:
             return [self]
         masks = [self.labels == label for label in self.labels.unique()]
         w = self.log_weights
-        return [Drawn(self.samples[m], None, None if w is None else w[m]) for m in masks]
+        return [SampleSet(self.samples[m], None, None if w is None else w[m]) for m in masks]
 
 
 def start(n: int, generator: torch.Generator, *, labelled: bool) -> tuple[Tensor, Cond | None]:
-    """Noise (n, 64), and labels for a flow that has them."""
+    """Draw noise (n, 64), and labels for a flow that has them."""
     x0 = torch.randn(n, DIM, generator=generator)
     return x0, draw_labels(n, generator) if labelled else None
 
 
-def rows(cond: Cond | None, i: slice) -> Cond | None:
-    """Some of the conditions."""
+def rows_of(cond: Cond | None, i: slice) -> Cond | None:
+    """Return the conditions of the samples ``i``."""
     return None if cond is None else {name: value[i] for name, value in cond.items()}
 
 
-def by_ode(field: VelocityField, n: int, *, labelled: bool, steps: int, seed: int) -> Drawn:
-    """``n`` samples by ``steps`` Adams-Bashforth steps of the ODE."""
+def sample_ode(field: VelocityField, n: int, *, labelled: bool, steps: int, seed: int) -> SampleSet:
+    """Draw ``n`` samples by ``steps`` Adams-Bashforth steps of the ODE."""
     x0, cond = start(n, torch.Generator().manual_seed(seed), labelled=labelled)
     parts = []
     for i in range(0, n, PART):
         some = slice(i, i + PART)
-        parts.append(sample(field, x0[some], grid=steps, method="ab2", cond=rows(cond, some)))
-    return Drawn(torch.cat(parts), None if cond is None else cond["label"])
+        parts.append(sample(field, x0[some], grid=steps, method="ab2", cond=rows_of(cond, some)))
+    return SampleSet(torch.cat(parts), None if cond is None else cond["label"])
 
 
-def by_chain(
+def sample_chain(
     field: VelocityField,
     base: VelocityField,
     reward: Reward,
@@ -87,17 +87,17 @@ def by_chain(
     *,
     labelled: bool,
     seed: int,
-) -> tuple[Drawn, Certificate]:
-    """``n`` samples by the memoryless chain, with their weights as the tilt of ``base``."""
+) -> tuple[SampleSet, Certificate]:
+    """Draw ``n`` samples by the memoryless chain, with their weights as the tilt of ``base``."""
     generator = torch.Generator().manual_seed(seed)
     x0, cond = start(n, generator, labelled=labelled)
     found = certify(field, base, reward, kernel, x0, cond=cond, generator=generator)
     labels = None if cond is None else cond["label"]
-    return Drawn(found.samples, labels, found.log_weights), found
+    return SampleSet(found.samples, labels, found.log_weights), found
 
 
-def certificate_summary(drawn: Drawn) -> dict[str, float]:
-    """What the weights of a chain say, averaged over the labels: std, ESS / N and log Z."""
+def certificate_summary(drawn: SampleSet) -> dict[str, float]:
+    """Return the std of log w, ESS / N and log Z of a chain, averaged over the labels."""
     parts = [part.log_weights for part in drawn.by_label()]
     logs = [part.double() for part in parts if part is not None]
     log_z, errors, ess = zip(*map(log_mean_exp, logs), strict=True)
@@ -110,20 +110,20 @@ def certificate_summary(drawn: Drawn) -> dict[str, float]:
 
 
 def average(values: Sequence[float]) -> float:
-    """The mean."""
+    """Return the mean."""
     return sum(values) / len(values)
 
 
-def compare_laws(
+def compare_with_exact(
     classifier: Classifier,
-    base: Drawn,
-    tilted: Drawn,
+    base: SampleSet,
+    tilted: SampleSet,
     reward: Reward,
     temperature: float,
     *,
     weighted: bool = False,
 ) -> Comparison:
-    """Class frequencies of ``tilted`` against the exact tilt of the law of ``base``.
+    """Compare the class frequencies of ``tilted`` with the exact tilt of ``base``.
 
     Arguments:
         weighted: count the tilted samples by their log-weights.
@@ -140,7 +140,7 @@ def compare_laws(
 
 
 def joined(parts: Sequence[Comparison]) -> Comparison:
-    """The comparison of the mixture, in equal shares, of the laws that ``parts`` compare."""
+    """Return the comparison of the mixture, in equal shares, of the compared distributions."""
     n = len(parts)
 
     def share(name: str) -> Tensor:

@@ -1,27 +1,27 @@
 """Is the tilt right on real data?  Handwritten digits at several temperatures.
 
 A flow of scikit-learn's digits is tilted toward log P(digit | x) / T.  The frequencies of the ten
-classes are held against importance-resampled samples of the base, for four kinds of sample:
+classes are compared with importance-resampled samples of the base, for four kinds of sample:
 
 ``ode``       the tilted ODE, against samples of the base's ODE;
 ``chain``     the tilted memoryless chain, against samples of the base's chain;
-``weighted``  the tilted chain with the weights of its certificate, as `Certificate.resample` draws
-              from it, against the base's chain;
-``accepted``  as many samples again of the exact tilt as `Tilted.sample_exact` draws them: of new
-              trajectories of the tilted chain, those that their weights accept (column
-              ``acceptance``), against the base's chain.
+``weighted``  the tilted chain with the weights of its certificate, which `Certificate.resample`
+              uses, against the base's chain;
+``accepted``  samples of the exact tilt by `Tilted.sample_exact`: new trajectories of the tilted
+              chain, accepted by their weights (column ``acceptance``), against the base's chain.
 
-The base's two laws differ (column ``law_gap``, the total variation between the classes of their
-exact tilts), so that each is compared with its own.  z is the difference over the joint standard
-error of both sides; ``within`` counts the classes with z in [-2, 2], of which an exact tilt leaves
-out one in twenty.  ``log_z`` of the certificate belongs to the chain, and so does its exact value.
-Distances to the nearest training image are of images recognised as the digit only: of the base,
-of the base weighted by the exact tilt, of the tilted samples, and of held-out images.
+ODE and chain of the base sample different distributions (column ``distribution_gap``, the total
+variation between the classes of their exact tilts), so that each kind is compared with its own.  z
+is the difference over the joint standard error of both sides; ``within`` counts the classes with z
+in [-2, 2]; an exact tilt misses one class in twenty.  ``log_z`` of the certificate belongs to the
+chain, and so does its exact value.  Distances to the nearest training image are taken over images
+recognised as the digit: of the base, of the base weighted by the exact tilt, of the tilted samples,
+and held-out images.
 
-Run: ``python -m benchmarks.digits``, 20 to 30 minutes a temperature on one core; a run that was
-stopped continues where it stood.  Writes ``results/digits.json`` and ``results/digits.png``.
-``results/digits_informed.json`` holds the first three kinds with a model that sees the reward and
-without the known noise, on a quarter of the trajectories: ``--informed --variates --compile
+Run: ``python -m benchmarks.digits``, 20 to 30 minutes a temperature on one core; a stopped run
+continues from its checkpoint.  Writes ``results/digits.json`` and ``results/digits.png``.
+``results/digits_informed.json`` holds the first three kinds for a model that sees the reward, with
+control variates, on a quarter of the trajectories: ``--informed --variates --compile
 --iterations 1500 --batch-size 128 --lr 3e-3``.
 """
 
@@ -36,9 +36,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from adjoint import certify
+from adjoint import Tilted, certify
 from adjoint.rejection import CUT, acceptance
-from adjoint.tilt import Tilted
 from applications.common.pictures import style
 from applications.toy2d.digits.classifier import Classifier, DigitReward
 from applications.toy2d.digits.data import CLASSES, DIM, Digits, load
@@ -50,22 +49,24 @@ from applications.toy2d.digits.run import (
     train_base,
     train_classifier,
 )
+from benchmarks.common.records import RESULTS
 from flows.training import choose_device, prepare_process, write_json
 
 Row = dict[str, str | int | float]
-LAWS = ("ode", "chain", "weighted", "accepted")
+KINDS = ("ode", "chain", "weighted", "accepted")
+"""Kinds of sample."""
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Tilt the digits at several temperatures and judge every class."""
+    """Tilt the digits at several temperatures and compare the frequency of every class."""
 
     digit: int = 3
     """The digit whose log-probability is the reward."""
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Temperatures of the tilt."""
     kernel: str = "moment_matched"
-    """Memoryless scheme."""
+    """Kernel of the memoryless chain."""
     steps: int = 40
     """Steps K of the chain."""
     iterations: int = 3000
@@ -81,17 +82,17 @@ class BenchmarkConfig:
     refine: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w."""
     refine_steps: int = 0
-    """Steps of the chain in those updates, and of what is judged; 0 is ``steps``."""
+    """Steps of the chain in those updates and in the certificate; 0 takes ``steps``."""
     min_ess: float = 0.2
-    """Effective sample size / B from which trajectories are weighted."""
+    """Smallest effective sample size / B at which trajectories are weighted."""
     base_iterations: int = 2000
     """Updates of the base flow."""
     base_batch_size: int = 256
     """Images an update of the base flow."""
     base_samples: int = 131_072
-    """Samples of the base that are resampled."""
+    """Samples of the base to resample."""
     samples: int = 32_768
-    """Samples of each tilted law."""
+    """Samples of each kind."""
     seed: int = 0
     """Seed of everything random."""
     threads: int = 1
@@ -99,14 +100,14 @@ class BenchmarkConfig:
     compile: bool = False
     """Compile the networks for the updates."""
     device: str = "cpu"
-    """Where the tilts are trained and judged: cpu, cuda, or auto."""
+    """Device of training and sampling: cpu, cuda, or auto."""
     folder: Path = Path("outputs/benchmark-digits")
-    """Checkpoints and logs."""
-    results: Path = Path(__file__).parents[1] / "results" / "digits.json"
-    """The record; the figure stands beside it."""
+    """Folder of checkpoints and logs."""
+    output: Path = RESULTS / "digits.json"
+    """File of the rows; the figure is written beside it."""
 
     def tilted_at(self, temperature: float) -> DigitsConfig:
-        """Options of the tilt at one temperature; base and classifier are the same for all."""
+        """Return the options of the tilt at one temperature; all share base and classifier."""
         return DigitsConfig(
             digit=self.digit,
             temperature=temperature,
@@ -132,14 +133,14 @@ class BenchmarkConfig:
 
 
 def chain_samples(tilted: Tilted, reward: DigitReward, n: int, seed: int) -> Tensor:
-    """``n`` samples (n, 64) of the base's chain, independent of those of the certificate."""
+    """Draw ``n`` samples (n, 64) of the base's chain, independent of the certificate's."""
     base, device = tilted.base, tilted.kernel.t.device
     generator = torch.Generator(device).manual_seed(seed)
     x0 = torch.randn(n, DIM, generator=generator, device=device)
     return certify(base, base, reward, tilted.kernel, x0, generator=generator).samples
 
 
-def judge(
+def compare_kinds(
     config: BenchmarkConfig,
     temperature: float,
     tilted: Tilted,
@@ -147,7 +148,7 @@ def judge(
     classifier: Classifier,
     reward: DigitReward,
 ) -> tuple[dict[str, Comparison], dict[str, Tensor]]:
-    """Comparisons by law, and the tilted samples by law; ``base`` are the base's ODE samples."""
+    """Return the comparison and the tilted samples of each kind; ``base`` are ODE samples."""
     after = tilted.certificate
     assert after is not None
     chain = chain_samples(tilted, reward, config.base_samples, 1000 * config.seed + 13)
@@ -158,15 +159,15 @@ def judge(
     chained = dict.fromkeys(("chain", "weighted"), after.samples)
     samples = {"ode": ode, **chained, "accepted": accepted}
     found = {
-        law: compare_classes(
+        kind: compare_classes(
             classifier,
-            base if law == "ode" else chain,
-            samples[law],
+            base if kind == "ode" else chain,
+            samples[kind],
             reward,
             temperature,
-            weights=after.weights if law == "weighted" else None,
+            weights=after.weights if kind == "weighted" else None,
         )
-        for law in LAWS
+        for kind in KINDS
     }
     return found, samples
 
@@ -174,20 +175,20 @@ def judge(
 def make_row(
     config: BenchmarkConfig,
     temperature: float,
-    law: str,
+    kind: str,
     tilted: Tilted,
     comparisons: dict[str, Comparison],
     nearest: dict[str, float],
 ) -> Row:
-    """One row of the record: one temperature and one law."""
+    """Return a row: one temperature and one kind of sample."""
     after, before = tilted.certificate, tilted.certificate_base
     assert after is not None
     assert before is not None
-    own = comparisons[law]
+    own = comparisons[kind]
     row: Row = {
         "digit": config.digit,
         "temperature": temperature,
-        "law": law,
+        "kind": kind,
         "kernel": config.kernel,
         "steps": config.steps,
         "iterations": config.iterations,
@@ -203,7 +204,9 @@ def make_row(
         "within": int((own.z.abs() <= 2).sum()),
         "max_z": float(own.z.abs().max()),
         "class_tv": own.total_variation,
-        "law_gap": float((comparisons["ode"].exact - comparisons["chain"].exact).abs().sum() / 2),
+        "distribution_gap": float(
+            (comparisons["ode"].exact - comparisons["chain"].exact).abs().sum() / 2
+        ),
         "fraction_base": float(own.base[config.digit]),
         "fraction_tilted": float(own.tilted[config.digit]),
         "fraction_exact": float(own.exact[config.digit]),
@@ -232,12 +235,12 @@ def make_row(
 
 
 def figure(path: Path, found: dict[float, dict[str, Comparison]]) -> Path:
-    """Frequencies of the classes, a row a temperature and a column a law."""
+    """Draw the class frequencies: a row for each temperature, a column for each kind of sample."""
     sheet, axes = style.sheet(
         len(found),
-        len(LAWS),
+        len(KINDS),
         (4.6, 1.9),
-        title="Which digits are drawn, by temperature and kind of sample",
+        title="Class frequencies by temperature and kind of sample",
         subtitle="error bars: two standard errors of the resampled base",
         gap=(0.5, 0.6),
         margin=(0.7, 0.4, 1.1, 0.6),
@@ -245,8 +248,8 @@ def figure(path: Path, found: dict[float, dict[str, Comparison]]) -> Path:
     series = (("base", style.BASE), ("tilted flow", style.TILTED), ("exact tilt", style.EXACT))
     where = np.arange(CLASSES)
     for i, (temperature, comparisons) in enumerate(found.items()):
-        for j, law in enumerate(LAWS):
-            ax, own = axes[i, j], comparisons[law]
+        for j, kind in enumerate(KINDS):
+            ax, own = axes[i, j], comparisons[kind]
             style.chart(ax)
             for k, (values, (_, hue)) in enumerate(
                 zip((own.base, own.tilted, own.exact), series, strict=True)
@@ -258,7 +261,7 @@ def figure(path: Path, found: dict[float, dict[str, Comparison]]) -> Path:
             )
             ax.set_xticks(where, [str(c) for c in where])
             caption = f"TV {own.total_variation:.3f}, largest |z| {float(own.z.abs().max()):.1f}"
-            style.heading(ax, f"T = {temperature:g}, {law}", caption=caption)
+            style.heading(ax, f"T = {temperature:g}, {kind}", caption=caption)
     style.legend(sheet, list(series))
     return style.save(sheet, path)
 
@@ -271,18 +274,18 @@ def measure(
     data: Digits,
     classifier: Classifier,
 ) -> tuple[list[Row], dict[str, Comparison]]:
-    """Tilt at one temperature: its rows and comparisons."""
+    """Tilt at one temperature; return the rows and the comparisons."""
     started = time.perf_counter()
     reward = DigitReward(classifier, config.digit)
     options = config.tilted_at(temperature)
     tilted = tilt_digits(options, base, reward, name=f"tilt-{temperature:g}")
-    comparisons, samples = judge(config, temperature, tilted, before, classifier, reward)
+    comparisons, samples = compare_kinds(config, temperature, tilted, before, classifier, reward)
     rows = []
-    for law in LAWS:
-        if law != "weighted":  # of the same samples as the chain's
-            resampled = comparisons[law].resampled
-            nearest = training_distances(classifier, data, config.digit, samples[law], resampled)
-        row = make_row(config, temperature, law, tilted, comparisons, nearest)
+    for kind in KINDS:
+        if kind != "weighted":  # whose samples are those of the chain
+            resampled = comparisons[kind].resampled
+            nearest = training_distances(classifier, data, config.digit, samples[kind], resampled)
+        row = make_row(config, temperature, kind, tilted, comparisons, nearest)
         row["classifier_accuracy"] = classifier.accuracy(data.test, data.test_labels)
         row["seconds"] = time.perf_counter() - started
         rows.append(row)
@@ -290,9 +293,9 @@ def measure(
 
 
 def line(row: Row) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     text = (
-        "T {temperature:<4g} {law:<9} fraction {fraction_tilted:.4f} exact {fraction_exact:.4f} "
+        "T {temperature:<4g} {kind:<9} fraction {fraction_tilted:.4f} exact {fraction_exact:.4f} "
         "± {fraction_exact_stderr:.4f}  TV {class_tv:.4f}  within {within}/10  log Z {log_z:.4f} "
         "± {log_z_stderr:.4f} exact {log_z_exact:.4f} ± {log_z_exact_stderr:.4f}  ESS {ess:.3f}  "
         "acceptance {acceptance:.3f}"
@@ -301,7 +304,7 @@ def line(row: Row) -> str:
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Measure every temperature, print a table, write the record and the figure."""
+    """Measure every temperature, print a table, and write the rows and the figure."""
     torch.set_num_threads(config.threads)
     prepare_process()
     config = replace(config, device=str(choose_device(config.device)))
@@ -317,12 +320,11 @@ def main(config: BenchmarkConfig) -> None:
     for temperature in config.temperatures:
         new, found[temperature] = measure(config, temperature, base, before, data, classifier)
         rows += new
-        config.results.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.results, rows)
+        write_json(config.output, rows)
         for row in new:
             print(line(row), flush=True)
-        figure(config.results.with_suffix(".png"), found)
+        figure(config.output.with_suffix(".png"), found)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig))
+    main(tyro.cli(BenchmarkConfig, prog="python -m benchmarks.digits"))

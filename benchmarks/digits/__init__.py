@@ -1,1 +1,0 @@
-"""Is the tilt right on real data?"""

@@ -79,7 +79,7 @@ def test_the_seeds_of_a_fast_path_are_one_run(cuda, tmp_path, monkeypatch):
 
 def test_paths_of_execution_learn_alike():
     """Recorded: every seed has the same success at every evaluation, and comes to learn."""
-    recorded = json.loads(rl.BenchmarkConfig().results.read_text())
+    recorded = json.loads(rl.BenchmarkConfig().output.read_text())
     plain, fast, half = (
         {(row["seed"], row["step"]): row["success"] for row in recorded if row["preset"] == name}
         for name in ("small plain", "small fast", "small fast bfloat16")

@@ -52,11 +52,16 @@ PATHS: dict[str, dict[str, Any]] = {
     "plain": {},
     "fast": FAST,
     "fast bfloat16": {**FAST, "precision": "bfloat16"},
-    "graph": {"compile": True, "graph": 10, "device": "cuda"},
-    "graph tf32": {"compile": True, "graph": 10, "device": "cuda", "precision": "tf32"},
-    "graph bfloat16": {"compile": True, "graph": 10, "device": "cuda", "precision": "bfloat16"},
+    "graph": {"compile": True, "cuda_graphs": 10, "device": "cuda"},
+    "graph tf32": {"compile": True, "cuda_graphs": 10, "device": "cuda", "precision": "tf32"},
+    "graph bfloat16": {
+        "compile": True,
+        "cuda_graphs": 10,
+        "device": "cuda",
+        "precision": "bfloat16",
+    },
 }
-"""Options of each path of execution; every path but ``plain`` trains all seeds together."""
+"""Options of each path of execution; every path but ``plain`` trains all seeds stacked."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def train_config(
         folder=config.folder / experiment.folder,
         resume=True,
         threads=1,
-        together=len(seeds),
+        stacked=len(seeds),
         **{"device": "cpu", **PATHS[experiment.path]},
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from applications.rl.errors import RunError
+from applications.rl.renamed import refuse_old_flags
 from flows.training import CheckpointError, TrainingDiverged, prepare_process
 
 PROGRAM = "python -m applications.rl"
@@ -87,9 +88,11 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Callable[[Any], obj
 
     Raises:
         ImportError: a package is missing.
-        ValueError: an unknown task, agent or preset, or an option of other agents.
+        ValueError: an unknown task, agent or preset, an option of other agents, or an option by a
+            name of an earlier version.
     """
     config, function = COMMANDS[name].load()
+    refuse_old_flags(arguments)
     program = f"{PROGRAM} {name}"
     if name != "train":
         return tyro.cli(config, args=arguments, prog=program), function

@@ -7,8 +7,8 @@ r"""How long an update of QAM takes, which parts take the time, and how its JAX 
 The update is the published one at full size: 4x512 networks, 10 critics, batch 256, K = 10, at the
 dimensions of the scene tasks.  ``update`` is one step of the trainer, sampling from a replay
 included, executed eagerly; ``update, compiled`` and ``update, graph`` are executed as by the
-options ``--compile`` and ``--graph`` of a training.  With several seeds a row is an update of all
-of them.  The last rows are the parts of an eager update, each run by itself through the
+options ``--compile`` and ``--cuda-graphs`` of a training.  With several seeds a row is an update
+of all of them.  The last rows are the parts of an eager update, each run by itself through the
 functions that the update calls, so that their sum may differ from the whole by the code between
 them.
 

@@ -18,7 +18,8 @@ from applications.rl.agents.flow_policy import behaviour_loss, condition
 from applications.rl.agents.qam import QAM, QAMConfig
 from applications.rl.data.dataset import Dataset
 from applications.rl.data.replay import Batch, Replay
-from applications.rl.training.agent_loss import AgentLoss, Phases
+from applications.rl.training.agent_loss import AgentLoss
+from applications.rl.training.phases import Phases
 from flows import Trainer, TrainerConfig
 from flows.training import StackedTrainers, UpdateGraph
 

@@ -69,11 +69,11 @@ def test_the_seeds_of_a_fast_path_are_one_run(cuda, tmp_path, monkeypatch):
     done = {"task": fast.task, "agent": fast.agent, "preset": fast.preset, "seed": 1}
     assert rl.pending(config, [done])[3] == (fast, [0, 2])
     for experiment in graphs:
-        assert rl.train_config(config, experiment, [0, 2]).graph == 10
+        assert rl.train_config(config, experiment, [0, 2]).cuda_graphs == 10
     options = rl.train_config(config, fast, [0, 2])
-    assert (options.compile, options.background_eval, options.together) == (True, True, 2)
+    assert (options.compile, options.background_eval, options.stacked) == (True, True, 2)
     assert replace(
-        options, compile=False, background_eval=False, together=1, folder=None
+        options, compile=False, background_eval=False, stacked=1, folder=None
     ) == replace(rl.train_config(config, plain, [0]), seeds=(0, 2), folder=None)
 
 

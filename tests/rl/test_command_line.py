@@ -74,6 +74,14 @@ def test_seeds_of_train_are_numbers_and_ranges_as_those_of_sweep(words, seeds):
         (["train", "--task", TASK, "--seeds", "2-0"], "seeds: the range '2-0' is empty"),
         (["train", "--task", TASK, "--seeds", "0-2", "1"], "seeds must be different numbers"),
         (["train", "--task", TASK, "--horizon", "0"], "horizon must be at least 1"),
+        (
+            ["train", "--task", TASK, "--eval-beside"],
+            "error: the option --eval-beside was renamed to --background-eval",
+        ),
+        (
+            ["sweep", "--tasks", TASK, "--graph=10"],
+            "error: the option --graph was renamed to --cuda-graphs",
+        ),
         (["evaluate", "nowhere"], "error: checkpoint: there is no 'nowhere'"),
         (["evaluate"], "error: runs: name at least one"),
         (["evaluate", "nowhere", "--episodes", "0"], "episodes must be at least 1, got 0"),

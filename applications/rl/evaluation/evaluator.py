@@ -34,7 +34,7 @@ from applications.rl.environments.workers import (
     RemoteEnvironment,
     Watch,
 )
-from applications.rl.report.statistics import wilson_interval
+from applications.rl.evaluation.statistics import wilson_interval
 
 BLOCK = 16
 """Rows in a batch of observations; a constant of the results, see the module docstring."""

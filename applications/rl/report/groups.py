@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from applications.rl.report.results import PHASES, Result
+from applications.rl.training.config import EXECUTION_OPTIONS
 
-UNTOLD = (
-    *("seed", "folder", "resume", "overwrite", "versions", "dataset", "device", "hours", "threads"),
-    *("environments", "workers", "checkpoint_every", "log_every", "tensorboard", "wandb"),
-    *("together", "compile", "graph", "background_eval"),
-)
-"""Settings that never tell two curves apart."""
+RECORDED = ("seed", "versions", "dataset", "hours")
+"""Recorded facts of a run that are not settings of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +120,8 @@ def _collision(label: str, one: Result, other: Result) -> str:
     differ = [
         n
         for n in names
-        if one.settings.get(n) != other.settings.get(n) and n.partition(".")[0] not in UNTOLD
+        if one.settings.get(n) != other.settings.get(n)
+        and n.partition(".")[0] not in (*RECORDED, *EXECUTION_OPTIONS)
     ]
     seed, task = one.settings["seed"], one.settings["task"]
     advice = f"they differ in {', '.join(differ)}: add it to `by`" if differ else "name one of them"

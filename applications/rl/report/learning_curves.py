@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from applications.common.pictures import style
+from applications.rl.evaluation.statistics import bootstrap_interval
 from applications.rl.report.published import PublishedCurve
-from applications.rl.report.statistics import bootstrap_interval
 
 HUES: Mapping[str, str] = {
     "qam": style.TILTED,

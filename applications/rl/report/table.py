@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from applications.rl.report.groups import Group
-from applications.rl.report.published import PRESET, published_curves
-from applications.rl.report.results import PHASES
-from applications.rl.report.statistics import (
+from applications.rl.evaluation.statistics import (
     Statistic,
     bootstrap_interval,
     interquartile_mean,
     mean,
     wilson_interval,
 )
+from applications.rl.report.groups import Group
+from applications.rl.report.published import PRESET, published_curves
+from applications.rl.report.results import PHASES
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from applications.rl import run_folder
-from applications.rl.report.groups import UNTOLD
 from applications.rl.report.results import PHASES, read_folder
 from applications.rl.sweep.plan import Job, Plan, Run, State
-from applications.rl.training.config import TrainConfig
+from applications.rl.training.config import EXECUTION_OPTIONS, TrainConfig
 from flows.training import write_json
 
 WORKER = "worker.json"
@@ -35,8 +34,8 @@ Row = dict[str, Any]
 
 def settings(config: TrainConfig) -> dict[str, Any]:
     """What a finished run must have in common with the plan, as JSON gives it back."""
-    told = {k: v for k, v in asdict(config).items() if k not in (*UNTOLD, "seeds")}
-    return json.loads(json.dumps(told, default=str))
+    shared = {k: v for k, v in asdict(config).items() if k not in (*EXECUTION_OPTIONS, "seeds")}
+    return json.loads(json.dumps(shared, default=str))
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Work:
 
     def updates(self, job: Job) -> int:
         """Updates that a job has still to do."""
-        whole = job.config.schedule.updates
+        whole = job.config.phases.updates
         return sum(max(0, whole - updates_done(run.folder)) for run in job.runs)
 
 
@@ -78,7 +77,7 @@ def write_finished(folder: Path, config: TrainConfig, hours: float | None) -> No
     (folder / ERROR).unlink(missing_ok=True)
     if hours is None:  # it may be known from before
         hours = read_json(folder / FINISHED).get("hours")
-    content = {"settings": settings(config), "updates": config.schedule.updates, "hours": hours}
+    content = {"settings": settings(config), "updates": config.phases.updates, "hours": hours}
     write_json(folder / FINISHED, content)
 
 

@@ -69,7 +69,7 @@ class Seen:
             self.name = state.name
         updates = folders.updates_done(run.folder)
         if self.name == "done":
-            updates = config.schedule.updates
+            updates = config.phases.updates
         if updates != self.updates:
             if self.first is None or updates < self.updates:
                 self.first = (now, updates)
@@ -154,15 +154,15 @@ class Table:
 
     def row(self, run: Run) -> str:
         """The line of one run."""
-        seen, schedule = self.seen[run], self.configs[run].schedule
+        seen, phases = self.seen[run], self.configs[run].phases
         text = f"{seen.name:<8}  {run.task}  {run.agent}  seed {run.seed}"
         if seen.name == "failed":
             return f"{text}: {seen.note}"
         parts = [text]
         if seen.updates:
-            parts.append(f"step {schedule.step(seen.updates)}/{schedule.step(schedule.updates)}")
+            parts.append(f"step {phases.step(seen.updates)}/{phases.step(phases.updates)}")
         if seen.name == "training" and seen.rate:
-            left = (schedule.updates - seen.updates) / seen.rate
+            left = (phases.updates - seen.updates) / seen.rate
             parts.append(f"{seen.rate:.3g} updates/s, {duration(left)} left")
         if seen.success is not None:
             parts.append(f"success {seen.success:.0%}")
@@ -176,7 +176,7 @@ class Table:
         states = ", ".join(f"{n} {name}" for name, n in count.items() if n)
         over = ("done", "failed")
         left = sum(
-            self.configs[run].schedule.updates - seen.updates
+            self.configs[run].phases.updates - seen.updates
             for run, seen in self.seen.items()
             if seen.name not in over
         )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from applications.rl.agents.base import AgentConfig
-from applications.rl.training.agent_loss import Phases
+from applications.rl.renamed import refuse_old_arguments
+from applications.rl.training.phases import Phases
 from applications.rl.training.seeds import SEEDS
+
+EXECUTION = {"execution": True}
+"""Metadata of an option that says how a run is executed or logged, not what is learned.
+
+Runs that differ in such options alone are seeds of one setting; see `EXECUTION_OPTIONS`."""
 
 
 @dataclass(frozen=True)
@@ -22,75 +28,84 @@ class TrainConfig:
     agent: str = "qam"
     """Agent; `list` shows the names."""
     preset: str = "published"
-    """Where the agent's options come from: published (by domain), or small (for a small machine).
-    """
+    """Source of the agent's options: published (by domain), or small (for a small machine)."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"]), SEEDS] = (0,)
-    """Seeds, numbers or ranges such as 0-11, each a run of its own in a folder of its own."""
-    together: int = 0
-    """Seeds trained at a time, by one evaluation of their losses; 0 is all of them on a GPU and one
-    on a CPU, which has no time to gain.  Changes results by rounding only."""
+    """Seeds, numbers or ranges such as 0-11; each seed is a run with a folder of its own."""
+    stacked: int = field(default=0, metadata=EXECUTION)
+    """Number of seeds trained at a time, their losses evaluated as one.  0 stands for all seeds on
+    a GPU and for one on a CPU, where stacking saves no time.  Changes results by rounding only."""
     offline_steps: int = 1_000_000
     """Updates on the data alone."""
     online_steps: int = 0
-    """Environment steps after that; 500000 as published."""
+    """Environment steps after the offline updates; 500000 as published."""
     start_training: int = 5000
     """Online step from which there is one update per environment step."""
     batch_size: int = 256
     """Windows in a batch."""
     use_data: bool = True
-    """Learn from the task's data; without, from what comes online alone."""
+    """Learn from the task's data; --no-use-data learns from online transitions alone."""
     data: Path | None = None
     """Folder of the data, $OGBENCH_DATA or ~/.ogbench/data if not given; or an .npz file of your
     own: observations, actions in [-1, 1], rewards, terminals (1 at the last row of an episode),
     masks (0 where it truly ended; without, every terminal is a true end, also of a time limit) and
     next_observations (without, rows are states, and the last of an episode is only its end)."""
     shard_every: int = 1000
-    """Where the data are shards: updates after which the next one takes the place of the last."""
+    """Updates on one shard before the next one takes its place, where the data come in shards."""
     eval_every: int = 50_000
-    """Steps between two evaluations; 0 is none."""
+    """Steps between two evaluations; 0 turns them off."""
     eval_episodes: int = 50
     """Episodes of an evaluation."""
-    environments: int = 4
+    environments: int = field(default=4, metadata=EXECUTION)
     """Environments that play at once in an evaluation; changes no result."""
-    workers: int = 0
-    """Processes of an evaluation with one environment each, instead; changes no result."""
-    background_eval: bool = False
-    """Evaluate in a process beside training, which goes on meanwhile; takes a core more and some
-    seconds to start.  Changes no result on a CPU; what is trained on a GPU is evaluated on the CPU
-    then."""
-    checkpoint_every: int = 5000
+    workers: int = field(default=0, metadata=EXECUTION)
+    """Processes with one environment each that play in their place; changes no result."""
+    background_eval: bool = field(default=False, metadata=EXECUTION)
+    """Evaluate in a separate process while training goes on; takes one more core and some seconds
+    to start.  Changes no result on a CPU; an agent trained on a GPU is then evaluated on the
+    CPU."""
+    checkpoint_every: int = field(default=5000, metadata=EXECUTION)
     """Updates between two checkpoints."""
-    log_every: int = 500
+    log_every: int = field(default=500, metadata=EXECUTION)
     """Updates between two rows of the metrics."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=EXECUTION)
     """Log to TensorBoard too."""
-    wandb: str | None = None
+    wandb: str | None = field(default=None, metadata=EXECUTION)
     """Project of Weights & Biases to log to."""
-    folder: Path | None = None
-    """Where the runs are written; outputs/rl/TASK/AGENT if not given."""
-    resume: bool = False
-    """Continue from the checkpoints in the folder; seeds that are finished are left alone."""
-    overwrite: bool = False
+    folder: Path | None = field(default=None, metadata=EXECUTION)
+    """Folder to write the runs to; outputs/rl/TASK/AGENT if not given."""
+    resume: bool = field(default=False, metadata=EXECUTION)
+    """Continue from the checkpoints in the folder; finished seeds are left alone."""
+    overwrite: bool = field(default=False, metadata=EXECUTION)
     """Begin anew where the folder holds a run already."""
-    device: str = "auto"
-    """Where the agent is trained: cpu, cuda, or auto, which is cuda where there is one."""
-    threads: int = 0
-    """Threads of PyTorch; 0 leaves it the choice."""
-    compile: bool = False
+    device: str = field(default="auto", metadata=EXECUTION)
+    """Device of the training: cpu, cuda, or auto, which is cuda where there is one."""
+    threads: int = field(default=0, metadata=EXECUTION)
+    """Threads of PyTorch; 0 keeps its default."""
+    compile: bool = field(default=False, metadata=EXECUTION)
     """Compile the loss: a fifth less time on a CPU, a minute or more before the first update.
     Changes results by rounding only."""
-    graph: int = 0
-    """Offline updates made by one launch of a CUDA graph (10 say; `flows.training.cuda_graphs`);
-    without it a GPU waits for the host between small products.  Changes no result; 0 is none."""
+    cuda_graphs: int = field(default=0, metadata=EXECUTION)
+    """Offline updates made by one launch of a CUDA graph (10 say; `flows.training.cuda_graphs`).
+    Without graphs, a GPU waits for the host between small products.  Changes no result; 0 turns
+    graphs off."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products: tf32 (on a GPU) rounds their inputs to 10 bits, bfloat16 (autocast; on a
-    CPU fast only where it has instructions for it) inputs and results to 7, but for the output
-    layers, which stay in float32, on a GPU in tf32.  `benchmarks.speed --check` says what it does
-    to the numbers."""
+    """Precision of matrix products: tf32 (on a GPU) rounds their inputs to 10 bits, bfloat16
+    (autocast; on a CPU fast only where it has instructions for it) inputs and results to 7, but for
+    the output layers, which stay in float32, on a GPU in tf32.  `benchmarks.speed --check` says
+    what it does to the numbers."""
     options: Annotated[AgentConfig | None, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")] = (
         None
     )
     """Options of the agent; those of the preset if not given."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> TrainConfig:
+        """Refuse options by a name of an earlier version.
+
+        Raises:
+            TypeError: an option has another name by now.
+        """
+        refuse_old_arguments(cls.__name__, options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -100,20 +115,21 @@ class TrainConfig:
         """
         minima = {"batch_size": 1, "shard_every": 1, "eval_every": 0, "eval_episodes": 1}
         minima |= {"environments": 1, "workers": 0, "checkpoint_every": 1, "log_every": 1}
-        minima |= {"start_training": 1}
-        for name, least in (minima | {"threads": 0, "together": 0, "graph": 0}).items():
+        minima |= {"start_training": 1, "threads": 0, "stacked": 0, "cuda_graphs": 0}
+        for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers of at least 0, got {self.seeds}")
-        for name in ("eval_every", "checkpoint_every") if self.graph else ():
-            if getattr(self, name) % self.graph:
+        for name in ("eval_every", "checkpoint_every") if self.cuda_graphs else ():
+            if getattr(self, name) % self.cuda_graphs:
                 raise ValueError(
-                    f"{name} must be a multiple of graph={self.graph}, got {getattr(self, name)}"
+                    f"{name} must be a multiple of cuda_graphs={self.cuda_graphs}, got "
+                    f"{getattr(self, name)}"
                 )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
-        if not self.schedule.updates:
+        if not self.phases.updates:
             raise ValueError("offline_steps and online_steps must not both be 0")
         if not self.use_data and self.offline_steps:
             raise ValueError(
@@ -121,11 +137,19 @@ class TrainConfig:
             )
 
     @property
-    def schedule(self) -> Phases:
-        """The phases."""
+    def phases(self) -> Phases:
+        """The offline and the online phase."""
         return Phases(self.offline_steps, self.online_steps, self.start_training)
 
     @property
     def path(self) -> Path:
-        """Folder of the runs."""
+        """Folder that holds a folder for each seed."""
         return self.folder or Path("outputs/rl") / self.task.replace(":", "-") / self.agent
+
+    def run_folder(self, seed: int) -> Path:
+        """Folder of the run of ``seed``."""
+        return self.path / f"seed{seed}"
+
+
+EXECUTION_OPTIONS = tuple(option.name for option in fields(TrainConfig) if option.metadata)
+"""Options by which runs of one setting may differ."""

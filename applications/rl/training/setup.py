@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from applications.rl import run_folder
 from applications.rl.agents import find_agent
 from applications.rl.agents.base import AgentConfig
 from applications.rl.agents.presets import preset
@@ -75,6 +76,22 @@ class TrainingSetup:
             return None
         return ShardRotation(replay, self.shards, self.config.shard_every)
 
+    def identity(self, seed: int, spaces: Spaces) -> dict[str, Any]:
+        """Facts by which a checkpoint belongs to the run of ``seed``; a resume compares them."""
+        return run_folder.describe_identity(
+            agent=self.config.agent,
+            task=self.config.task,
+            config=self.options,
+            spaces=spaces,
+            facts={
+                "seed": seed,
+                "batch_size": self.config.batch_size,
+                "transitions": 0 if self.first is None else len(self.first),
+                "data": self.digest,
+                "shard_every": self.config.shard_every,
+            },
+        )
+
     def describe(self, seed: int, spaces: Spaces) -> dict[str, Any]:
         """Content of config.json, see `applications.rl.run_folder`."""
         content = asdict(replace(self.config, options=self.options))
@@ -128,8 +145,10 @@ def resolve(
             f"got a {type(options).__name__}"
         )
     device = choose_device(config.device)
-    if config.graph and device.type != "cuda":
-        raise ValueError(f"graph must be 0 on device {device}, got {config.graph}: it needs cuda")
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(
+            f"cuda_graphs must be 0 on device {device}, got {config.cuda_graphs}: it needs cuda"
+        )
     if config.precision == "tf32" and device.type != "cuda":
         raise ValueError(
             f"precision must be float32 or bfloat16 on device {device}, got 'tf32': it needs cuda"
@@ -143,10 +162,10 @@ def resolve(
         _check_folder(config.data)
         shards = load_shards(find_task(config.task), folder=config.data)
     first = shards[0] if len(shards) else None
-    if config.graph and len(shards) > 1:
+    if config.cuda_graphs and len(shards) > 1:
         raise ValueError(
-            f"graph must be 0 where the data are shards, which the host exchanges, got "
-            f"{config.graph}; --data names a folder that holds a single file"
+            f"cuda_graphs must be 0 where the data are shards, which the host exchanges, got "
+            f"{config.cuda_graphs}; --data names a folder that holds a single file"
         )
     if first is not None and len(first) < options.horizon:
         raise ValueError(

@@ -25,8 +25,9 @@ from helpers.tiny import Corridor, corridor_data
 
 from applications.rl.errors import RunError
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
-from applications.rl.training.agent_loss import Phases
-from applications.rl.training.callbacks import Evaluations, WandbLogger
+from applications.rl.training.callbacks import WandbLogger
+from applications.rl.training.evaluations import Evaluations
+from applications.rl.training.phases import Phases
 from applications.rl.training.train import train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
@@ -154,7 +155,7 @@ def told(folder, module):
 
 def test_two_seeds_leave_the_same_beside_as_within(tmp_path, monkeypatch):
     logged = []
-    options = {"seeds": (3, 1), "together": 2, "tensorboard": True, "wandb": "project"}
+    options = {"seeds": (3, 1), "stacked": 2, "tensorboard": True, "wandb": "project"}
     for name, changes in (("within", {}), ("beside", {"background_eval": True, "workers": 1})):
         monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
         runs = fit(tmp_path / name, ONLINE, **options, **changes)

@@ -11,12 +11,12 @@ from matplotlib.collections import PolyCollection
 from PIL import Image
 
 from applications.common.pictures import style
+from applications.rl.evaluation.statistics import bootstrap_interval, wilson_interval
 from applications.rl.report.command import ReportConfig, run_report, show_report
 from applications.rl.report.groups import grouped
 from applications.rl.report.learning_curves import Curve, colors, counted, learning_curves, spread
 from applications.rl.report.published import PUBLISHED, published_curves, published_name
 from applications.rl.report.results import read_results
-from applications.rl.report.statistics import bootstrap_interval, wilson_interval
 from applications.rl.report.table import format_table
 
 CUBE = "cube-double-play-singletask-task1-v0"

@@ -1,7 +1,5 @@
 """Training compiled, and updates launched in blocks, give the same runs."""
 
-import functools
-
 import pytest
 import torch
 from helpers.killed_rl import configuration
@@ -11,11 +9,12 @@ from helpers.tiny import options
 from applications.rl.agents import make_agent
 from applications.rl.data.replay import Batch, Replay
 from applications.rl.training import train as training
-from applications.rl.training.agent_loss import AgentLoss, Phases
+from applications.rl.training.agent_loss import AgentLoss
+from applications.rl.training.phases import Phases
 from flows.training import checkpoint as checkpoints
 from flows.training.config import TrainerConfig
 from flows.training.cuda_graphs import UpdateGraph
-from flows.training.stacked import StackedTrainers, train_stacked
+from flows.training.stacked import StackedTrainers
 from flows.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -37,11 +36,11 @@ class Replays:
 @pytest.mark.parametrize("seeds", [(1,), (0, 1)], ids=["one", "two"])
 def test_updates_launched_in_blocks(seeds, tmp_path, monkeypatch):
     phases = {**BOTH, "offline_steps": 9}
-    fit(tmp_path / "plain", phases, seeds=seeds, together=len(seeds))
+    fit(tmp_path / "plain", phases, seeds=seeds, stacked=len(seeds))
     replays = Replays()
-    launched = functools.partial(train_stacked, ahead=UpdateGraph(2, capture=replays))
-    monkeypatch.setattr(training, "train_stacked", lambda runs, **_: launched(runs))
-    fit(tmp_path / "ahead", phases, seeds=seeds, together=len(seeds))
+    graph = UpdateGraph(2, capture=replays)
+    monkeypatch.setattr(training, "_update_graph", lambda config: graph)
+    fit(tmp_path / "ahead", phases, seeds=seeds, stacked=len(seeds))
     assert replays.launches == 3  # nine updates: two to warm up, the last by itself
     for seed in seeds:
         assert_same_run(*[tmp_path / name / f"seed{seed}" for name in ("ahead", "plain")])
@@ -60,13 +59,19 @@ def test_training_in_bfloat16(tmp_path):
 
 
 def test_what_needs_a_gpu_is_refused_without(tmp_path):
-    with pytest.raises(ValueError, match="graph must be 0 on device cpu, got 2: it needs cuda"):
-        fit(tmp_path, graph=2)
+    with pytest.raises(
+        ValueError, match="cuda_graphs must be 0 on device cpu, got 2: it needs cuda"
+    ):
+        fit(tmp_path, cuda_graphs=2)
     with pytest.raises(ValueError, match="precision must be float32 or bfloat16 on device cpu"):
         fit(tmp_path, precision="tf32")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="checkpoint_every must be a multiple of graph=3, got 4"):
-        configuration(tmp_path, {"offline_steps": 9}, eval_every=0, checkpoint_every=4, graph=3)
+    with pytest.raises(
+        ValueError, match="checkpoint_every must be a multiple of cuda_graphs=3, got 4"
+    ):
+        configuration(
+            tmp_path, {"offline_steps": 9}, eval_every=0, checkpoint_every=4, cuda_graphs=3
+        )
 
 
 class Drawn(AgentLoss):

@@ -14,7 +14,7 @@ from flows.training import checkpoint as checkpoints
     ids=["offline", "online"],
 )
 def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path, train, phases):
-    updates = configuration(tmp_path, phases).schedule.updates
+    updates = configuration(tmp_path, phases).phases.updates
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = run_with_kills(train, whole, iterations=updates, kills=0, seed=0)
     starts = run_with_kills(train, killed, iterations=updates, kills=5, seed=3, longest_delay=0.03)
@@ -30,6 +30,6 @@ def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path, train,
         assert content.count(b"\n") > 5
         assert (killed / "seed0" / name).read_bytes() == content, name
     if phases["online_steps"]:
-        acting = expected["loss"]["acting"]
-        assert acting["steps"] == len(expected["loss"]["replay"]["rewards"]) == 160
-        assert acting["queue"] or acting["length"]  # the end lies in the midst of an episode
+        collector = expected["loss"]["collector"]
+        assert collector["steps"] == len(expected["loss"]["replay"]["rewards"]) == 160
+        assert collector["queue"] or collector["length"]  # the end lies in the midst of an episode

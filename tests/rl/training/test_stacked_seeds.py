@@ -1,4 +1,4 @@
-"""Seeds trained together are what each is alone: weights, files, resumes, failures."""
+"""Stacked seeds are what each is alone: weights, files, resumes, failures."""
 
 import math
 
@@ -27,7 +27,7 @@ def alone(tmp_path_factory):
     folders = {}
     for name, phases in (("offline", SHORT), ("both", BOTH)):
         folders[name] = tmp_path_factory.mktemp(name)
-        fit(folders[name], phases, seeds=(0, 1, 2), together=1)
+        fit(folders[name], phases, seeds=(0, 1, 2), stacked=1)
     return folders
 
 
@@ -70,9 +70,9 @@ def trainers(name, **options):
 def test_updates_of_every_agent(name, options):
     single, stacked = trainers(name, **options), trainers(name, **options)
     start = [p.detach().clone() for p in stacked[0].module.parameters()]
-    together, clipped = StackedTrainers(stacked), 0
+    members, clipped = StackedTrainers(stacked), 0
     for _ in range(4):
-        for each, found in zip(single, together.step(), strict=True):
+        for each, found in zip(single, members.step(), strict=True):
             expected = each.step()
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
             clipped += float(found["grad_norm"]) > 1
@@ -92,7 +92,7 @@ def test_updates_of_every_agent(name, options):
 
 @pytest.mark.parametrize(("name", "phases"), [("offline", SHORT), ("both", BOTH)])
 def test_seeds_leave_what_they_leave_alone(tmp_path, alone, name, phases):
-    found = fit(tmp_path, phases, seeds=(0, 1, 2), together=3)
+    found = fit(tmp_path, phases, seeds=(0, 1, 2), stacked=3)
     assert [run.seed for run in found] == [0, 1, 2]
     for run in found:
         assert run.evaluation is not None
@@ -112,18 +112,18 @@ class Stop(Callback):
 
 
 @pytest.mark.parametrize(("name", "phases"), [("offline", SHORT), ("both", BOTH)])
-def test_a_run_may_change_between_alone_and_together(tmp_path, alone, name, phases):
-    """Stopped at different updates, and in the midst of being trained together."""
+def test_a_run_may_change_between_alone_and_stacked(tmp_path, alone, name, phases):
+    """Stopped at different updates, and in the midst of a stacked training."""
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, phases, seeds=(2,), callbacks=[Stop(2, 6)])
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, phases, seeds=(0, 1, 2), together=3, callbacks=[Stop(1, 5)])
+        fit(tmp_path, phases, seeds=(0, 1, 2), stacked=3, callbacks=[Stop(1, 5)])
     done = [
         checkpoints.load(tmp_path / f"seed{s}" / "checkpoint.pt")["iteration"] for s in range(3)
     ]
     assert done == [4, 4, 8]
     fit(tmp_path, phases, seeds=(0,))
-    fit(tmp_path, phases, seeds=(0, 1, 2), together=2)
+    fit(tmp_path, phases, seeds=(0, 1, 2), stacked=2)
     for seed in range(3):
         assert_same_run(tmp_path / f"seed{seed}", alone[name] / f"seed{seed}")
 
@@ -139,10 +139,10 @@ class Poison(Callback):
             next(trainer.module.parameters()).data.fill_(math.nan)
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_a_seed_that_diverges_does_not_stop_the_others(tmp_path, alone, capsys, together):
+@pytest.mark.parametrize("stacked", [1, 3])
+def test_a_seed_that_diverges_does_not_stop_the_others(tmp_path, alone, capsys, stacked):
     with pytest.raises(TrainingDiverged, match=r"seed1/checkpoint.pt \(iteration 4\)"):
-        fit(tmp_path, seeds=(0, 1, 2), together=together, callbacks=[Poison(1)])
+        fit(tmp_path, seeds=(0, 1, 2), stacked=stacked, callbacks=[Poison(1)])
     told = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     assert len(told) == 1
     assert "seed 1 failed: training stopped: loss is nan in iteration 6; the last good" in told[0]
@@ -155,18 +155,16 @@ def test_how_many_are_trained_at_a_time(tmp_path, monkeypatch):
     """On a CPU one, if nothing else is asked for."""
     sizes = []
     monkeypatch.setattr(
-        "applications.rl.training.train.train_stacked",
-        lambda runs, **_: sizes.append(len(runs)) or [],
+        "applications.rl.training.train._train_seeds",
+        lambda setup, seeds, *_: sizes.append(len(seeds)) or [],
     )
-    for together in (0, 2, 9):
-        sizes.append(together)
-        train_five = configuration(
-            tmp_path, OFFLINE, seeds=range(5), together=together, eval_every=0
-        )
+    for stacked in (0, 2, 9):
+        sizes.append(stacked)
+        train_five = configuration(tmp_path, OFFLINE, seeds=range(5), stacked=stacked, eval_every=0)
         train(train_five, environment=Corridor, dataset=corridor_data())
     assert sizes == [0, 1, 1, 1, 1, 1, 2, 2, 2, 1, 9, 5]
-    with pytest.raises(ValueError, match="together must be at least 0, got -1"):
-        configuration(tmp_path, OFFLINE, together=-1)
+    with pytest.raises(ValueError, match="stacked must be at least 0, got -1"):
+        configuration(tmp_path, OFFLINE, stacked=-1)
 
 
 def test_too_many_for_the_device(tmp_path, monkeypatch):
@@ -174,5 +172,5 @@ def test_too_many_for_the_device(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(StackedTrainers, "backward", full)
-    with pytest.raises(RunError, match=r"2 seeds together do not fit the device; --together with"):
-        fit(tmp_path, seeds=(0, 1), together=2)
+    with pytest.raises(RunError, match=r"2 stacked seeds do not fit the device; --stacked with"):
+        fit(tmp_path, seeds=(0, 1), stacked=2)

@@ -22,8 +22,9 @@ from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.wrappers import standardise
 from applications.rl.evaluation.evaluator import evaluate
 from applications.rl.run_folder import full_disk_explained, load_agent
-from applications.rl.training.agent_loss import AgentLoss, Phases
+from applications.rl.training.agent_loss import AgentLoss
 from applications.rl.training.callbacks import WandbLogger
+from applications.rl.training.phases import Phases
 from applications.rl.training.setup import ShardRotation
 from applications.rl.training.train import TrainConfig, train
 from flows.training import checkpoint as checkpoints
@@ -148,12 +149,12 @@ def test_slow_copies_follow_the_weights_from_before_the_step(tmp_path):
         assert torch.allclose(a, b, rtol=0, atol=1e-8) == same, name
 
 
-def test_schedule_against_counting():
-    schedule = Phases(offline_steps=7, online_steps=20, start_training=6)
+def test_phases_against_counting():
+    phases = Phases(offline_steps=7, online_steps=20, start_training=6)
     expected = [(i, 0, "offline") for i in range(1, 8)]
     expected += [(7 + step, step, "online") for step in range(6, 21)]
-    updates = range(1, schedule.updates + 1)
-    assert [(schedule.step(u), schedule.online(u), schedule.phase(u)) for u in updates] == expected
+    updates = range(1, phases.updates + 1)
+    assert [(phases.step(u), phases.online(u), phases.phase(u)) for u in updates] == expected
     assert Phases(5).updates == 5
     for arguments in ((-1,), (0, -1), (0, 5, 0), (0, 5, 6)):
         with pytest.raises(ValueError, match=r"(must be at least|must be 0 or at least)"):
@@ -493,6 +494,6 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     with pytest.raises(ValueError, match="start_training must be at least the horizon, 3"):
         train(configuration(tmp_path, online), environment=Corridor)
     replay = Replay.from_dataset(corridor_data())
-    with pytest.raises(ValueError, match="online_steps needs acting and a replay of capacity"):
-        AgentLoss(replay, Phases(1, 1), acting=None)
+    with pytest.raises(ValueError, match="online_steps needs a collector and a replay of capacity"):
+        AgentLoss(replay, Phases(1, 1), collector=None)
     assert Episodes(Corridor, 0).env.action_space.shape == (2,)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from applications.rl.report.statistics import (
+from applications.rl.evaluation.statistics import (
     bootstrap_interval,
     interquartile_mean,
     mean,

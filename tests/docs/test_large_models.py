@@ -2,15 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.pages import ROOT, Page, printed_by, run
 
 from adjoint.config import TiltConfig
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "large_models.md").read_text(encoding="utf-8")
+PAGE = Page("docs/large_models.md").text
 ROWS = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
 
 
@@ -20,12 +19,9 @@ def test_every_block_runs_and_prints_what_it_says(capsys, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-        few = "iterations=3, certificate_samples=64, base_samples=64"
-        exec(re.sub(r"iterations=\d+", few, block), names)
-        printed = capsys.readouterr().out.splitlines()
-        for expected in re.findall(r"print\(.*\)  # (.*)$", block, flags=re.MULTILINE):
-            assert expected in printed
+    for block in Page("docs/large_models.md").blocks("python"):
+        run(block, names, iterations="iterations=3, certificate_samples=64, base_samples=64")
+        assert set(printed_by(block)) <= set(capsys.readouterr().out.splitlines())
     assert (tmp_path / "adapters.safetensors").exists()
 
 

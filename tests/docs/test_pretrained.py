@@ -1,22 +1,19 @@
 """The page on pretrained models: its Python runs, with tiny models for those it would download."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import pages
 from helpers import tiny_pipelines as tiny
 
-PAGE = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = pages.Page("docs/pretrained.md")
+BLOCKS = PAGE.blocks("python")
 
 
 def run(code):
     """As written, but for the numbers of iterations; the names it leaves."""
-    names = {}
-    exec(re.sub(r"iterations=\d+", "iterations=2", code), names)
-    return names
+    return pages.run(code, iterations="iterations=2")
 
 
 @pytest.fixture
@@ -83,7 +80,7 @@ def test_a_ddpm_of_ones_own():
         share = math.exp(-(0.1 * s + (20 - 0.1) * s**2 / 2))
         v, t = velocity_from_noise(vp.network, x, s, share)
         torch.testing.assert_close(vp(x, t), v, rtol=1e-7, atol=1e-7)
-    assert f"here {table.t_min:.4f} and {vp.t_min:.4f}," in PAGE
+    assert f"here {table.t_min:.4f} and {vp.t_min:.4f}," in PAGE.text
 
 
 def test_an_adapter_of_ones_own_and_the_same_by_hand():

@@ -1,4 +1,4 @@
-"""The table of benchmarks/README.md has every question and every record, and nothing else is there."""
+"""The table of benchmarks/README.md has every question and every record there is."""
 
 import re
 from fnmatch import fnmatch

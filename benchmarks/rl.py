@@ -32,12 +32,16 @@ from typing import Any
 import torch
 import tyro
 
-from applications.rl import run_folder
-from applications.rl.agents.presets import preset
-from applications.rl.data.generate import DataConfig, generate
-from applications.rl.environments.tasks import find_task
-from applications.rl.training.config import TrainConfig
-from applications.rl.training.train import Trained, train
+from applications.rl import (
+    DataConfig,
+    TrainConfig,
+    Trained,
+    find_task,
+    generate,
+    preset,
+    run_folder,
+    train,
+)
 from benchmarks.common.jobs import completed
 from benchmarks.common.records import RESULTS
 from flows.training import write_json

@@ -1,1 +1,129 @@
-"""Offline and online reinforcement learning by adjoint matching; the critic is the reward."""
+"""Flow-policy agents for offline and offline-to-online reinforcement learning.
+
+    from applications.rl import TrainConfig, train
+
+    (run,) = train(TrainConfig(task="pointmaze-medium-navigate-singletask-task1-v0", agent="qam"))
+
+An agent is a flow over chunks of actions, tilted toward a Q-critic.  Names are imported from their
+files when they are first used, so that ``import applications.rl`` costs nothing, and no part needs
+the optional packages of another.  The imports under ``TYPE_CHECKING`` are for editors and mypy.
+"""
+# ruff: noqa: F401  (a facade imports for others)
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_FILES = {
+    # Train an agent
+    "training.config": "TrainConfig",
+    "training.train": "Trained train",
+    # Evaluate it, and read it back from its run folder
+    "evaluation.evaluator": "Evaluation Evaluator evaluate",
+    "run_folder": "TrainedAgent load_agent",
+    # Agents and their options
+    "agents": "AGENTS find_agent make_agent",
+    "agents.base": "Agent AgentConfig",
+    "agents.presets": "preset",
+    "agents.bc": "BC BCConfig",
+    "agents.qam": "QAM QAMConfig",
+    "agents.qam_e": "QAME QAMEConfig",
+    "agents.qam_f": "QAMF QAMFConfig",
+    "agents.fql": "FQL FQLConfig",
+    "agents.ifql": "IFQL IFQLConfig",
+    "agents.bam": "BAM BAMConfig",
+    # Tasks and their environments
+    "environments.tasks": "Task find_task make_environment task_names",
+    "environments.wrappers": "Standard standardise",
+    "environments.spaces": "Spaces",
+    "environments.episodes": "Episodes",
+    # Data: published, made here, or one's own
+    "data.dataset": "Dataset ShardedDataset load_dataset load_minari load_npz load_shards",
+    "data.generate": "DataConfig generate",
+    "data.manifest": "DataError",
+    "data.replay": "Batch Replay",
+    # Reports of runs, many runs, policies without this package
+    "report.command": "Report ReportConfig run_report",
+    "sweep": "run_sweep",
+    "sweep.config": "Setting SweepConfig",
+    "export": "ExportConfig Exported run_export",
+    # A training loop of one's own
+    "training.agent_loss": "AgentLoss",
+    "training.online": "OnlineCollector",
+    "training.phases": "Phases",
+    # Failures that the command line shows as one line
+    "errors": "RunError",
+}
+"""Names of this facade by the file that defines them."""
+
+_HOMES = {name: file for file, names in _FILES.items() for name in names.split()}
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    # Train an agent
+    from applications.rl.training.config import TrainConfig
+    from applications.rl.training.train import Trained, train
+
+    # Evaluate it, and read it back from its run folder
+    from applications.rl.evaluation.evaluator import Evaluation, Evaluator, evaluate
+    from applications.rl.run_folder import TrainedAgent, load_agent
+
+    # Agents and their options
+    from applications.rl.agents import AGENTS, find_agent, make_agent
+    from applications.rl.agents.base import Agent, AgentConfig
+    from applications.rl.agents.presets import preset
+    from applications.rl.agents.bc import BC, BCConfig
+    from applications.rl.agents.qam import QAM, QAMConfig
+    from applications.rl.agents.qam_e import QAME, QAMEConfig
+    from applications.rl.agents.qam_f import QAMF, QAMFConfig
+    from applications.rl.agents.fql import FQL, FQLConfig
+    from applications.rl.agents.ifql import IFQL, IFQLConfig
+    from applications.rl.agents.bam import BAM, BAMConfig
+
+    # Tasks and their environments
+    from applications.rl.environments.tasks import Task, find_task, make_environment, task_names
+    from applications.rl.environments.wrappers import Standard, standardise
+    from applications.rl.environments.spaces import Spaces
+    from applications.rl.environments.episodes import Episodes
+
+    # Data: published, made here, or one's own
+    from applications.rl.data.dataset import (
+        Dataset,
+        ShardedDataset,
+        load_dataset,
+        load_minari,
+        load_npz,
+        load_shards,
+    )
+    from applications.rl.data.generate import DataConfig, generate
+    from applications.rl.data.manifest import DataError
+    from applications.rl.data.replay import Batch, Replay
+
+    # Reports of runs, many runs, policies without this package
+    from applications.rl.report.command import Report, ReportConfig, run_report
+    from applications.rl.sweep import run_sweep
+    from applications.rl.sweep.config import Setting, SweepConfig
+    from applications.rl.export import ExportConfig, Exported, run_export
+
+    # A training loop of one's own
+    from applications.rl.training.agent_loss import AgentLoss
+    from applications.rl.training.online import OnlineCollector
+    from applications.rl.training.phases import Phases
+
+    # Failures that the command line shows as one line
+    from applications.rl.errors import RunError
+
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import a name of the facade when it is first used."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """Names of the facade, for completion in a shell."""
+        return sorted({*globals(), *__all__})

@@ -12,14 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from adjoint import Reward, adjoint_matching_loss, lean_adjoint, velocity_along
-from applications.rl.agents import make_agent
+from applications.rl import QAM, AgentLoss, Batch, Dataset, Phases, QAMConfig, Replay, make_agent
 from applications.rl.agents.base import Noise
 from applications.rl.agents.flow_policy import behaviour_loss, condition
-from applications.rl.agents.qam import QAM, QAMConfig
-from applications.rl.data.dataset import Dataset
-from applications.rl.data.replay import Batch, Replay
-from applications.rl.training.agent_loss import AgentLoss
-from applications.rl.training.phases import Phases
 from flows import Trainer, TrainerConfig
 from flows.training import StackedTrainers, UpdateGraph
 

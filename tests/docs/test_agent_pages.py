@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.agent_problems import batch, make, noise
 
-from applications.rl.agents import AGENTS
+from applications.rl import AGENTS
 from applications.rl.agents.actor_critic import CriticConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "agents"

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from applications.rl.agents import AGENTS, make_agent
-from applications.rl.data.replay import Batch
+from applications.rl import AGENTS, Batch, make_agent
 
 OBS, ACT, HORIZON, B = 5, 2, 3, 6
 

@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from applications.rl.agents import find_agent, make_agent
-from applications.rl.agents.base import Agent
+from applications.rl import Agent, Batch, find_agent, make_agent
 from applications.rl.agents.networks import MLP, Critics, FlowActor, OneStepActor, TanhGaussianActor
-from applications.rl.data.replay import Batch
 
 OBSERVATION_DIM, ACTION_DIM = 6, 2
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from applications.rl.training.train import TrainConfig, train
+from applications.rl import TrainConfig, train
 from helpers.tiny import Corridor, corridor_data, options
 
 OFFLINE = {"offline_steps": 150, "online_steps": 0}

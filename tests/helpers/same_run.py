@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from applications.rl.training.train import train
+from applications.rl import train
 from flows.training import checkpoint as checkpoints
 from helpers.killed_rl import configuration
 from helpers.tiny import Corridor, corridor_data

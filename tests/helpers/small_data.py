@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from applications.rl.data.generate import DataConfig, generate
+from applications.rl import DataConfig, generate
 
 POINTMAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 CUBE = "cube-single-play-singletask-task2-v0"

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from applications.rl.sweep.config import Setting, SweepConfig
-from applications.rl.training.train import train
+from applications.rl import Setting, SweepConfig, train
 from flows.training.callbacks import Callback
 from helpers.tiny import Corridor, corridor_data, options
 

@@ -6,9 +6,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from applications.rl.agents import AGENTS
-from applications.rl.data.dataset import Dataset
-from applications.rl.environments.wrappers import standardise
+from applications.rl import AGENTS, Dataset, standardise
 
 SIZES = {"hidden": (16, 16), "critics": 2, "flow_steps": 3}
 

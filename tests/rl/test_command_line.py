@@ -8,11 +8,8 @@ from dataclasses import is_dataclass
 import pytest
 import torch
 
+from applications.rl import AGENTS, RunError, find_task, preset
 from applications.rl import __main__ as cli
-from applications.rl.agents import AGENTS
-from applications.rl.agents.presets import preset
-from applications.rl.environments.tasks import find_task
-from applications.rl.errors import RunError
 from applications.rl.evaluation.command import EvaluateConfig, show_evaluate
 
 torch.set_num_threads(1)
@@ -179,7 +176,7 @@ def test_a_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")  # other tests of this process switched it off
     from helpers.tiny import Corridor, corridor_data, options
 
-    from applications.rl.training.train import TrainConfig, train
+    from applications.rl import TrainConfig, train
 
     config = TrainConfig(
         "gym:Pendulum-v1",  # of a task that needs no MuJoCo, and so no EGL
@@ -209,7 +206,7 @@ def test_a_gif_without_a_renderer_is_refused_before_anything_is_played(
 ):
     from helpers.tiny import Corridor, corridor_data, options
 
-    from applications.rl.training.train import TrainConfig, train
+    from applications.rl import TrainConfig, train
 
     def importing(name):
         assert name == "mujoco"

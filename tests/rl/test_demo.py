@@ -34,8 +34,8 @@ def test_a_small_demo_leaves_report_and_pictures_and_resumes(tmp_path, capsys):
 
 
 def test_paths_hold_every_position_of_every_episode():
+    from applications.rl import find_task, make_environment
     from applications.rl.demo import Paths
-    from applications.rl.environments.tasks import find_task, make_environment
 
     seen = []
     environment = Paths(

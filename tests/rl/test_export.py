@@ -9,20 +9,18 @@ import sys
 import pytest
 import torch
 
-from applications.rl import export
-from applications.rl.agents import AGENTS, make_agent
-from applications.rl.environments.spaces import Spaces
-from applications.rl.errors import RunError
-from applications.rl.export import (
-    SNIPPET,
+from applications.rl import (
+    AGENTS,
     ExportConfig,
-    Policy,
-    largest_difference,
-    program_bytes,
+    RunError,
+    Spaces,
+    export,
+    load_agent,
+    make_agent,
     run_export,
-    show_export,
 )
-from applications.rl.run_folder import describe_identity, load_agent
+from applications.rl.export import SNIPPET, Policy, largest_difference, program_bytes, show_export
+from applications.rl.run_folder import describe_identity
 from flows.training import checkpoint as checkpoints
 from flows.training.checkpoint import CheckpointError
 

@@ -4,10 +4,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from applications.rl.agents import AGENTS
+from applications.rl import AGENTS, Setting, TrainConfig
 from applications.rl.renamed import RENAMED, refuse_old_flags
-from applications.rl.sweep.config import Setting
-from applications.rl.training.config import EXECUTION_OPTIONS, TrainConfig
+from applications.rl.training.config import EXECUTION_OPTIONS
 
 TASK = "gym:Pendulum-v1"
 

@@ -27,10 +27,12 @@ from applications.rl.training.config import TrainConfig
 from applications.rl.training.seeds import parse_seeds
 from flows.training import ensure_writable
 
-__all__ = ["SweepConfig", "describe", "show_sweep", "sweep"]
+__all__ = ["SweepConfig", "describe", "run_sweep", "show_sweep"]
 
 
-def sweep(config: SweepConfig, train: Train = train_task, *, poll: float = 2.0) -> dict[Run, State]:
+def run_sweep(
+    config: SweepConfig, train: Train = train_task, *, poll: float = 2.0
+) -> dict[Run, State]:
     """Train what is not finished, and write the rows of what is; how each run ended.
 
     Arguments:
@@ -90,12 +92,12 @@ def show_sweep(config: SweepConfig) -> None:
     """Say what there is to do, do it, and say how it ended.
 
     Raises:
-        RunError: a run failed; see `sweep` for what else.
+        RunError: a run failed; see `run_sweep` for what else.
     """
     print(describe(config))
     if config.dry_run:
         return
-    states = sweep(config)
+    states = run_sweep(config)
     failed = {run: state for run, state in states.items() if state.name == "failed"}
     alike: dict[tuple[str, str, str], list[str]] = {}
     for run, state in failed.items():

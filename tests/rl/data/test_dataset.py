@@ -13,20 +13,19 @@ import ogbench
 import pytest
 from helpers.small_data import CUBE, POINTMAZE, edit, make_pointmaze
 
-from applications.rl.data.dataset import (
-    CLIP,
-    check_spaces,
-    data_folder,
-    find_files,
+from applications.rl import (
+    DataConfig,
+    DataError,
+    find_task,
+    generate,
     load_dataset,
     load_minari,
     load_npz,
     load_shards,
+    make_environment,
 )
+from applications.rl.data.dataset import CLIP, check_spaces, data_folder, find_files
 from applications.rl.data.download import fetch
-from applications.rl.data.generate import DataConfig, generate
-from applications.rl.data.manifest import DataError
-from applications.rl.environments.tasks import find_task, make_environment
 
 TASK = find_task(POINTMAZE)
 

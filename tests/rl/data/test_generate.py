@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from helpers.small_data import CUBE, POINTMAZE, make_pointmaze
 
+from applications.rl import DataConfig, DataError, RunError, find_task, generate, make_environment
 from applications.rl.data.episode_files import make_parts, write_missing
 from applications.rl.data.expert_manipulation import ManipulationCollector, _is_visible
 from applications.rl.data.expert_maze import (
@@ -25,10 +26,8 @@ from applications.rl.data.expert_maze import (
     open_cells,
     vertices,
 )
-from applications.rl.data.generate import DataConfig, generate, run_data
-from applications.rl.data.manifest import DataError, checksum
-from applications.rl.environments.tasks import find_task, make_environment
-from applications.rl.errors import RunError
+from applications.rl.data.generate import run_data
+from applications.rl.data.manifest import checksum
 
 OPTIONS = {"task": POINTMAZE, "transitions": 9300, "seed": 4}
 NAMES = ["pointmaze-medium-navigate-v0.json"] + [

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from applications.rl.data.replay import Batch, Replay
+from applications.rl import Batch, Replay
 
 
 @dataclass

@@ -9,10 +9,9 @@ import pytest
 import torch
 from helpers.small_data import CUBE, POINTMAZE
 
-from applications.rl.environments.episodes import Episodes, reset_seeded
+from applications.rl import Episodes, Standard, find_task, make_environment
+from applications.rl.environments.episodes import reset_seeded
 from applications.rl.environments.reproducible import NumpyStream, episode_seed
-from applications.rl.environments.tasks import find_task, make_environment
-from applications.rl.environments.wrappers import Standard
 from flows.training import checkpoint
 from flows.training.checkpoint import CheckpointError
 

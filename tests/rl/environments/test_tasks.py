@@ -7,10 +7,9 @@ import gymnasium
 import numpy as np
 import pytest
 
+from applications.rl import RunError, Standard, find_task, make_environment, task_names
 from applications.rl.environments.mujoco import import_ogbench, prepare_mujoco
-from applications.rl.environments.tasks import ENVIRONMENTS, find_task, make_environment, task_names
-from applications.rl.environments.wrappers import Standard
-from applications.rl.errors import RunError
+from applications.rl.environments.tasks import ENVIRONMENTS
 
 
 @pytest.fixture(scope="module")

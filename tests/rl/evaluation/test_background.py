@@ -23,12 +23,9 @@ from helpers.killing import PRELOADED, Report
 from helpers.same_run import equal
 from helpers.tiny import Corridor, corridor_data
 
-from applications.rl.errors import RunError
-from applications.rl.evaluation.evaluator import Evaluation, Evaluator
+from applications.rl import Evaluation, Evaluator, Phases, RunError, train
 from applications.rl.training.callbacks import WandbLogger
 from applications.rl.training.evaluations import Evaluations
-from applications.rl.training.phases import Phases
-from applications.rl.training.train import train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig

@@ -9,15 +9,20 @@ from helpers.tiny import Corridor, options
 from PIL import Image
 from torch import nn
 
-from applications.rl.agents import make_agent
+from applications.rl import (
+    Evaluation,
+    Evaluator,
+    RunError,
+    Spaces,
+    TrainedAgent,
+    evaluate,
+    make_agent,
+    standardise,
+)
 from applications.rl.environments.reproducible import episode_seed
-from applications.rl.environments.spaces import Spaces
 from applications.rl.environments.workers import LocalEnvironment, RemoteEnvironment
-from applications.rl.environments.wrappers import standardise
-from applications.rl.errors import RunError
 from applications.rl.evaluation.command import EvaluateConfig, evaluate_trained, record, write_gif
-from applications.rl.evaluation.evaluator import BLOCK, Evaluation, Evaluator, evaluate
-from applications.rl.run_folder import TrainedAgent
+from applications.rl.evaluation.evaluator import BLOCK
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from applications.common.pictures import style
 from applications.common.pictures.arrays import density_of
-from applications.rl.environments.tasks import find_task, make_environment
+from applications.rl import find_task, make_environment
 from applications.rl.report.action_pictures import (
     action_distribution,
     action_grid,

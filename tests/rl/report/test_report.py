@@ -11,8 +11,9 @@ from matplotlib.collections import PolyCollection
 from PIL import Image
 
 from applications.common.pictures import style
+from applications.rl import ReportConfig, run_report
 from applications.rl.evaluation.statistics import bootstrap_interval, wilson_interval
-from applications.rl.report.command import ReportConfig, run_report, show_report
+from applications.rl.report.command import show_report
 from applications.rl.report.groups import grouped
 from applications.rl.report.learning_curves import Curve, colors, counted, learning_curves, spread
 from applications.rl.report.published import PUBLISHED, published_curves, published_name

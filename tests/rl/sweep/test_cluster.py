@@ -10,9 +10,8 @@ from importlib.util import find_spec
 import pytest
 from helpers.sweep_jobs import SETTING, starts, sweep_config, train_corridor
 
-from applications.rl.errors import RunError
+from applications.rl import RunError, run_sweep
 from applications.rl.sweep import folders as sweep_folders
-from applications.rl.sweep import sweep
 from applications.rl.sweep.ray import QUIET
 from flows.training import checkpoint as checkpoints
 
@@ -55,7 +54,7 @@ def test_the_jobs_of_a_node_that_dies_go_on_at_another(tmp_path, cluster):
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    states = sweep(config, train_corridor, poll=0.1)
+    states = run_sweep(config, train_corridor, poll=0.1)
     thread.join(timeout=30)
     assert not thread.is_alive()
     assert len(nodes - {None}) == 2
@@ -70,4 +69,4 @@ def test_no_cluster_on_this_machine_is_one_line(tmp_path, monkeypatch):
     if os.path.exists("/tmp/ray/ray_current_cluster"):
         pytest.skip("there is one")
     with pytest.raises(RunError, match="address: Ray cannot use auto: Could not find any running"):
-        sweep(sweep_config(tmp_path, address="auto"), train_corridor)
+        run_sweep(sweep_config(tmp_path, address="auto"), train_corridor)

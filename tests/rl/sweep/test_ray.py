@@ -17,7 +17,8 @@ from helpers.same_run import equal
 from helpers.sweep_jobs import SETTING, starts, sweep_config, train_corridor, train_or_fail
 
 from applications.rl import __main__ as cli
-from applications.rl.sweep import folders, sweep
+from applications.rl import run_sweep
+from applications.rl.sweep import folders
 from applications.rl.sweep.ray import engine, room
 from flows.training import checkpoint as checkpoints
 
@@ -77,7 +78,7 @@ def test_workers_killed_at_random_change_no_result(tmp_path):
     killer = Killer(targets)
     killer.start()
     try:
-        states = sweep(disturbed, train_corridor, poll=0.1)
+        states = run_sweep(disturbed, train_corridor, poll=0.1)
     finally:
         killer.stopped = True
     assert {state.name for state in states.values()} == {"done"}
@@ -99,7 +100,7 @@ def test_workers_killed_at_random_change_no_result(tmp_path):
     assert len(rows) == 12 * 2
 
     began = time.monotonic()
-    assert {state.name for state in sweep(disturbed, train_or_fail).values()} == {"done"}
+    assert {state.name for state in run_sweep(disturbed, train_or_fail).values()} == {"done"}
     assert time.monotonic() - began < 2  # nothing was submitted
     assert json.loads(disturbed.results.read_text()) == rows
 
@@ -128,7 +129,7 @@ def test_what_fails_is_one_line_and_the_others_go_on(tmp_path, capsys):
         setting=replace(SETTING, offline_steps=40),
         retries=0,
     )
-    states = sweep(config, train_or_fail, poll=0.1)
+    states = run_sweep(config, train_or_fail, poll=0.1)
     told = {(run.task, run.agent, run.seed): state for run, state in states.items()}
     assert len(told) == 2 * 4 * 3
     for (task, agent, seed), state in told.items():

@@ -16,13 +16,18 @@ import pytest
 import torch
 from helpers.sweep_jobs import SETTING, TASK, sweep_config, train_corridor, train_or_fail
 
+from applications.rl import (
+    DataError,
+    ReportConfig,
+    RunError,
+    Setting,
+    SweepConfig,
+    TrainConfig,
+    run_report,
+)
 from applications.rl import __main__ as cli
-from applications.rl.data.manifest import DataError
-from applications.rl.errors import RunError
 from applications.rl.report import published as official
-from applications.rl.report.command import ReportConfig, run_report
 from applications.rl.sweep import describe, folders, worker
-from applications.rl.sweep.config import Setting, SweepConfig
 from applications.rl.sweep.cost import cost, measure
 from applications.rl.sweep.folders import Work
 from applications.rl.sweep.plan import (
@@ -36,7 +41,6 @@ from applications.rl.sweep.plan import (
 from applications.rl.sweep.ray import check_address
 from applications.rl.sweep.table import Table
 from applications.rl.training.seeds import parse_seeds
-from applications.rl.training.train import TrainConfig
 
 SCENE = "scene-sparse-play-singletask-task1-v0"
 

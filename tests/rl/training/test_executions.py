@@ -6,11 +6,8 @@ from helpers.killed_rl import configuration
 from helpers.same_run import BOTH, assert_same_run, fit
 from helpers.tiny import options
 
-from applications.rl.agents import make_agent
-from applications.rl.data.replay import Batch, Replay
+from applications.rl import AgentLoss, Batch, Phases, Replay, make_agent
 from applications.rl.training import train as training
-from applications.rl.training.agent_loss import AgentLoss
-from applications.rl.training.phases import Phases
 from flows.training import checkpoint as checkpoints
 from flows.training.config import TrainerConfig
 from flows.training.cuda_graphs import UpdateGraph

@@ -9,8 +9,7 @@ from helpers.killed_rl import OFFLINE, configuration
 from helpers.same_run import BOTH, SHORT, assert_same_run, fit
 from helpers.tiny import Corridor, corridor_data
 
-from applications.rl.errors import RunError
-from applications.rl.training.train import train
+from applications.rl import RunError, train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig

@@ -15,18 +15,22 @@ from helpers.killed_rl import OFFLINE, ONLINE, configuration
 from helpers.tiny import Bandit, Corridor, bandit_data, corridor_data, options
 from torch import nn
 
-from applications.rl.agents import make_agent
-from applications.rl.data.replay import Replay
-from applications.rl.environments.episodes import Episodes
+from applications.rl import (
+    AgentLoss,
+    Episodes,
+    Phases,
+    Replay,
+    TrainConfig,
+    evaluate,
+    load_agent,
+    make_agent,
+    standardise,
+    train,
+)
 from applications.rl.environments.reproducible import episode_seed
-from applications.rl.environments.wrappers import standardise
-from applications.rl.evaluation.evaluator import evaluate
-from applications.rl.run_folder import full_disk_explained, load_agent
-from applications.rl.training.agent_loss import AgentLoss
+from applications.rl.run_folder import full_disk_explained
 from applications.rl.training.callbacks import WandbLogger
-from applications.rl.training.phases import Phases
 from applications.rl.training.setup import ShardRotation
-from applications.rl.training.train import TrainConfig, train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 from flows.training.checkpoint import CheckpointError

@@ -1,0 +1,59 @@
+"""The glossary's concepts exist where it says, and names that were given up are nowhere."""
+
+import importlib
+import re
+
+import pytest
+from helpers.pages import ROOT, Page
+
+GLOSSARY = Page("docs/glossary.md")
+ROWS = [
+    [cell.strip() for cell in line.strip("| ").split(" | ")]
+    for line in GLOSSARY.text.replace("| |", "| – |").splitlines()
+    if line.startswith("| ") and not line.startswith("| name ")
+]
+FORMER = (
+    r"slow cop(y|ies)|slow_critic|update_slow",  # target network
+    r"eval.beside|eval_beside",  # background evaluation
+    r"read_[va]\b|read_next",  # residual
+    r"train_together|TwoPartLoss",  # stacked trainers
+    r"ReplayBuffer",  # trajectory buffer
+    r"watchers\(",  # training callbacks
+)
+"""Names that were given up, with the name that replaced them."""
+EXEMPT = ("renamed.py",)
+"""Files that name what was given up, in order to refuse it."""
+
+
+def files():
+    folders = ("flows", "adjoint", "applications", "benchmarks", "examples", "docs")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    paths += [ROOT / "README.md"]
+    return [p for p in paths if p.suffix in (".py", ".md") and p.name not in EXEMPT]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_every_concept_is_one_sentence_and_exists(row):
+    _, _, meaning, where = row
+    assert meaning.count(". ") == 0
+    assert re.fullmatch(r"[A-Z].+\.|log .+\.", meaning), meaning
+    path, name = re.fullmatch(r"`([\w/]+\.py): (\w+)`", where).groups()
+    assert (ROOT / path).is_file(), path
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    assert hasattr(module, name), where
+
+
+def test_no_concept_has_two_entries():
+    names = [row[0] for row in ROWS]
+    assert len(set(names)) == len(names) > 50
+
+
+@pytest.mark.parametrize("former", FORMER)
+def test_former_names_are_nowhere(former):
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(former, line)
+    ]
+    assert found == []

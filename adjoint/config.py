@@ -81,10 +81,10 @@ class TiltConfig(TrainerConfig):
     several seconds to a minute before the first, which only long trainings earn back."""
     graph: bool = False
     """On cuda, record loss and gradient once as a CUDA graph and launch that for each update
-    (`flows.training.cuda_graphs`): for small networks, whose kernels end sooner than the host asks
-    for the next. Base, reward and sampler of conditions must not wait for the GPU, and must do the
-    same at each call, with random numbers from the generator only: not so a `Reward` with
-    smoothing.  A trainer of one's own takes `flows.training.cuda_graphs.GradientGraph` as its
+    (`flows.training.gradient_graph`): for small networks, whose kernels end sooner than the host
+    asks for the next. Base, reward and sampler of conditions must not wait for the GPU, and must do
+    the same at each call, with random numbers from the generator only: not so a `Reward` with
+    smoothing.  A trainer of one's own takes `flows.training.GradientGraph` as its
     ``backward``."""
 
     @property

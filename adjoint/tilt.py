@@ -34,7 +34,7 @@ from flows.networks.mlp import MLPVelocity
 from flows.training import Trainer, distributed
 from flows.training.callbacks import Callback, ProgressBar, check_callbacks
 from flows.training.checkpoint import ensure_writable
-from flows.training.cuda_graphs import GradientGraph
+from flows.training.gradient_graph import GradientGraph
 from flows.weights import fingerprint
 
 __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]

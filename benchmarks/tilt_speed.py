@@ -216,7 +216,7 @@ def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Ten
         backward = GradientGraph(trainer)
 
         def update() -> Tensor:
-            trainer.prepare()
+            trainer.zero_grad()
             backward()
             return trainer.apply()["loss"]
 

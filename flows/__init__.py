@@ -36,7 +36,7 @@ from flows.matching import flow_matching_loss
 from flows.training.config import TrainerConfig
 from flows.training.fit import data_sampler, fit_flow
 from flows.training.trainer import Trainer
-from flows.training.callbacks import Callback, ProgressBar
+from flows.training.callbacks import Callback, ProgressBar, StopTraining
 
 # Published models
 from flows.pretrained import load
@@ -79,6 +79,7 @@ __all__ = [
     "Trainer",
     "Callback",
     "ProgressBar",
+    "StopTraining",
     # Published models
     "load",
 ]

@@ -44,7 +44,7 @@ def shifted(steps: int, shift: float) -> Tensor:
     return check_grid(t / (t + shift * (1 - t)))
 
 
-def given(times: Sequence[float] | Tensor) -> Tensor:
+def from_times(times: Sequence[float] | Tensor) -> Tensor:
     """``times`` as a float64 grid, after the checks of `check_grid`."""
     return check_grid(torch.as_tensor(times, dtype=torch.float64))
 

@@ -82,19 +82,19 @@ def largest_error(
     and not only the eager updates that it was recorded from.
     """
     trainers = [make_trainer(case, device, execution != "eager", autocast) for _ in range(seeds)]
-    together = StackedTrainers(trainers) if seeds > 1 else None
+    stacked = StackedTrainers(trainers) if seeds > 1 else None
     results: list[list[dict[str, Tensor]]] = []
     if execution == "graph":
-        launcher = UpdateGraph(UPDATES)
+        update_graph = UpdateGraph(UPDATES)
         before = [_snapshot(trainer) for trainer in trainers]
         for _ in range(3):  # warm, recorded and launched, launched
             for trainer, state in zip(trainers, before, strict=True):
-                trainer.made.clear()
+                trainer.unreported.clear()
                 _restore(trainer, state)
-            launcher(tuple(trainers), together)
-        results = [list(made) for made in zip(*(t.made for t in trainers), strict=True)]
+            update_graph(tuple(trainers), stacked)
+        results = [list(of_all) for of_all in zip(*(t.unreported for t in trainers), strict=True)]
     for _ in range(UPDATES - len(results)):
-        results.append(together.step() if together else [trainers[0].step()])
+        results.append(stacked.step() if stacked else [trainers[0].step()])
     worst = 0.0
     for trainer, metrics in zip(trainers, zip(*results, strict=True), strict=True):
         for u, numbers in enumerate(metrics):
@@ -116,7 +116,7 @@ def _restore(trainer: Trainer, before: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for tensor, value in zip(_state(trainer), before, strict=True):
             tensor.copy_(value)
-        for state in trainer._optimizer.state.values():
+        for state in trainer.optimizer.adam.state.values():
             for tensor in state.values():
                 tensor.zero_()
 

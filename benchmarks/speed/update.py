@@ -92,19 +92,19 @@ class Update:
             )
             for seed in range(seeds)
         ]
-        self.together = StackedTrainers(self.trainers) if seeds > 1 else None
-        self.launcher = UpdateGraph(LAUNCHED) if execution == "graph" else None
-        self.calls = LAUNCHED if self.launcher else 1
+        self.stacked = StackedTrainers(self.trainers) if seeds > 1 else None
+        self.update_graph = UpdateGraph(LAUNCHED) if execution == "graph" else None
+        self.calls = LAUNCHED if self.update_graph else 1
 
     def __call__(self) -> None:
         """Make ``calls`` updates of each agent."""
-        if self.launcher is not None:
-            self.launcher(tuple(self.trainers), self.together)
+        if self.update_graph is not None:
+            self.update_graph(tuple(self.trainers), self.stacked)
             for trainer in self.trainers:
-                trainer.iteration += len(trainer.made)
-                trainer.made.clear()
-        elif self.together is not None:
-            self.together.step()
+                trainer.iteration += len(trainer.unreported)
+                trainer.unreported.clear()
+        elif self.stacked is not None:
+            self.stacked.step()
         else:
             self.trainers[0].step()
 
@@ -181,7 +181,7 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
     def step() -> None:
         for parameter, gradient in zip(online, gradients, strict=True):
             parameter.grad = gradient
-        trainer.parts[:] = [{"loss": gradients[0].new_zeros(())}]
+        trainer.loss_metrics[:] = [{"loss": gradients[0].new_zeros(())}]
         trainer.apply()
 
     return {

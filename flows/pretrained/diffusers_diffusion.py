@@ -113,7 +113,7 @@ def grid(scheduler: object) -> Tensor:
     last = torch.as_tensor(getattr(known, "final_alpha_cumprod", 1.0)).reshape(1)
     share = torch.cat([torch.as_tensor(known.alphas_cumprod).cpu()[steps], last.cpu()]).double()
     alpha, sigma = share.sqrt(), (1 - share).sqrt()
-    return grids.given(alpha / (alpha + sigma))
+    return grids.from_times(alpha / (alpha + sigma))
 
 
 def _call(

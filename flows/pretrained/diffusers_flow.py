@@ -107,7 +107,7 @@ def grid(scheduler: object) -> Tensor:
             "scheduler.sigmas must end at 0: call scheduler.set_timesteps(...) first, with what "
             f"its pipeline passes; got {len(sigmas)} sigmas, the last {sigmas[-1].item():.6g}"
         )
-    return grids.given(1 - sigmas)
+    return grids.from_times(1 - sigmas)
 
 
 def first_half(out: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,9 @@
 # The loop and its options
 from flows.training.config import TrainerConfig, learning_rate
 from flows.training.loss import Loss, LossFunction, SplitLoss
-from flows.training.trainer import Identity, Trainer, TrainingDiverged
+from flows.training.trainer import Trainer
+from flows.training.resume import Identity
+from flows.training.divergence import TrainingDiverged
 
 # Fitting a flow to samples
 from flows.training.fit import COUPLINGS, Sampler, data_sampler, fit_flow
@@ -14,6 +16,7 @@ from flows.training.fit import COUPLINGS, Sampler, data_sampler, fit_flow
 # Callbacks: progress bars and loggers
 from flows.training.callbacks import (
     Callback,
+    StopTraining,
     CSVLogger,
     JSONLLogger,
     ProgressBar,
@@ -33,7 +36,8 @@ from flows.training.checkpoint import (
 
 # Several trainings as one, and CUDA graphs
 from flows.training.stacked import StackedTrainers, train_stacked
-from flows.training.cuda_graphs import UpdateGraph, GradientGraph, check_recordable
+from flows.training.update_graph import UpdateGraph, check_recordable
+from flows.training.gradient_graph import GradientGraph
 
 # Processes and devices
 from flows.training.runtime import choose_device, prepare_process
@@ -55,6 +59,7 @@ __all__ = [
     "fit_flow",
     # Callbacks: progress bars and loggers
     "Callback",
+    "StopTraining",
     "CSVLogger",
     "JSONLLogger",
     "ProgressBar",

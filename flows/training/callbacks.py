@@ -1,8 +1,8 @@
 """What watches a training run: a progress bar, and loggers of its metrics.
 
-A callback never changes the run.  Metrics arrive as tensors, perhaps on a device that is still
-computing them; turning one into a number waits for the device, so every callback does that only
-once in a number of iterations, and in the last one.
+A callback does not change the run, but it can end it: `StopTraining`.  Metrics arrive as tensors,
+perhaps on a device that is still computing them; turning one into a number waits for the device, so
+every callback does that only once in a number of iterations, and in the last one.
 
 A logged file is a function of the run alone (no clock, no host), and a run that is killed and
 resumed writes the same file as one left undisturbed: rows are written out before the checkpoint of
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
     from flows.training.trainer import Trainer
 
 Metrics = Mapping[str, Tensor | float]
+
+
+class StopTraining(Exception):  # noqa: N818  (it names the event, as StopIteration does)
+    """Ends a training cleanly when a callback raises it in ``on_step``.
+
+    The other callbacks still see the iteration, a checkpoint is saved, ``on_end`` is called, and
+    `Trainer.fit` returns the module that was reached.  ``Trainer.stopped`` then holds the message.
+    A resume goes on from there.  Of several processes all stop, whichever callback raised it; of
+    several runs trained together only that of the callback.
+
+    Example: ``raise StopTraining(f"reward {reward:.2f} is high enough")``
+    """
 
 
 class Callback:

@@ -193,6 +193,19 @@ def to_first(value: T) -> list[T]:
     return values
 
 
+def first_of(value: str | None) -> str | None:
+    """Return the first string that a process has, in all processes; None where none has one."""
+    if size() == 1:
+        return value
+    average_([found := torch.tensor([float(value is not None)])])
+    if not found:
+        return None
+    values: list[str | None] = [None] * size()
+    with _together("agreeing to stop"):
+        dist.all_gather_object(values, value)
+    return next(value for value in values if value is not None)
+
+
 def from_first(function: Callable[[], T]) -> T:
     """What ``function`` returns in the first process, the only one to call it, or its exception."""
     if size() == 1:

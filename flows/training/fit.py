@@ -19,8 +19,10 @@ from flows.matching import flow_matching_loss, independent, optimal_transport
 from flows.training import distributed
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig, learning_rate
+from flows.training.divergence import TrainingDiverged
 from flows.training.loss import Loss, LossFunction
-from flows.training.trainer import Identity, Trainer, TrainingDiverged
+from flows.training.resume import Identity
+from flows.training.trainer import Trainer
 
 __all__ = [
     "COUPLINGS",

@@ -16,12 +16,14 @@ Every hook has a default that does nothing, so a loss writes only the ones it ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flows.training import distributed
 
 Metrics = dict[str, Tensor]
 Evaluated = tuple[Tensor, Metrics]
@@ -36,7 +38,7 @@ class Loss(ABC):
 
     Attributes:
         calls: counts the calls made so far where a subclass adds to it.  A program that replays
-            recorded calls (`flows.training.cuda_graphs.GradientGraph`) adds the replayed ones.
+            recorded calls (`flows.training.GradientGraph`) adds the replayed ones.
     """
 
     calls: int = 0
@@ -118,7 +120,7 @@ class SplitLoss(Loss):
     def updates_without_host(self) -> int:
         """Return how many updates from the next on need ``host_step`` only for its metrics.
 
-        Such updates can be recorded and launched together (`cuda_graphs.UpdateGraph`).
+        Such updates can be recorded and launched together (`flows.training.UpdateGraph`).
         """
         return 0
 
@@ -159,3 +161,23 @@ def as_loss(loss: LossFunction) -> Loss:
             f"got {type(loss).__name__}"
         )
     return FunctionLoss(loss)
+
+
+def mean_metrics(losses: Sequence[Metrics], device: torch.device) -> Metrics:
+    """Return the mean of each metric over several losses and over all processes, detached.
+
+    Arguments:
+        losses: metrics of each loss, of the same names.
+        device: where the means over processes are computed.
+    """
+    metrics = {name: _mean([metrics[name] for metrics in losses]) for name in losses[0]}
+    if distributed.size() == 1:
+        return metrics
+    values = torch.stack([metric.to(device, torch.float64) for metric in metrics.values()])
+    distributed.average_([values])
+    return {name: v.to(metrics[name]) for name, v in zip(metrics, values, strict=True)}
+
+
+def _mean(values: Sequence[Tensor | float]) -> Tensor:
+    tensors = [torch.as_tensor(value).detach() for value in values]
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)

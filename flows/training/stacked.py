@@ -34,8 +34,8 @@ from flows.training.trainer import Trainer
 
 Result = TypeVar("Result")
 Drawn = tuple[tuple[Any, ...], Metrics]
-Ahead = Callable[[tuple[Trainer, ...], "StackedTrainers | None"], None]
-"""Makes updates of trainers before callbacks see them (`cuda_graphs.UpdateGraph`)."""
+MakeUpdates = Callable[[tuple[Trainer, ...], "StackedTrainers | None"], None]
+"""A function that makes several updates of trainers at once (`update_graph.UpdateGraph`)."""
 
 
 class StackedTrainers:
@@ -91,7 +91,7 @@ class StackedTrainers:
             TrainingDiverged, ValueError: as in `Trainer.step`.
         """
         for trainer in self.trainers:
-            trainer.prepare()
+            trainer.zero_grad()
         self.backward([draw(trainer) for trainer in self.trainers])
         return [trainer.apply() for trainer in self.trainers]
 
@@ -116,7 +116,7 @@ class StackedTrainers:
             columns = {name: values.unbind() for name, values in metrics.items()}
             for s, (trainer, numbers) in enumerate(zip(self.trainers, known, strict=True)):
                 own = {name: values[s] for name, values in columns.items()}
-                trainer.parts.append({**own, **numbers})
+                trainer.loss_metrics.append({**own, **numbers})
         for name, stack in self._stacked.items():
             if stack.grad is not None:
                 for member, gradient in zip(self._members[name], stack.grad.unbind(), strict=True):
@@ -144,7 +144,7 @@ def draw(trainer: Trainer) -> list[Drawn]:
 
 
 def train_stacked(
-    runs: Sequence[Generator[Trainer, None, Result]], *, ahead: Ahead | None = None
+    runs: Sequence[Generator[Trainer, None, Result]], *, update_graph: MakeUpdates | None = None
 ) -> list[Result | Exception]:
     """Bring all runs to their end; what each returned, or the error that it ended with.
 
@@ -154,7 +154,7 @@ def train_stacked(
     Arguments:
         runs: not begun, each what `Trainer.training` gives, perhaps with more around it: an item is
             the run's trainer, always the same one, and asks for its gradients.  All are closed.
-        ahead: makes updates of several iterations at once where it can.
+        update_graph: makes the updates of several iterations at once where it can.
 
     Raises:
         TypeError, ValueError: as in `StackedTrainers`.
@@ -183,14 +183,14 @@ def train_stacked(
                 with ending(i):
                     trainers[i] = next(run)
             due = tuple(trainers.values())
-            if ahead is not None and due and not any(trainer.made for trainer in due):
+            if update_graph is not None and due and not any(t.unreported for t in due):
                 if group is not None and group.trainers != due:
                     group.release()
                     group = None
                 if len(due) > 1:
                     group = group or StackedTrainers(due)
-                ahead(due, group)
-            if any(trainer.made for trainer in due):
+                update_graph(due, group)
+            if any(trainer.unreported for trainer in due):
                 continue
             drawn = {}
             for i, trainer in trainers.items():

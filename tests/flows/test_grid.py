@@ -55,10 +55,10 @@ def test_a_shift_that_merges_times_is_refused():
 
 
 def test_given_keeps_the_times():
-    times = grids.given([0.1, 0.15, 0.9])
+    times = grids.from_times([0.1, 0.15, 0.9])
     assert times.dtype == F64
     assert times.tolist() == [0.1, 0.15, 0.9]
-    assert torch.equal(grids.given(torch.tensor([0, 1])), torch.tensor([0.0, 1.0], dtype=F64))
+    assert torch.equal(grids.from_times(torch.tensor([0, 1])), torch.tensor([0.0, 1.0], dtype=F64))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_given_keeps_the_times():
 )
 def test_a_wrong_grid_is_refused_with_its_value(times, message):
     with pytest.raises(ValueError, match=message):
-        grids.given(times)
+        grids.from_times(times)
 
 
 def test_an_integer_grid_is_refused():

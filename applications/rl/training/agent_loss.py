@@ -93,7 +93,7 @@ class AgentLoss(SplitLoss):
         return cast(Agent, module).loss(*inputs)
 
     def updates_without_host(self) -> int:
-        """Number of updates to come that do not need the host (`flows.training.cuda_graphs`)."""
+        """Number of updates to come that do not need the host (`flows.training.update_graph`)."""
         if self.before_sampling is not None:
             return 0
         return max(0, self.phases.offline_steps - self.updates)

@@ -85,7 +85,7 @@ class TrainConfig:
     """Compile the loss: a fifth less time on a CPU, a minute or more before the first update.
     Changes results by rounding only."""
     cuda_graphs: int = field(default=0, metadata=EXECUTION)
-    """Offline updates made by one launch of a CUDA graph (10 say; `flows.training.cuda_graphs`).
+    """Offline updates made by one launch of a CUDA graph (10 say; `flows.training.update_graph`).
     Without graphs, a GPU waits for the host between small products.  Changes no result; 0 turns
     graphs off."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"

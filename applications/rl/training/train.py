@@ -183,7 +183,7 @@ def _train_seeds(
         except Exception as error:
             return [error]
     try:
-        return train_stacked([run.steps() for run in runs], ahead=graph)
+        return train_stacked([run.steps() for run in runs], update_graph=graph)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"{len(seeds)} stacked seeds do not fit the device; --stacked with a smaller number "

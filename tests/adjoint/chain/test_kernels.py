@@ -157,7 +157,7 @@ def test_first_step_forgets_the_noise(name):
 
 def test_ancestral_kernel_is_the_posterior_average_of_bridges():
     """Two routes to the mean: s x̂₁ + (1-s) ρ x̂₀ against the table's mean_x x + mean_v v."""
-    grid = grids.given([0.0, 0.1, 0.35, 0.8, 1.0])
+    grid = grids.from_times([0.0, 0.1, 0.35, 0.8, 1.0])
     kernel = make_kernel("ancestral", grid)
     x, v = torch.randn(2, 5, 3, dtype=torch.float64)
     for k in range(4):
@@ -177,7 +177,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="kernel must be one of"):
         make_kernel("euler", grid)
     with pytest.raises(ValueError, match="from 0 to 1"):
-        make_kernel("ancestral", grids.given([0.1, 0.5, 1.0]))
+        make_kernel("ancestral", grids.from_times([0.1, 0.5, 1.0]))
     with pytest.raises(ValueError, match="increasing"):
         make_kernel("ancestral", torch.tensor([0.0, 0.6, 0.5, 1.0]))
     with pytest.raises(ValueError, match="mmse goes with"):

@@ -170,7 +170,7 @@ def test_another_problem_lists_what_differs(tmp_path, state):
 def test_a_checkpoint_without_problem_or_without_dict_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save(path, {"iteration": 1})
-    with pytest.raises(CheckpointError, match="does not say what identity"):
+    with pytest.raises(CheckpointError, match="does not say what run it belongs to"):
         load(path, expect={"target": "ring"})
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="holds a list, expected a dict"):

@@ -12,10 +12,11 @@ from torch import nn
 
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
-from flows.training.cuda_graphs import GradientGraph, UpdateGraph
+from flows.training.gradient_graph import GradientGraph
 from flows.training.loss import Loss, SplitLoss
 from flows.training.stacked import train_stacked
 from flows.training.trainer import Trainer
+from flows.training.update_graph import UpdateGraph
 
 CONFIG = TrainerConfig(
     iterations=14, lr=0.02, lr_schedule="constant", ema_decay=0, checkpoint_every=4
@@ -57,7 +58,7 @@ class Regression(SplitLoss):
         return error, {"largest": inputs[0].amax()}
 
     def before_update(self, module):
-        module.slow.lerp_(module.weight.detach(), 0.1)
+        module.target.lerp_(module.weight.detach(), 0.1)
 
     def state_dict(self):
         return {"count": self.count}
@@ -116,7 +117,7 @@ def test_launched_updates_are_those_made_one_by_one(seeds, free, tmp_path):
     for trainer in plain:
         trainer.fit()
     replays = Replays()
-    train_stacked([t.training() for t in ahead], ahead=UpdateGraph(4, capture=replays))
+    train_stacked([t.training() for t in ahead], update_graph=UpdateGraph(4, capture=replays))
     assert (replays.captures, replays.launches) == (1, 2 if free == 14 else 1)
     for a, b, rows, others in zip(plain, ahead, expected, found, strict=True):
         torch.testing.assert_close(rows.rows, others.rows, **CLOSE)
@@ -131,7 +132,7 @@ def test_launched_updates_are_those_made_one_by_one(seeds, free, tmp_path):
 
 def test_a_checkpoint_within_launches_is_that_of_its_iteration(tmp_path):
     saved = []
-    for name, launcher in (("plain", None), ("ahead", UpdateGraph(2, capture=Replays()))):
+    for name, graph in (("plain", None), ("ahead", UpdateGraph(2, capture=Replays()))):
         trainers, _ = runs((3,), tmp_path / name)
         steps = trainers[0].training()
 
@@ -141,7 +142,7 @@ def test_a_checkpoint_within_launches_is_that_of_its_iteration(tmp_path):
                     return
                 yield each
 
-        train_stacked([until_eight()], ahead=launcher)
+        train_stacked([until_eight()], update_graph=graph)
         saved.append(torch.load(tmp_path / name / "3.pt", weights_only=True))
     assert saved[0]["iteration"] == saved[1]["iteration"] == 8
     torch.testing.assert_close(saved[0]["module"], saved[1]["module"], **CLOSE)
@@ -150,12 +151,12 @@ def test_a_checkpoint_within_launches_is_that_of_its_iteration(tmp_path):
 def test_nothing_is_launched_between_multiples(tmp_path):
     """Else a block would go past a checkpoint, or past what callbacks are to see."""
     (trainer,), _ = runs((3,), tmp_path)
-    launcher = UpdateGraph(4, capture=Replays())
+    graph = UpdateGraph(4, capture=Replays())
     made = []
     for _ in range(8):
-        launcher((trainer,), None)
-        made.append(len(trainer.made))
-        trainer.made.clear()
+        graph((trainer,), None)
+        made.append(len(trainer.unreported))
+        trainer.unreported.clear()
         trainer.iteration += 1
     assert made == [4, 0, 0, 0, 4, 0, 0, 0]
 
@@ -210,7 +211,7 @@ class Repeated(Loss):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_recorded_gradient_is_that_of_an_update(accumulate, tmp_path):
-    """With what a launcher refuses: a schedule, an average, losses that add up; in two phases."""
+    """With a schedule, an average, losses that add up; in two phases."""
     config = TrainerConfig(iterations=12, lr=0.02, accumulate=accumulate, checkpoint_every=5)
     found = []
     for name in ("plain", "recorded"):
@@ -277,13 +278,13 @@ def test_a_gradient_is_recorded_of_a_loss_with_phases_only():
 @pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)], ids=["one", "three"])
 def test_a_graph_on_a_gpu_makes_the_updates_of_the_host(updates, seeds, tmp_path):
     found = []
-    for ahead in (None, UpdateGraph(updates)):
+    for graph in (None, UpdateGraph(updates)):
         trainers = []
         for seed in seeds:
             trainer = Trainer(Network(seed).cuda(), OnDevice(14), CONFIG)
             trainer.generator.manual_seed(seed)
             trainers.append(trainer)
-        train_stacked([t.training() for t in trainers], ahead=ahead)
+        train_stacked([t.training() for t in trainers], update_graph=graph)
         found.append([trainer.module.weight.detach() for trainer in trainers])
     for plain, launched in zip(*found, strict=True):
         torch.testing.assert_close(launched, plain, rtol=1e-5, atol=1e-6)

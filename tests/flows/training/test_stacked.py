@@ -9,9 +9,10 @@ from torch import nn
 
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
+from flows.training.divergence import TrainingDiverged
 from flows.training.loss import SplitLoss
 from flows.training.stacked import StackedTrainers, train_stacked
-from flows.training.trainer import Trainer, TrainingDiverged
+from flows.training.trainer import Trainer
 
 CONFIG = TrainerConfig(
     iterations=12,

@@ -249,7 +249,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_weights():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_does_not_wait_for_the_gpu(monkeypatch):
-    monkeypatch.setattr("flows.training.trainer.CHECK_EVERY", 1000)
+    monkeypatch.setattr("flows.training.divergence.CHECK_EVERY", 1000)
     x = torch.randn(16, 3, device="cuda")
     trainer = Trainer(network().cuda(), lambda m, g: (m(x).square().mean(), {}), TrainerConfig())
     trainer.step()

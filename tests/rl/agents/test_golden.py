@@ -97,7 +97,7 @@ def trained(name, path="alone"):
     together = StackedTrainers(trainers) if path == "together" else None
     for update in range(3):
         for each in trainers:
-            each.prepare()
+            each.zero_grad()
         if together is None:
             trainer.backward()
         else:
@@ -114,7 +114,7 @@ def trained(name, path="alone"):
 
 def check_losses(case, update, trainer):
     """Losses and gradients of a trainer that has them, but has not applied them."""
-    prefix, (metrics,) = f"u{update}.out", trainer.parts
+    prefix, (metrics,) = f"u{update}.out", trainer.loss_metrics
     check(metrics["loss"], case.get(f"{prefix}.total_loss"), "total loss")
     compared = [(p, name) for p, name in LOSSES.items() if case.has(f"{prefix}.{p}")]
     assert compared

@@ -10,9 +10,9 @@ from applications.rl import AgentLoss, Batch, Phases, Replay, make_agent
 from applications.rl.training import train as training
 from flows.training import checkpoint as checkpoints
 from flows.training.config import TrainerConfig
-from flows.training.cuda_graphs import UpdateGraph
 from flows.training.stacked import StackedTrainers
 from flows.training.trainer import Trainer
+from flows.training.update_graph import UpdateGraph
 
 torch.set_num_threads(1)
 

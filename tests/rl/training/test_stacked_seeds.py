@@ -13,9 +13,10 @@ from applications.rl import RunError, train
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 from flows.training.config import TrainerConfig
+from flows.training.divergence import TrainingDiverged
 from flows.training.loss import SplitLoss
 from flows.training.stacked import StackedTrainers
-from flows.training.trainer import Trainer, TrainingDiverged
+from flows.training.trainer import Trainer
 
 torch.set_num_threads(1)
 

@@ -34,7 +34,7 @@ from applications.rl.training.setup import ShardRotation
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 from flows.training.checkpoint import CheckpointError
-from flows.training.trainer import TrainingDiverged
+from flows.training.divergence import TrainingDiverged
 
 torch.set_num_threads(1)
 

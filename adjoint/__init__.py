@@ -15,7 +15,7 @@ from adjoint.certificate import Certificate
 from adjoint.rewards.reward import Reward, ValueFunction, as_reward
 from adjoint.rewards.decoded import decoded
 from adjoint.models.lora import load_adapters, lora, merge, save_adapters
-from adjoint.models.reward_informed import RewardInformed, informed
+from adjoint.models.reward_informed import RewardInformed, reward_informed
 
 # A loop of one's own
 from adjoint.tilt_loss import CondSampler, TiltLoss
@@ -46,7 +46,7 @@ __all__ = [
     "merge",
     "save_adapters",
     "RewardInformed",
-    "informed",
+    "reward_informed",
     # A loop of one's own
     "CondSampler",
     "TiltLoss",

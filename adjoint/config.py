@@ -1,9 +1,12 @@
-"""Options of a tilt."""
+"""Options of a tilt: the chain, the loss, and what a device can hold."""
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,91 +15,135 @@ from adjoint.loss import select_steps
 from flows import grid as grids
 from flows.training import TrainerConfig
 
+Config = TypeVar("Config", bound=type)
 
+
+def option(default: Any, *, resume: str = "fixed", formerly: str | None = None) -> Any:
+    """A field of `TiltConfig` with its default value.
+
+    Arguments:
+        resume: "free" where a resumed run may change the option: the numbers of the training stay
+            as they are, up to rounding.  A resume with another value of a "fixed" option is
+            refused.
+        formerly: the option's name in version 0.1.0.
+    """
+    return field(default=default, metadata={"resume": resume, "formerly": formerly})
+
+
+def refuse_former_names(config: Config) -> Config:
+    """Make the constructor of a dataclass name the new name where it is given a former one."""
+    former = {f.metadata["formerly"]: f.name for f in fields(config) if f.metadata.get("formerly")}
+    changed: Any = config
+    construct: Callable[..., None] = changed.__init__
+
+    @functools.wraps(construct)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        for old in former.keys() & options.keys():
+            raise TypeError(f"option {old!r} of version 0.1.0 is now called {former[old]!r}")
+        construct(self, *args, **options)
+
+    changed.__init__ = checked
+    return config
+
+
+@refuse_former_names
 @dataclass(frozen=True)
 class TiltConfig(TrainerConfig):
-    """Options of a tilt; those of the trainer come first."""
+    """Options of a tilt; the options of `flows.training.TrainerConfig` come first."""
 
     grad_clip: float = 100.0
-    """Largest norm of the gradient; 0 turns clipping off.  The loss is a sum over steps whose rare
-    large terms carry the mass between modes: a tight limit would bias the tilt."""
+    """Largest norm of the gradient; 0 turns clipping off.  The loss is a sum over steps, and its
+    rare large terms carry the mass between modes: a tight limit would bias the tilt."""
+    checkpoint_every: int = option(500, resume="free")
+    """Iterations between two checkpoints."""
     kernel: str = "moment_matched"
-    """Memoryless scheme, one of adjoint.KERNELS."""
+    """Scheme of the memoryless chain, one of adjoint.KERNELS."""
     steps: int = 20
-    """Steps K of the training chain."""
+    """Number of steps K of the training chain."""
     shift: float = 1.0
     """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise."""
-    refine: float = 0.0
+    refine_fraction: float = option(0.0, formerly="refine")
     """Fraction of the updates, the last ones, that minimise the variance of log w instead of the
-    adjoint-matching loss, from the average and with a fresh optimiser; 0 is none.  For low
-    dimensions: half or more, with 20 steps or more, or with the kernel ``covariance_matched``.  In
-    many dimensions, where log w still varies by a nat or so, its noise is too large.  ``clip``,
-    ``importance``, ``variates`` and ``replay`` are of the other updates."""
+    adjoint-matching loss.  They start from the averaged weights with a fresh optimiser; 0 is none.
+    Choose a half or more in low dimensions, with 20 steps or more, or with the kernel
+    ``covariance_matched``.  In many dimensions, where log w still varies by a nat or so, the
+    variance is too noisy a loss.  ``clip``, ``importance``, ``control_variates`` and
+    ``replay_size`` have no effect on these updates."""
     refine_steps: int = 0
-    """With refine: steps of the chain that those updates roll out, and that is certified; 0 is
-    ``steps``.  No adjoint is needed there, and near the optimum part of the variance of log w is
-    the error of the grid, which falls with the number of steps."""
+    """Number of steps of the chain that the updates of ``refine_fraction`` roll out and that is
+    certified; 0 is ``steps``.  These updates need no adjoint, and near the optimum a part of the
+    variance of log w is the error of the grid, which falls with the number of steps."""
     temperature: float = 1.0
-    """The target is p(x) exp(r(x) / temperature)."""
+    """Temperature T of the target p(x) exp(r(x) / T)."""
     batch_size: int = 256
-    """Trajectories an update (a micro-batch, where updates accumulate).  This, ``replay`` and the
-    numbers of samples below are totals over the processes, rounded up to a multiple of theirs."""
-    late: float = 1.0
+    """Trajectories in an update (in one loss, where ``accumulate`` adds several).  This number,
+    ``replay_size``, ``base_samples`` and ``certificate_samples`` are totals over the processes and
+    are rounded up to a multiple of their number."""
+    late_fraction: float = option(1.0, formerly="late")
     """Fraction of the steps, the last ones, that always enter the loss."""
-    early: float = 1.0
+    early_fraction: float = option(1.0, formerly="early")
     """Fraction of the other steps, drawn at random, that enter the loss."""
     clip: float = 0.0
     """Constant cap on the loss of one step of one trajectory; 0 is none."""
     clip_quantile: bool = False
-    """Cap at a running mean of the 0.9 quantile of those losses instead."""
+    """Cap these losses at a running mean of their 0.9 quantile instead."""
     importance: bool = False
-    """Weight trajectories by softmax(log w): less bias of a coarse grid, more noise; wants large
-    batches.  With conditions w holds Z(c): those of a large one then count more, and where Z(c)
-    varies much, ``min_ess`` leaves batches unweighted."""
-    variates: bool = False
-    """Take from the adjoints what the model knows of their noise
-    (`adjoint.chain.control_variates`): the better the model, the less noise is left, for a second
-    adjoint pass and more evaluations an update."""
+    """Weight trajectories by softmax(log w).  It removes bias that a coarse grid leaves, and adds
+    noise: choose large batches.  With conditions, w contains Z(c), so that conditions with a large
+    Z(c) count more; where Z(c) varies much, ``min_ess`` leaves batches unweighted."""
+    control_variates: bool = option(False, formerly="variates")
+    """Subtract control variates from the adjoints (`adjoint.chain.control_variates`).  Their
+    variance falls as the model improves.  The price is a second adjoint pass and more evaluations
+    of model and base per update."""
     min_ess: float = 0.5
-    """With importance: batches whose effective sample size / B is smaller go unweighted."""
-    replay: int = 0
+    """With ``importance``, the effective sample size / B below which a batch goes unweighted."""
+    replay_size: int = option(0, formerly="replay")
     """Trajectories kept for reuse; 0 is none."""
-    refresh: int = 1
-    """With replay: losses per fresh rollout (updates, unless they accumulate)."""
+    losses_per_rollout: int = option(1, formerly="refresh")
+    """With ``replay_size``, the number of losses per fresh rollout."""
     base_samples: int = 8192
-    """ODE samples of the base that its mmse, the checks and the comparison of log Z are made of."""
-    certificate_samples: int = 4096
+    """ODE samples drawn from the base before training, to estimate its mean squared errors, to
+    check the reward, and to estimate log Z."""
+    certificate_samples: int = option(4096, resume="free")
     """Trajectories of each of the two certificates, 64 under each condition; 0 is none."""
-    eval_batch_size: int = 4096
-    """Trajectories or samples at a time in probe and certificates, of one process."""
-    micro_batch: int = 0
-    """States at which base or model are evaluated at a time, in training, probe and certificates;
-    the loss then evaluates the model twice, the second time in its backward pass.  0 is all."""
-    reward_batch: int = 0
-    """Samples of which the reward and its gradient are computed at a time; 0 is all."""
-    offload: bool = False
-    """Keep trajectories, adjoints and velocities on the CPU; for another device than that."""
-    compile: bool = False
-    """Compile base and model for the updates (`torch.compile`, on a CPU with a C++ compiler):
-    several seconds to a minute before the first, which only long trainings earn back."""
-    graph: bool = False
-    """On cuda, record loss and gradient once as a CUDA graph and launch that for each update
-    (`flows.training.gradient_graph`): for small networks, whose kernels end sooner than the host
-    asks for the next. Base, reward and sampler of conditions must not wait for the GPU, and must do
-    the same at each call, with random numbers from the generator only: not so a `Reward` with
-    smoothing.  A trainer of one's own takes `flows.training.GradientGraph` as its
-    ``backward``."""
+    eval_batch_size: int = option(4096, resume="free")
+    """Samples or trajectories that one process evaluates at a time before and after training."""
+    micro_batch: int = option(0, resume="free")
+    """States at which base or model are evaluated at a time, always; 0 is all.  The loss then
+    evaluates the model twice, the second time in its backward pass."""
+    reward_batch: int = option(0, resume="free")
+    """Samples at which the reward and its gradient are evaluated at a time; 0 is all."""
+    offload: bool = option(False, resume="free")
+    """Keep trajectories, adjoints and velocities on the CPU while base and model are elsewhere."""
+    compile: bool = option(False, resume="free")
+    """Compile base and model for the updates with `torch.compile` (on a CPU with a C++ compiler).
+    It takes from seconds to a minute before the first update, which only long trainings earn
+    back."""
+    cuda_graphs: bool = option(False, resume="free", formerly="graph")
+    """On cuda, record loss and gradient once as a CUDA graph and launch it for each update
+    (`flows.training.gradient_graph`).  It serves small networks, whose kernels end sooner than the
+    host asks for the next one.  Base, reward and cond_sampler must not wait for the GPU, must do
+    the same work at each call, and must draw random numbers from the generator only, which a
+    `Reward` with smoothing does not.  Your own trainer takes
+    `flows.training.GradientGraph` as its ``backward``."""
 
     @property
     def chain_steps(self) -> int:
-        """Steps of the chain that training ends with, and that the certificate is of."""
+        """Number of steps of the chain that training ends with and that is certified."""
         refining = self.restart is not None and self.restart < self.iterations
         return self.refine_steps if self.refine_steps and refining else self.steps
 
     @property
     def restart(self) -> int | None:
         """Iteration with which the refinement begins; None without one."""
-        return self.iterations - round(self.refine * self.iterations) if self.refine else None
+        if not self.refine_fraction:
+            return None
+        return self.iterations - round(self.refine_fraction * self.iterations)
+
+    def fixed_options(self) -> dict[str, Any]:
+        """The options that a resumed run must share with its checkpoint, by name."""
+        free = {f.name for f in fields(self) if f.metadata.get("resume") == "free"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -107,7 +154,7 @@ class TiltConfig(TrainerConfig):
         super().__post_init__()
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
-        minima = {"steps": 2, "batch_size": 1, "refresh": 1, "replay": 0}
+        minima = {"steps": 2, "batch_size": 1, "losses_per_rollout": 1, "replay_size": 0}
         minima |= {"certificate_samples": 0, "base_samples": 64, "eval_batch_size": 1}
         minima |= {"micro_batch": 0, "reward_batch": 0}
         for name, least in minima.items():
@@ -115,18 +162,24 @@ class TiltConfig(TrainerConfig):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for steps in (self.steps, self.chain_steps):
             grids.shifted(steps, self.shift)
-            select_steps(steps, late=self.late, early=self.early, generator=torch.Generator())
+            select_steps(
+                steps,
+                late_fraction=self.late_fraction,
+                early_fraction=self.early_fraction,
+                generator=torch.Generator(),
+            )
         if not 0 <= self.min_ess <= 1:
             raise ValueError(f"min_ess must lie in [0, 1], got {self.min_ess}")
-        if not 0 <= self.refine <= 1 or (self.refine and self.batch_size < 2):
+        if not 0 <= self.refine_fraction <= 1 or (self.refine_fraction and self.batch_size < 2):
             raise ValueError(
-                "refine must lie in [0, 1], and batch_size be at least 2 where it is above 0, "
-                f"got refine={self.refine}, batch_size={self.batch_size}"
+                "refine_fraction must lie in [0, 1], and batch_size be at least 2 where it is "
+                f"above 0, got refine_fraction={self.refine_fraction}, "
+                f"batch_size={self.batch_size}"
             )
-        if self.refine_steps and (self.refine_steps < 2 or not self.refine):
+        if self.refine_steps and (self.refine_steps < 2 or not self.refine_fraction):
             raise ValueError(
-                "refine_steps must be 0, or at least 2 where refine is above 0, "
-                f"got refine_steps={self.refine_steps}, refine={self.refine}"
+                "refine_steps must be 0, or at least 2 where refine_fraction is above 0, got "
+                f"refine_steps={self.refine_steps}, refine_fraction={self.refine_fraction}"
             )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
@@ -135,33 +188,37 @@ class TiltConfig(TrainerConfig):
                 "clip must be at least 0, and 0 where clip_quantile is on, "
                 f"got clip={self.clip}, clip_quantile={self.clip_quantile}"
             )
-        if self.variates and (self.clip or self.clip_quantile):
+        if self.control_variates and (self.clip or self.clip_quantile):
             raise ValueError(
-                "variates must be False where clip or clip_quantile caps the loss: what they take "
-                "away would have a mean"
+                "control_variates must be False where clip or clip_quantile caps the loss: under "
+                "a cap the mean of what they subtract would not be zero"
             )
-        if 0 < self.replay < self.batch_size:
+        if 0 < self.replay_size < self.batch_size:
             raise ValueError(
-                f"replay must be 0 or at least batch_size={self.batch_size}, got {self.replay}"
+                f"replay_size must be 0 or at least batch_size={self.batch_size}, "
+                f"got {self.replay_size}"
             )
-        if self.refresh > 1 and not self.replay:
-            raise ValueError(f"refresh={self.refresh} needs a replay buffer, got replay=0")
+        if self.losses_per_rollout > 1 and not self.replay_size:
+            raise ValueError(
+                f"losses_per_rollout={self.losses_per_rollout} needs a replay buffer, "
+                "got replay_size=0"
+            )
         if self.compile and self.kernel == "covariance_matched":
             raise ValueError(
                 "compile must be False with kernel 'covariance_matched', which differentiates the "
                 "base twice: compiled functions have first derivatives only"
             )
-        recorded = {"replay": 0, "clip_quantile": False, "micro_batch": 0, "offload": False}
+        recorded = {"replay_size": 0, "clip_quantile": False, "micro_batch": 0, "offload": False}
         for name, value in recorded.items():
-            if self.graph and getattr(self, name) != value:
+            if self.cuda_graphs and getattr(self, name) != value:
                 raise ValueError(
-                    f"{name} must be {value} where graph records the updates, "
+                    f"{name} must be {value} where cuda_graphs records the updates, "
                     f"got {getattr(self, name)}"
                 )
-        if self.graph and self.kernel == "covariance_matched":
+        if self.cuda_graphs and self.kernel == "covariance_matched":
             raise ValueError(
-                "graph must be False with kernel 'covariance_matched', whose factorisations the "
-                "host waits for"
+                "cuda_graphs must be False with kernel 'covariance_matched', whose factorisations "
+                "the host waits for"
             )
         if self.certificate_samples == 1:
             raise ValueError("certificate_samples must be 0 or at least 2, got 1")

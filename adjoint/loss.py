@@ -29,27 +29,30 @@ from adjoint.chain.kernels import Kernel
 def select_steps(
     steps: int,
     *,
-    late: float = 0.25,
-    early: float = 0.5,
+    late_fraction: float = 0.25,
+    early_fraction: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Indices of the steps a loss is taken on: the last ones, and a random part of the others.
 
-    All of the last ``late`` of the steps and a random ``early`` of the rest (the subset of
-    Domingo-Enrich et al., appendix G).  Returns ascending int64 indices on the device of the
-    generator, without waiting for it.
+    All of the last ``late_fraction`` of the steps and a random ``early_fraction`` of the rest (the
+    subset of Domingo-Enrich et al., appendix G).  Returns ascending int64 indices on the device of
+    the generator, without waiting for it.
 
     Raises:
         ValueError: a fraction outside [0, 1], or a selection that would be empty.
     """
-    for name, value in (("late", late), ("early", early)):
+    for name, value in (("late_fraction", late_fraction), ("early_fraction", early_fraction)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    n_late = round(late * steps)
+    n_late = round(late_fraction * steps)
     n_rest = steps - n_late
-    n_early = round(early * n_rest)
+    n_early = round(early_fraction * n_rest)
     if n_late + n_early == 0:
-        raise ValueError(f"late={late} and early={early} select none of {steps} steps")
+        raise ValueError(
+            f"late_fraction={late_fraction} and early_fraction={early_fraction} select none of "
+            f"{steps} steps"
+        )
     device = "cpu" if generator is None else generator.device
     order = torch.randperm(n_rest, generator=generator, device=device)[:n_early]
     return torch.cat([order.sort().values, torch.arange(n_rest, steps, device=device)])
@@ -63,7 +66,7 @@ def adjoint_matching_loss(
     steps: Tensor | None = None,
     weights: Tensor | None = None,
     clip: Tensor | float | None = None,
-    known: Tensor | None = None,
+    control_variate: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics from velocities of the model along the trajectory.
 
@@ -74,9 +77,10 @@ def adjoint_matching_loss(
         steps: (S,) indices of the selected steps; all K if None.
         weights: (B,) importance weights of the trajectories; none if None.
         clip: cap on the term of one step of one trajectory.
-        known: (K+1, B, *) noise of the adjoints that is known, of mean zero at each state; see
-            `adjoint.chain.control_variates`.  It is taken from the target unweighted: the gradient
-            of a term is that of weight ‖residual_v (v_θ - v_β) + residual_a (λ - known / weight)‖².
+        control_variate: (K+1, B, *) part of the adjoints with mean zero at each state; see
+            `adjoint.chain.control_variates`.  It is subtracted from the target unweighted: the
+            gradient of a term is the gradient of
+            weight ‖residual_v (v_θ - v_β) + residual_a (λ - control_variate / weight)‖².
 
     Returns:
         The loss, the mean over the batch of the sum over steps and dimensions, and the metrics
@@ -107,8 +111,8 @@ def adjoint_matching_loss(
     per_trajectory = terms.sum(0)
     if weights is not None:
         per_trajectory = per_trajectory * weights
-    if known is not None:
-        off = known[1:] if kernel.residual_at_next else known[:-1]
+    if control_variate is not None:
+        off = control_variate[1:] if kernel.residual_at_next else control_variate[:-1]
         off = off if steps is None else off[index]
         linear = 2 * (residual_v * control + residual_a * lam) - residual_a * off
         per_trajectory = per_trajectory - (linear * residual_a * off).flatten(2).sum((0, 2))

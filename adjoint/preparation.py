@@ -137,5 +137,5 @@ def probe(
         return make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
 
     kernel = on(config.steps)
-    fine = kernel if config.chain_steps == config.steps else on(config.chain_steps)
-    return kernel, fine, cond, distributed.gather(values.double())
+    refine_kernel = kernel if config.chain_steps == config.steps else on(config.chain_steps)
+    return kernel, refine_kernel, cond, distributed.gather(values.double())

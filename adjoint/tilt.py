@@ -13,7 +13,6 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -38,12 +37,6 @@ from flows.training.gradient_graph import GradientGraph
 from flows.weights import fingerprint
 
 __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]
-
-FREE = (
-    *("checkpoint_every", "certificate_samples", "eval_batch_size"),
-    *("micro_batch", "reward_batch", "offload", "compile", "graph"),  # no change beyond rounding
-)
-"""Options that a resumed run may change."""
 
 
 def trainable(
@@ -122,7 +115,7 @@ def _check_apart(base: VelocityField, model: nn.Module, x: Tensor, cond: Cond | 
         )
 
 
-def _home(base: VelocityField, model: nn.Module | None) -> torch.device:
+def device_of(base: VelocityField, model: nn.Module | None) -> torch.device:
     """Where the weights of the base are, or of the model; the CPU if they have none."""
     for field in (base, model):
         if isinstance(field, nn.Module):
@@ -183,8 +176,8 @@ def tilt(
 
     Raises:
         TypeError, ValueError: base, model or reward return the wrong type or shape, are not finite,
-            or the reward is not differentiable; before any training.  With ``graph`` also after
-            the first updates, where these cannot be recorded.
+            or the reward is not differentiable; before any training.  With ``cuda_graphs`` also
+            after the first updates, where these cannot be recorded.
         CheckpointError: a checkpoint that is damaged or belongs to another run.
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
     """
@@ -204,12 +197,14 @@ def tilt(
     if resume and checkpoint is None:
         raise ValueError("resume must be False without checkpoint, the file to continue from")
     shape = tuple(shape)
-    device = _home(base, model) if device is None else torch.device(device)
-    if config.graph and device.type != "cuda":
-        raise ValueError(f"graph must be False on device {device}: it needs cuda")
+    device = device_of(base, model) if device is None else torch.device(device)
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs must be False on device {device}: it needs cuda")
     distributed.start()
-    if config.graph and distributed.size() > 1:
-        raise ValueError(f"graph must be False with several processes, got {distributed.size()}")
+    if config.cuda_graphs and distributed.size() > 1:
+        raise ValueError(
+            f"cuda_graphs must be False with several processes, got {distributed.size()}"
+        )
     if checkpoint is not None:
         path = checkpoint
         distributed.from_first(lambda: ensure_writable(path, "checkpoint"))
@@ -219,7 +214,7 @@ def tilt(
         base = _shareable(base, model).to(device)
         distributed.broadcast_([*base.parameters(), *base.buffers()])
     progress = distributed.rank() == 0 and any(isinstance(c, ProgressBar) for c in callbacks)
-    kernel, fine, cond, values = probe(
+    kernel, refine_kernel, cond, values = probe(
         base, scaled, shape, config, cond_sampler, device, dtype, progress=progress
     )
     if model is None:
@@ -237,12 +232,11 @@ def tilt(
         kernel,
         shape=shape,
         config=config,
-        fine=fine,
+        refine_kernel=refine_kernel,
         cond_sampler=cond_sampler,
         dtype=dtype,
         known_rewards=values[:64],
     )
-    options = {name: value for name, value in asdict(config).items() if name not in FREE}
     trainer = Trainer(
         model,
         loss,
@@ -250,7 +244,7 @@ def tilt(
         callbacks=callbacks,
         checkpoint=checkpoint,
         identity={
-            **options,
+            **config.fixed_options(),
             **{f"identity.{k}": v for k, v in (identity or {}).items()},
             "shape": list(shape),
             "base": _fingerprint(base),
@@ -258,15 +252,21 @@ def tilt(
         },
         save_frozen=False,  # the caller has them
     )
-    field = trainer.fit(resume=resume, backward=GradientGraph(trainer) if config.graph else None)
+    field = trainer.fit(
+        resume=resume, backward=GradientGraph(trainer) if config.cuda_graphs else None
+    )
     judged = [field_in_parts(v, config.micro_batch) for v in (base, field)]
     value = reward_in_parts(scaled, config.reward_batch)
     judge = partial(certificate_of, device=device, dtype=dtype, progress=progress)
-    before, after = (judge(v, judged[0], value, fine, shape, config, cond_sampler) for v in judged)
+    before, after = (
+        judge(v, judged[0], value, refine_kernel, shape, config, cond_sampler) for v in judged
+    )
     log_z, error, _ = log_mean_exp(values)
     if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
-    return Tilted(field, base, scaled, fine, after, before, shape, config, log_z, error, dtype)
+    return Tilted(
+        field, base, scaled, refine_kernel, after, before, shape, config, log_z, error, dtype
+    )
 
 
 def _fingerprint(base: VelocityField) -> str | None:

@@ -69,7 +69,7 @@ class TiltLoss(Loss):
         base: frozen velocity field.
         reward: scaled reward (temperature included).
         kernel: table of the chain.
-        fine: table of the chain in the refinement; ``kernel`` if None.
+        refine_kernel: table of the chain in the refinement; ``kernel`` if None.
         shape: of one sample, without the batch.
         config: the options of training.
         cond_sampler: draws conditions for n samples; None for an unconditional flow.
@@ -90,7 +90,7 @@ class TiltLoss(Loss):
         *,
         shape: tuple[int, ...],
         config: TiltConfig,
-        fine: Kernel | None = None,
+        refine_kernel: Kernel | None = None,
         cond_sampler: CondSampler | None = None,
         dtype: torch.dtype = torch.float32,
         known_rewards: Tensor | None = None,
@@ -101,10 +101,10 @@ class TiltLoss(Loss):
         self._compiled: dict[nn.Module, VelocityField] = {}
         self.shape, self.config, self.cond_sampler = shape, config, cond_sampler
         self.dtype, self.device = dtype, kernel.t.device
-        self.home = torch.device("cpu") if config.offload else self.device
-        self._kernels = {"match": kernel, "refine": fine or kernel}
+        self.storage_device = torch.device("cpu") if config.offload else self.device
+        self._kernels = {"match": kernel, "refine": refine_kernel or kernel}
         self.batch_size = distributed.share(config.batch_size)
-        if config.refine and cond_sampler is not None and self.batch_size < 2:
+        if config.refine_fraction and cond_sampler is not None and self.batch_size < 2:
             raise ValueError(
                 "refine compares trajectories under one condition: batch_size must be at least "
                 f"{2 * distributed.size()} for {distributed.size()} processes, "
@@ -113,10 +113,10 @@ class TiltLoss(Loss):
         self.calls = 0
         self.cap: Tensor | None = None
         self.buffer: TrajectoryBuffer | None = None
-        if config.replay:
-            capacity = distributed.share(config.replay)
-            dims = {"xs": 1, "values": 1, "v_base": 1, "known": 1}
-            self.buffer = TrajectoryBuffer(capacity, dims, device=self.home)
+        if config.replay_size:
+            capacity = distributed.share(config.replay_size)
+            dims = {"xs": 1, "values": 1, "v_base": 1, "control_variate": 1}
+            self.buffer = TrajectoryBuffer(capacity, dims, device=self.storage_device)
 
     def _rollout(
         self, module: nn.Module, n: int, groups: int, generator: torch.Generator
@@ -130,19 +130,19 @@ class TiltLoss(Loss):
             repeats = n // groups
             if repeats > 1:
                 cond = {name: c.repeat_interleave(repeats, 0) for name, c in cond.items()}
-        noise = draw_noise(self.kernel, x0, generator=generator).to(self.home)
+        noise = draw_noise(self.kernel, x0, generator=generator).to(self.storage_device)
         module.eval()  # no dropout in the trajectories, no statistics from them
         trajectory = rollout(
             self._field(module),
             self.base,
             self.kernel,
-            x0.to(self.home),
+            x0.to(self.storage_device),
             noise,
             cond,
             micro_batch=self.config.micro_batch,
             device=self.device,
         )
-        return trajectory, rows_of(cond, slice(None), self.home)
+        return trajectory, rows_of(cond, slice(None), self.storage_device)
 
     def _rewards(
         self, x: Tensor, cond: Cond | None, *, gradient: bool
@@ -159,8 +159,8 @@ class TiltLoss(Loss):
                 found = self.reward.terms(part, some)
             terms.append(found)
         values = {name: torch.cat([found[name] for found in terms]) for name in terms[0]}
-        values = {name: value.to(self.home, self.dtype) for name, value in values.items()}
-        return values, torch.cat(slopes).to(self.home, self.dtype) if slopes else None
+        values = {name: value.to(self.storage_device, self.dtype) for name, value in values.items()}
+        return values, torch.cat(slopes).to(self.storage_device, self.dtype) if slopes else None
 
     def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
@@ -181,14 +181,14 @@ class TiltLoss(Loss):
         )
         adjoint = carry(-gradient)
         known = {}
-        if self.config.variates:
+        if self.config.control_variates:
             variates = self._variates(module, trajectory, -gradient, cond)
-            noise = carry(torch.zeros_like(gradient), variates=variates).values
+            noise = carry(torch.zeros_like(gradient), control_variates=variates).values
             if (
                 self.kernel.residual_at_next
             ):  # the residual of a step sees the noise of that step too
                 noise[1:] += variates
-            known["known"] = noise
+            known["control_variate"] = noise
         log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel_on_storage)
         return {
             "xs": trajectory.xs[:-1],
@@ -228,7 +228,7 @@ class TiltLoss(Loss):
         """Fresh trajectories, or replayed ones when the buffer says so."""
         if self.buffer is None:
             return self.collect(module, generator)
-        if self.calls % self.config.refresh == 0 or not self.buffer.size:
+        if self.calls % self.config.losses_per_rollout == 0 or not self.buffer.size:
             self.buffer.add(self.collect(module, generator))
         return self.buffer.draw(self.batch_size, generator=generator)
 
@@ -272,7 +272,7 @@ class TiltLoss(Loss):
             steps=steps,
             weights=weights,
             clip=clip,
-            known=batch.get("known"),
+            control_variate=batch.get("control_variate"),
         )
         if config.clip_quantile:
             seen = metrics["term_quantile"]
@@ -317,7 +317,7 @@ class TiltLoss(Loss):
     @property
     def kernel_on_storage(self) -> Kernel:
         """The same where trajectories are kept."""
-        return self.kernel.to(self.home)
+        return self.kernel.to(self.storage_device)
 
     def _field(self, module: nn.Module) -> VelocityField:
         """What evaluates ``module``: itself, or its compiled form, which shares its weights."""
@@ -329,10 +329,12 @@ class TiltLoss(Loss):
 
     def _select(self, generator: torch.Generator) -> Tensor | None:
         """Indices of the steps whose velocities get a gradient; None for all."""
-        late, early = self.config.late, self.config.early
+        late, early = self.config.late_fraction, self.config.early_fraction
         if late == 1 or early == 1:
             return None
-        return select_steps(self.kernel.steps, late=late, early=early, generator=generator)
+        return select_steps(
+            self.kernel.steps, late_fraction=late, early_fraction=early, generator=generator
+        )
 
     def _velocity(
         self, field: VelocityField, xs: Tensor, steps: Tensor | None, cond: Cond | None
@@ -367,7 +369,7 @@ class TiltLoss(Loss):
             self._compare(state.get("known_rewards"))
         self.calls = int(state["calls"])  # type: ignore[call-overload]
         cap = state["cap"]
-        self.cap = cap.to(self.home) if isinstance(cap, Tensor) else None
+        self.cap = cap.to(self.storage_device) if isinstance(cap, Tensor) else None
         if self.buffer is not None and isinstance(state["buffer"], dict) and as_many:
             self.buffer.load_state_dict(state["buffer"])
 

@@ -21,8 +21,8 @@ and held-out images.
 Run: ``python -m benchmarks.digits``, 20 to 30 minutes a temperature on one core; a stopped run
 continues from its checkpoint.  Writes ``results/digits.json`` and ``results/digits.png``.
 ``results/digits_informed.json`` holds the first three kinds for a model that sees the reward, with
-control variates, on a quarter of the trajectories: ``--informed --variates --compile
---iterations 1500 --batch-size 128 --lr 3e-3``.
+control variates, on a quarter of the trajectories: ``--informed --control-variates
+--compile --iterations 1500 --batch-size 128 --lr 3e-3``.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class BenchmarkConfig:
     lr: float = 1e-3
     """Learning rate of the tilts."""
     informed: bool = False
-    """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
-    variates: bool = False
+    """Train a model that sees the reward (`adjoint.reward_informed`), not a copy of the base."""
+    control_variates: bool = False
     """Take from the adjoints the noise that the model knows (`adjoint.chain.control_variates`)."""
-    refine: float = 0.0
+    refine_fraction: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w."""
     refine_steps: int = 0
     """Steps of the chain in those updates and in the certificate; 0 takes ``steps``."""
@@ -117,8 +117,8 @@ class BenchmarkConfig:
             batch_size=self.batch_size,
             lr=self.lr,
             informed=self.informed,
-            variates=self.variates,
-            refine=self.refine,
+            control_variates=self.control_variates,
+            refine_fraction=self.refine_fraction,
             refine_steps=self.refine_steps,
             min_ess=self.min_ess,
             compile=self.compile,
@@ -195,8 +195,8 @@ def make_row(
         "batch_size": config.batch_size,
         "lr": config.lr,
         "informed": config.informed,
-        "variates": config.variates,
-        "refine": config.refine,
+        "control_variates": config.control_variates,
+        "refine_fraction": config.refine_fraction,
         "refine_steps": config.refine_steps,
         "device": config.device,
         "base_samples": config.base_samples,

@@ -123,7 +123,7 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
     options = TiltConfig(
         kernel=kernel.removesuffix("_weighted").removesuffix("_refined"),
         importance=kernel.endswith("_weighted"),
-        refine=REFINED if kernel.endswith("_refined") else 0.0,
+        refine_fraction=REFINED if kernel.endswith("_refined") else 0.0,
         steps=steps,
         iterations=config.iterations,
         batch_size=config.batch_size,

@@ -51,7 +51,7 @@ def lean_adjoint(
     *,
     noise: Tensor | None = None,
     running: Tensor | None = None,
-    variates: Tensor | None = None,
+    control_variates: Tensor | None = None,
     micro_batch: int = 0,
     device: torch.device | str | None = None,
 ) -> Adjoint:
@@ -62,7 +62,7 @@ def lean_adjoint(
             covariance needs (`adjoint.chain.conditional_covariance`); unused otherwise.
         running: (K, B, *) gradient of a running state cost at x_k, times the step; for control
             problems other than tilting, which have none.
-        variates: (K, B, *) what is added to λ_1 … λ_K before they are carried on; see
+        control_variates: (K, B, *) what is added to λ_1 … λ_K before they are carried on; see
             `adjoint.chain.control_variates`.
         micro_batch, device: see `adjoint.chain.rollout`; by default all B, and where xs is.
 
@@ -88,7 +88,7 @@ def lean_adjoint(
                 rows_of(cond, i),
                 noise=None if noise is None else noise[:, i],
                 running=None if running is None else running[:, i],
-                variates=None if variates is None else variates[:, i],
+                control_variates=None if control_variates is None else control_variates[:, i],
                 micro_batch=micro_batch,
                 device=device,
             )
@@ -108,7 +108,7 @@ def lean_adjoint(
         vs, pull = linearised(xs[:-1].to(device), kernel.adjoint_t.to(xs.dtype), cond)
     for k in reversed(range(kernel.steps)):
         x = xs[k].to(device)
-        whole = value if variates is None else value + variates[k].to(device)
+        whole = value if control_variates is None else value + control_variates[k].to(device)
         if linearised is None:
             v, product = velocity_and_vjp(base, x, t[k], whole, cond)
         else:

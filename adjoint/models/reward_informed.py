@@ -58,7 +58,7 @@ class RewardInformed(Corrected):
             part of its weights, and must be where the model is.
         correction: module called as (x, t, cond), where ``cond`` holds besides the conditions of
             the flow ``estimate`` (x̂_1) and ``slope`` (s), each of the shape of x; it should start
-            at zero.  See `informed` for vectors, and ``images`` of
+            at zero.  See `reward_informed` for vectors, and ``images`` of
             `flows.networks.unet.UNetVelocity`.  Gain and correction must have the dtype and device
             of the state: use ``.to`` where it is not float32 on the CPU.
         time_dim: size of the time embedding of the gain, even.
@@ -125,7 +125,7 @@ class _Shared:
         return self
 
 
-def informed(
+def reward_informed(
     base: VelocityField,
     reward: Reward | ValueFunction,
     dim: int,

@@ -72,7 +72,7 @@ class RunConfig:
     """Learning rate of the tilt."""
     temperature: float = 1.0
     """The target of the tilt is p(x) exp(r(x) / temperature)."""
-    refine: float = 0.5
+    refine_fraction: float = 0.5
     """Fraction of the updates, the last ones, that minimise the variance of log w instead."""
     importance: bool = False
     """Weight trajectories by their importance."""
@@ -134,7 +134,7 @@ class RunConfig:
             batch_size=self.batch_size,
             lr=self.lr,
             temperature=self.temperature,
-            refine=self.refine,
+            refine_fraction=self.refine_fraction,
             importance=self.importance,
             seed=self.seed,
             checkpoint_every=CHECKPOINT_EVERY,

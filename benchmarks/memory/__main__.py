@@ -54,7 +54,7 @@ SHAPE = (1, 16, 16)
 MB = 2**20
 OPTIONS: dict[str, dict[str, Any]] = {
     "update": {},
-    "late=0.25, early=0.25": {"late": 0.25, "early": 0.25},
+    "late_fraction=0.25, early_fraction=0.25": {"late_fraction": 0.25, "early_fraction": 0.25},
     "batch_size=2, accumulate=4": {"batch_size": 2, "accumulate": 4},
     "micro_batch=8": {"micro_batch": 8},
     "batch_size=32, micro_batch=8": {"batch_size": 32, "micro_batch": 8},
@@ -145,7 +145,7 @@ def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str
     peak, seconds = measure(run, args.device)
     if simulated:
         with simulated_device() as ledger:
-            loss.home = HOST
+            loss.storage_device = HOST
             run()
         peak = ledger.peak / MB
     device = "simulated" if simulated else args.device

@@ -122,7 +122,9 @@ class ControlLoss:
             _, slope = Reward(problem.running).value_and_gradient(xs[:-1].flatten(0, 1))
             running = self.h.to(xs).reshape(-1, 1, 1) * slope.reshape(xs[:-1].shape)
         adjoint = lean_adjoint(problem.drift, kernel, xs, gradient, running=running)
-        steps = select_steps(kernel.steps, late=0, early=self.fraction, generator=generator)
+        steps = select_steps(
+            kernel.steps, late_fraction=0, early_fraction=self.fraction, generator=generator
+        )
         v = velocity_along(module, xs[steps], kernel.t[steps])
         loss, metrics = adjoint_matching_loss(v, adjoint, kernel, steps=steps)
         return loss, {"terminal_cost": cost.mean(), **metrics}

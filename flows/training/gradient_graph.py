@@ -100,6 +100,6 @@ class GradientGraph:
             cause = error.__context__ or error  # the end of a broken recording fails too
             raise ValueError(
                 "the update cannot be recorded as a CUDA graph; a loss that waits for the GPU or "
-                "draws on the CPU (its reward, base or sampler of conditions) needs graph=False, "
-                f"in a new process: {cause}"
+                "draws on the CPU (its reward, base or sampler of conditions) needs "
+                f"cuda_graphs=False, in a new process: {cause}"
             ) from error

@@ -87,16 +87,16 @@ def test_step_selection_keeps_the_late_and_samples_the_early():
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(20)
     for _ in range(600):
-        chosen = select_steps(20, late=0.25, early=0.4, generator=generator)
+        chosen = select_steps(20, late_fraction=0.25, early_fraction=0.4, generator=generator)
         assert len(chosen) == 5 + 6
         assert bool((chosen.diff() > 0).all())
         counts[chosen] += 1
     assert bool((counts[15:] == 600).all())
     assert bool(((counts[:15] / 600 - 0.4).abs() < 0.1).all())
     with pytest.raises(ValueError, match="select none"):
-        select_steps(20, late=0.0, early=0.0)
+        select_steps(20, late_fraction=0.0, early_fraction=0.0)
     with pytest.raises(ValueError, match="late must lie"):
-        select_steps(20, late=1.5)
+        select_steps(20, late_fraction=1.5)
 
 
 def test_importance_weights_are_softmax_times_batch_and_capped():

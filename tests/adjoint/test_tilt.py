@@ -65,19 +65,19 @@ OPTIONS = [
     {"kernel": "covariance_matched"},
     {"steps": 8, "shift": 2.0},
     {"accumulate": 3},
-    {"replay": 64, "refresh": 4},
+    {"replay_size": 64, "losses_per_rollout": 4},
     {"importance": True},
-    {"variates": True},
-    {"variates": True, "importance": True, "replay": 64, "refresh": 4},
-    {"replay": 64, "refresh": 4, "importance": True, "clip_quantile": True},
-    {"late": 0.25, "early": 0.5},
+    {"control_variates": True},
+    {"control_variates": True, "importance": True, "replay_size": 64, "losses_per_rollout": 4},
+    {"replay_size": 64, "losses_per_rollout": 4, "importance": True, "clip_quantile": True},
+    {"late_fraction": 0.25, "early_fraction": 0.5},
     {"clip": 100.0},
     {"clip_quantile": True},
     {"ema_decay": 0.9},
     {"autocast": True},
-    {"refine": 0.6},
-    {"refine": 1.0, "late": 0.25, "early": 0.5, "accumulate": 2},
-    {"refine": 1.0, "kernel": "covariance_matched"},
+    {"refine_fraction": 0.6},
+    {"refine_fraction": 1.0, "late_fraction": 0.25, "early_fraction": 0.5, "accumulate": 2},
+    {"refine_fraction": 1.0, "kernel": "covariance_matched"},
 ]
 
 
@@ -124,10 +124,10 @@ def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
             kernel=kernel,
             certificate_samples=512,
             batch_size=64 if refine else 16,  # eight different conditions
-            replay=64,
-            refresh=2,
-            late=0.5,
-            refine=refine,
+            replay_size=64,
+            losses_per_rollout=2,
+            late_fraction=0.5,
+            refine_fraction=refine,
         )
         found = tilt(
             base,
@@ -165,9 +165,9 @@ def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
     [
         ({}, 10),
         ({"accumulate": 3}, 30),
-        ({"replay": 64}, 10),
-        ({"replay": 64, "refresh": 4}, 3),
-        ({"replay": 64, "refresh": 100}, 1),
+        ({"replay_size": 64}, 10),
+        ({"replay_size": 64, "losses_per_rollout": 4}, 3),
+        ({"replay_size": 64, "losses_per_rollout": 100}, 1),
     ],
     ids=str,
 )
@@ -179,7 +179,7 @@ def test_rollouts_per_update(options, rollouts):
 
 def test_a_subset_of_the_steps_always_has_the_late_ones():
     model = Shift()
-    run(with_options(iterations=60, steps=8, late=0.25, early=0.5), model=model)
+    run(with_options(iterations=60, steps=8, late_fraction=0.25, early_fraction=0.5), model=model)
     steps = [(8 * times).round().long().tolist() for times in model.times]
     assert len(steps) == 60
     assert all(len(chosen) == 5 and chosen[-2:] == [6, 7] for chosen in steps)
@@ -246,8 +246,8 @@ def test_importance_weights_make_stale_trajectories_unbiased(importance):
         ema_decay=0.0,
         steps=steps,
         batch_size=4096,
-        replay=4096,
-        refresh=1000,
+        replay_size=4096,
+        losses_per_rollout=1000,
         importance=importance,
         certificate_samples=0,
     )
@@ -359,7 +359,7 @@ def test_trajectories_and_loss_are_without_dropout():
     assert float(loss_metrics["control_norm"]) < 1e-6
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 16}, {"refine": 1.0}])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 16}, {"refine_fraction": 1.0}])
 def test_a_flat_reward_leaves_a_model_with_batch_statistics_where_it_is(options):
     class Normalised(torch.nn.Module):
         def __init__(self):

@@ -33,7 +33,7 @@ def test_the_numbers_are_those_of_the_benchmark():
         f"checkpoint {round(mb['checkpoint, all weights trained'])} → "
         f"{round(mb['checkpoint, adapters of rank 8 trained'])} MB",
         f"{update} → {mb['micro_batch=8']:.1f} MB",
-        f"{update} → {round(mb['late=0.25, early=0.25'])} MB",
+        f"{update} → {round(mb['late_fraction=0.25, early_fraction=0.25'])} MB",
         f"{update} → {round(mb['batch_size=2, accumulate=4'])} MB",
         f"{update} → {round(mb['blocks of the model checkpointed'])} MB",
         f"{update} → {round(mb['autocast'])} MB",

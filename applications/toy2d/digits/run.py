@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adjoint import Reward, TiltConfig, Tilted, informed, tilt
+from adjoint import Reward, TiltConfig, Tilted, reward_informed, tilt
 from adjoint.certificate import ENOUGH
 from adjoint.chain.conditional_covariance import MAX_DIM
 from applications.common.callbacks import training_callbacks
@@ -70,9 +70,9 @@ class DigitsConfig:
     """Weight trajectories by their importance."""
     min_ess: float = 0.5
     """Batches whose effective sample size / B is smaller go unweighted."""
-    variates: bool = False
+    control_variates: bool = False
     """Take from the adjoints the noise that the model knows (`adjoint.chain.control_variates`)."""
-    refine: float = 0.0
+    refine_fraction: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w."""
     refine_steps: int = 0
     """Steps of the chain in those updates, and of what is judged; 0 is ``steps``."""
@@ -82,7 +82,7 @@ class DigitsConfig:
     """Where the tilt is trained (on cuda by CUDA graphs) and judged, cpu, cuda or auto; classifier
     and base train on the CPU."""
     informed: bool = False
-    """Train a model that sees the reward (`adjoint.informed`), not a copy of the base."""
+    """Train a model that sees the reward (`adjoint.reward_informed`), not a copy of the base."""
     width: int = 256
     """Width of the hidden layers, three each, of the base flow and of an informed model."""
     base_iterations: int = 2000
@@ -142,11 +142,11 @@ class DigitsConfig:
             temperature=self.temperature,
             importance=self.importance,
             min_ess=self.min_ess,
-            variates=self.variates,
-            refine=self.refine,
+            control_variates=self.control_variates,
+            refine_fraction=self.refine_fraction,
             refine_steps=self.refine_steps,
             compile=self.compile,
-            graph=torch.device(self.device).type == "cuda",
+            cuda_graphs=torch.device(self.device).type == "cuda",
             ema_decay=0.99,
             seed=self.seed,
             certificate_samples=self.samples,
@@ -212,7 +212,7 @@ def tilt_digits(
     names += ["base_iterations", "base_batch_size", "classifier_iterations"]
     model = None
     if config.informed:
-        model = informed(
+        model = reward_informed(
             base,
             Reward(reward, scale=1 / config.temperature),
             DIM,

@@ -10,7 +10,7 @@ import torch
 from helpers.linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
 from torch import nn
 
-from adjoint.tilt import TiltConfig, _home, tilt
+from adjoint.tilt import TiltConfig, device_of, tilt
 from flows.field import Residual, batch_time
 from flows.mixture import GaussianMixture
 from flows.networks.mlp import MLPVelocity
@@ -166,9 +166,9 @@ def test_arguments_of_another_kind_are_refused_before_any_work(options, error, m
 
 def test_the_device_is_that_of_the_base_where_none_is_named():
     there = nn.Linear(2, 2, device="meta")
-    assert _home(there, None) == torch.device("meta")
-    assert _home(lambda x, t, cond: x, there) == torch.device("meta")
-    assert _home(lambda x, t, cond: x, None) == torch.device("cpu")
+    assert device_of(there, None) == torch.device("meta")
+    assert device_of(lambda x, t, cond: x, there) == torch.device("meta")
+    assert device_of(lambda x, t, cond: x, None) == torch.device("cpu")
 
 
 def test_a_progress_bar_is_shown_before_and_after_training_too(capsys):
@@ -199,18 +199,21 @@ def test_a_closed_form_of_images_needs_a_model():
         ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
         ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"late": 1.5}, r"late must lie in \[0, 1\], got 1.5"),
-        ({"late": 0.5, "early": -0.1}, r"early must lie in \[0, 1\], got -0.1"),
-        ({"late": 0.0, "early": 0.0}, "select none of 20 steps"),
+        ({"late_fraction": 1.5}, r"late_fraction must lie in \[0, 1\], got 1.5"),
+        (
+            {"late_fraction": 0.5, "early_fraction": -0.1},
+            r"early_fraction must lie in \[0, 1\], got -0.1",
+        ),
+        ({"late_fraction": 0.0, "early_fraction": 0.0}, "select none of 20 steps"),
         ({"clip": -1.0}, "clip must be at least 0.*got clip=-1.0"),
         ({"clip": math.nan}, "clip must be at least 0.*got clip=nan"),
         ({"clip": 1.0, "clip_quantile": True}, "0 where clip_quantile is on, got clip=1.0"),
-        ({"clip": 1.0, "variates": True}, "variates must be False where clip"),
-        ({"replay": -1}, "replay must be at least 0, got -1"),
-        ({"replay": 100}, "replay must be 0 or at least batch_size=256, got 100"),
+        ({"clip": 1.0, "control_variates": True}, "control_variates must be False where clip"),
+        ({"replay_size": -1}, "replay_size must be at least 0, got -1"),
+        ({"replay_size": 100}, "replay_size must be 0 or at least batch_size=256, got 100"),
         ({"min_ess": 1.5}, r"min_ess must lie in \[0, 1\], got 1.5"),
-        ({"refresh": 0}, "refresh must be at least 1, got 0"),
-        ({"refresh": 2}, "refresh=2 needs a replay buffer"),
+        ({"losses_per_rollout": 0}, "losses_per_rollout must be at least 1, got 0"),
+        ({"losses_per_rollout": 2}, "losses_per_rollout=2 needs a replay buffer"),
         ({"certificate_samples": -1}, "certificate_samples must be at least 0, got -1"),
         ({"micro_batch": -1}, "micro_batch must be at least 0, got -1"),
         ({"reward_batch": -2}, "reward_batch must be at least 0, got -2"),
@@ -255,7 +258,7 @@ def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
 def finished(tmp_path, **options):
     """A checkpoint of a short run with a replay buffer, its path and its options."""
     path = tmp_path / "c.pt"
-    config = with_options(iterations=3, replay=32, **options)
+    config = with_options(iterations=3, replay_size=32, **options)
     run(config, checkpoint=path, identity={"base": "gaussian"})
     return path, config
 
@@ -440,3 +443,14 @@ def test_a_small_certificate_of_conditions_is_not_taken_for_one_of_a_single_law(
     assert found.certificate.groups == 2
     assert "log_z by ODE" not in str(found)
     assert float(found.certificate_base.grouped.mean(1).diff()) == pytest.approx(4, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("late", "late_fraction"), ("refresh", "losses_per_rollout"), ("graph", "cuda")],
+)
+def test_a_former_name_of_an_option_is_refused_by_its_new_one(old, new):
+    with pytest.raises(TypeError, match=f"option '{old}' of version 0.1.0 is now called '{new}"):
+        TiltConfig(**{old: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'leten'"):
+        TiltConfig(leten=1)

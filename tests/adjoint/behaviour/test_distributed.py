@@ -31,8 +31,14 @@ STEPS = 4
 OPTIONS = {
     "plain": {},
     "micro_batches": {"micro_batch": 3, "reward_batch": 3, "accumulate": 2},
-    "weighted": {"importance": True, "min_ess": 0.0, "clip": 3.0, "early": 0.5, "late": 0.25},
-    "refined": {"refine": 1.0},
+    "weighted": {
+        "importance": True,
+        "min_ess": 0.0,
+        "clip": 3.0,
+        "early_fraction": 0.5,
+        "late_fraction": 0.25,
+    },
+    "refined": {"refine_fraction": 1.0},
 }
 
 
@@ -156,7 +162,7 @@ def test_a_checkpoint_of_two_processes_loads_in_one(tmp_path):
 
 
 def too_few(rank):
-    config = replace(CONFIG, batch_size=2, replay=0, refresh=1, refine=0.5)
+    config = replace(CONFIG, batch_size=2, replay_size=0, losses_per_rollout=1, refine_fraction=0.5)
     kernel = make_kernel("ancestral", torch.linspace(0, 1, 5, dtype=torch.float64))
     TiltLoss(
         PROBLEM.base,
@@ -182,7 +188,7 @@ def sharded_tilt(rank, sharded, adapters=False, alone=False):
     if sharded:
         for module in (base, model):
             fully_shard(module, mesh=init_device_mesh("cpu", (distributed.size(),)))
-    config = replace(CONFIG, micro_batch=4, replay=0, refresh=1, grad_clip=1.0)
+    config = replace(CONFIG, micro_batch=4, replay_size=0, losses_per_rollout=1, grad_clip=1.0)
     options = {} if alone else {"model": model}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this base is no flow of independent noise

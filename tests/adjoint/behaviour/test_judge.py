@@ -94,8 +94,8 @@ def tilted():
         ema_decay=0.98,
         steps=10,
         batch_size=256,
-        replay=768,
-        refresh=3,
+        replay_size=768,
+        losses_per_rollout=3,
         certificate_samples=0,
     )
     with torch.random.fork_rng(devices=[]):

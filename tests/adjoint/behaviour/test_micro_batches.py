@@ -127,12 +127,12 @@ def test_velocities_and_their_gradients_do_not_depend_on_the_micro_batch(micro_b
 
 OPTIONS = [
     {},
-    {"replay": 14, "refresh": 2, "importance": True, "clip_quantile": True},
-    {"late": 0.4, "early": 0.4},
-    {"variates": True},
-    {"variates": True, "kernel": "covariance_matched"},
-    {"refine": 1.0, "late": 0.4, "early": 0.4},
-    {"refine": 1.0, "kernel": "covariance_matched"},
+    {"replay_size": 14, "losses_per_rollout": 2, "importance": True, "clip_quantile": True},
+    {"late_fraction": 0.4, "early_fraction": 0.4},
+    {"control_variates": True},
+    {"control_variates": True, "kernel": "covariance_matched"},
+    {"refine_fraction": 1.0, "late_fraction": 0.4, "early_fraction": 0.4},
+    {"refine_fraction": 1.0, "kernel": "covariance_matched"},
 ]
 
 
@@ -180,7 +180,7 @@ def test_offloading_leaves_the_numbers_and_only_weights_on_the_device(options, m
     expected = outcome(loss_of(base, **options), model)
     with simulated_device() as ledger:
         loss = loss_of(base, **options)
-        loss.home = HOST
+        loss.storage_device = HOST
         state = torch.Generator().manual_seed(1)
         if not options.get("refine"):
             batch = loss.collect(model, state)
@@ -194,12 +194,12 @@ def test_offloading_leaves_the_numbers_and_only_weights_on_the_device(options, m
 
 
 def test_the_state_of_an_offloading_loss_is_restored_where_it_was():
-    options = {"replay": 14, "refresh": 3, "clip_quantile": True}
+    options = {"replay_size": 14, "losses_per_rollout": 3, "clip_quantile": True}
     model, base = Counting(), Counting(1)
     with simulated_device():
         loss, other = loss_of(base, **options), loss_of(base, **options)
         for one in (loss, other):
-            one.home, one.buffer.device = HOST, HOST
+            one.storage_device, one.buffer.device = HOST, HOST
         generator = torch.Generator().manual_seed(0)
         loss(model, generator)
         other.load_state_dict(loss.state_dict())
@@ -365,7 +365,7 @@ def test_velocities_in_bfloat16_leave_the_coefficients_of_the_loss_in_float32(re
 
     model, losses = Rounded(), []
     model.w.data.fill_(0.3)
-    config = with_options(batch_size=32, refine=refine)
+    config = with_options(batch_size=32, refine_fraction=refine)
     reward = Reward(lambda x, c: (x * SLOPES.float()).sum(1))
     loss = TiltLoss(BASE, reward, kernel_of("moment_matched"), shape=(2,), config=config)
     for model.result in (torch.bfloat16, torch.float32):

@@ -74,7 +74,7 @@ def exact_chain(steps):
 
 def gradient(model, *, seed, reward=None, base=BASE, cond_sampler=None, **options):
     """Gradient of the refining loss in w on one batch, with its metrics."""
-    config = replace(FAST, refine=1.0, **options)
+    config = replace(FAST, refine_fraction=1.0, **options)
     loss = TiltLoss(
         base,
         Reward(reward or Slope()),
@@ -94,7 +94,9 @@ def shifted(w, base=BASE):
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"late": 0.25, "early": 0.5, "steps": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"late_fraction": 0.25, "early_fraction": 0.5, "steps": 8}], ids=str
+)
 def test_the_gradient_vanishes_at_the_optimum_on_every_batch(options):
     for seed in range(3):
         at, metrics = gradient(shifted(S2 * SLOPES), seed=seed, batch_size=4, **options)
@@ -107,7 +109,7 @@ def test_a_subset_of_the_steps_has_its_part_of_the_gradient():
     """Late and early parts, each by itself, add up: the other steps enter as numbers."""
     model = Shift()
     whole, _ = gradient(model, seed=0, steps=8)
-    late, _ = gradient(model, seed=0, steps=8, late=0.5, early=0.0)
+    late, _ = gradient(model, seed=0, steps=8, late_fraction=0.5, early_fraction=0.0)
     assert 0.05 < float(late.norm() / whole.norm()) < 0.95
     assert sorted(set(torch.cat(model.times[-1:]).tolist())) == [0.5, 0.625, 0.75, 0.875]
 
@@ -139,7 +141,7 @@ def test_refinement_takes_the_last_part_of_the_updates():
             self.losses.append(set(metrics))
 
     watch = Watch()
-    run(replace(FAST, iterations=10, refine=0.3, accumulate=2), callbacks=[watch])
+    run(replace(FAST, iterations=10, refine_fraction=0.3, accumulate=2), callbacks=[watch])
     assert ["adjoint_norm" in names for names in watch.losses] == [True] * 7 + [False] * 3
 
 
@@ -160,7 +162,7 @@ def test_refinement_on_a_finer_grid_rolls_out_and_certifies_that():
     problem = PROBLEMS["square"]
     torch.manual_seed(0)
     model = Counting(problem.base, MLPVelocity(2, hidden=(8,), zero_init=True))
-    config = replace(FAST, iterations=4, steps=5, refine=0.5, refine_steps=20)
+    config = replace(FAST, iterations=4, steps=5, refine_fraction=0.5, refine_steps=20)
     config = replace(config, certificate_samples=64)
     options = {"shape": (2,), "config": config}
     tilted = tilt(problem.base, problem.reward, model=model, callbacks=[Watch()], **options)
@@ -188,7 +190,7 @@ def test_refinement_brings_log_weights_closer_to_constant():
             batch_size=128,
             lr=4e-3,
             ema_decay=0.99,
-            refine=refine,
+            refine_fraction=refine,
             certificate_samples=2048,
         )
         found[refine] = tilt(
@@ -200,12 +202,18 @@ def test_refinement_brings_log_weights_closer_to_constant():
 
 
 def test_bad_options_are_refused():
-    for options in ({"refine": 1.5}, {"refine": -0.1}, {"refine": 0.5, "batch_size": 1}):
-        with pytest.raises(ValueError, match="refine must lie in"):
+    for options in (
+        {"refine_fraction": 1.5},
+        {"refine_fraction": -0.1},
+        {"refine_fraction": 0.5, "batch_size": 1},
+    ):
+        with pytest.raises(ValueError, match="refine_fraction must lie in"):
             TiltConfig(**options)
-    short = TiltConfig(iterations=30, refine=0.01, refine_steps=100)  # of no update
+    short = TiltConfig(iterations=30, refine_fraction=0.01, refine_steps=100)  # of no update
     assert (short.chain_steps, replace(short, iterations=50).chain_steps) == (20, 20)
     assert replace(short, iterations=100).chain_steps == 100
-    for options in ({"refine_steps": 20}, {"refine": 0.5, "refine_steps": 1}):
-        with pytest.raises(ValueError, match="refine_steps must be 0, or at least 2 where refine"):
+    for options in ({"refine_steps": 20}, {"refine_fraction": 0.5, "refine_steps": 1}):
+        with pytest.raises(
+            ValueError, match="refine_steps must be 0, or at least 2 where refine_fraction"
+        ):
             TiltConfig(**options)

@@ -94,8 +94,8 @@ def test_states_at_several_times_need_a_time_each(shape):
         {},
         {"kernel": "euler_published"},
         {"kernel": "moment_matched", "importance": True},
-        {"late": 0.25, "early": 0.5, "clip_quantile": True},
-        {"refine": 1.0, "batch_size": 16},
+        {"late_fraction": 0.25, "early_fraction": 0.5, "clip_quantile": True},
+        {"refine_fraction": 1.0, "batch_size": 16},
         {"micro_batch": 5, "reward_batch": 3},
     ],
 )
@@ -123,7 +123,9 @@ def without_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", [{"late": 0.5, "early": 0.5}, {"micro_batch": 4}])
+@pytest.mark.parametrize(
+    "options", [{"late_fraction": 0.5, "early_fraction": 0.5}, {"micro_batch": 4}]
+)
 def test_compiled_fields_change_nothing_and_are_compiled_once(without_compiler, options):
     plain, fast = loss_of(**options), loss_of(compile=True, **options)
     model = network(cond_dims={"c": 1})
@@ -176,9 +178,9 @@ def test_what_cannot_be_compiled_is_refused():
     "options",
     [
         {},
-        {"refine": 0.5, "importance": True},
-        {"late": 0.25, "early": 0.5, "accumulate": 2},
-        {"variates": True, "compile": True},
+        {"refine_fraction": 0.5, "importance": True},
+        {"late_fraction": 0.25, "early_fraction": 0.5, "accumulate": 2},
+        {"control_variates": True, "compile": True},
     ],
 )
 def test_a_tilt_by_graphs_is_the_tilt(options):
@@ -186,7 +188,7 @@ def test_a_tilt_by_graphs_is_the_tilt(options):
     base = GaussianMixture(torch.ones(2), means, 0.3 * torch.eye(2).repeat(2, 1, 1))
     found = []
     for graph in (False, True):
-        config = TiltConfig(iterations=12, steps=8, batch_size=64, graph=graph, **options)
+        config = TiltConfig(iterations=12, steps=8, batch_size=64, cuda_graphs=graph, **options)
         tilted = tilt(base, lambda x, _: x[:, 0], shape=(2,), config=config, device="cuda")
         found.append([p.detach().cpu() for p in tilted.field.parameters()])
     for plain, recorded in zip(*found, strict=True):
@@ -196,13 +198,18 @@ def test_a_tilt_by_graphs_is_the_tilt(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"replay": 64, "batch_size": 64}, "replay must be 0 where graph"),
-        ({"clip_quantile": True}, "clip_quantile must be False where graph"),
-        ({"micro_batch": 8}, "micro_batch must be 0 where graph"),
-        ({"kernel": "covariance_matched"}, "graph must be False with kernel"),
-        ({}, "graph must be False on device cpu"),
+        ({"replay_size": 64, "batch_size": 64}, "replay_size must be 0 where cuda_graphs"),
+        ({"clip_quantile": True}, "clip_quantile must be False where cuda_graphs"),
+        ({"micro_batch": 8}, "micro_batch must be 0 where cuda_graphs"),
+        ({"kernel": "covariance_matched"}, "cuda_graphs must be False with kernel"),
+        ({}, "cuda_graphs must be False on device cpu"),
     ],
 )
 def test_what_graphs_do_not_go_with_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        tilt(network(), lambda x, _: x[:, 0], shape=(2,), config=TiltConfig(graph=True, **options))
+        tilt(
+            network(),
+            lambda x, _: x[:, 0],
+            shape=(2,),
+            config=TiltConfig(cuda_graphs=True, **options),
+        )

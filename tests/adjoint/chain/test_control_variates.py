@@ -56,7 +56,9 @@ def adjoints(field, kernel, reward, x0, noise):
     c = control_variates(field, base, kernel, trajectory, end, terminal)
     adjoint = lean_adjoint(base, kernel, trajectory.xs, end, noise=noise)
     nothing = torch.zeros_like(end)
-    known = lean_adjoint(base, kernel, trajectory.xs, nothing, noise=noise, variates=c).values
+    known = lean_adjoint(
+        base, kernel, trajectory.xs, nothing, noise=noise, control_variates=c
+    ).values
     if kernel.residual_at_next:
         known = torch.cat([known[:1], known[1:] + c])
     return trajectory, c, adjoint, known
@@ -116,7 +118,7 @@ def noise_at_the_optimum(name, steps, *, n=2000):
     x0, noise = start(n, steps, kernel)
     trajectory, _, adjoint, known = adjoints(TILTED, kernel, PROBLEM.reward, x0, noise)
     v = trajectory.v
-    less = adjoint_matching_loss(v, adjoint, kernel, known=known)[0]
+    less = adjoint_matching_loss(v, adjoint, kernel, control_variate=known)[0]
     return float(less / adjoint_matching_loss(v, adjoint, kernel)[0])
 
 
@@ -137,7 +139,7 @@ def test_the_gradient_of_the_loss_is_that_of_the_weighted_residual_less_the_nois
     v = trajectory.v.clone().requires_grad_(True)
     steps = torch.tensor([0, 2])
     loss, _ = adjoint_matching_loss(
-        v[steps], adjoint, kernel, steps=steps, weights=weights, known=known
+        v[steps], adjoint, kernel, steps=steps, weights=weights, control_variate=known
     )
     (found,) = torch.autograd.grad(loss, v)
     r, a = (c[steps].reshape(-1, 1, 1) for c in (kernel.residual_v, kernel.residual_a))

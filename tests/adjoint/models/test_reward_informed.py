@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adjoint.chain.rollout import velocity_along
-from adjoint.models.reward_informed import RewardInformed, informed
+from adjoint.models.reward_informed import RewardInformed, reward_informed
 from adjoint.rewards.decoded import decoded
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import TiltConfig, tilt
@@ -81,7 +81,7 @@ def points(n=6, seed=1):
 
 
 def conditional(reward=steered, seed=0):
-    model = informed(Conditional(), reward, 2, hidden=(8, 8), cond_dims={"c": 1}, seed=seed)
+    model = reward_informed(Conditional(), reward, 2, hidden=(8, 8), cond_dims={"c": 1}, seed=seed)
     return awake(model.double())
 
 
@@ -93,7 +93,7 @@ COND = {"c": torch.linspace(-1, 2, 6, dtype=F64)[:, None]}
 
 def test_it_starts_at_the_base():
     x, t = points(), torch.linspace(0, 1, 6, dtype=F64)
-    model = informed(ANISOTROPIC, curved, 2).double()
+    model = reward_informed(ANISOTROPIC, curved, 2).double()
     assert torch.equal(model(x, t), ANISOTROPIC(x, t))
 
 
@@ -198,7 +198,7 @@ DECODERS = {
 def test_every_kind_of_reward_gives_the_same_jacobian_by_all_ways(name):
     torch.manual_seed(0)
     reward = DECODERS[name]()
-    model = awake(informed(ANISOTROPIC, reward, 2, hidden=(8,)).double())
+    model = awake(reward_informed(ANISOTROPIC, reward, 2, hidden=(8,)).double())
     x, t = points(), torch.tensor(0.6, dtype=F64)
     with torch.no_grad():
         columns = [(model(x + e, t) - model(x - e, t)) / 2e-6 for e in 1e-6 * torch.eye(2).double()]
@@ -239,7 +239,9 @@ class Judge(nn.Module):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_only_gain_and_correction_are_trained(compiled):
     judge = Judge().double()
-    model = awake(informed(Conditional(), judge, 2, hidden=(8,), cond_dims={"c": 1}).double())
+    model = awake(
+        reward_informed(Conditional(), judge, 2, hidden=(8,), cond_dims={"c": 1}).double()
+    )
     names = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert names == {"gain", "correction"}
     call = torch.compile(model, backend="aot_eager") if compiled else model
@@ -263,20 +265,22 @@ def test_a_given_gradient_leaves_no_graph_to_its_weights():
     def slope(x, cond=None):
         return judge.network[0](x)[:, :2]
 
-    model = awake(informed(ANISOTROPIC, Reward(linear, gradient=slope), 2, hidden=(8,)).double())
+    model = awake(
+        reward_informed(ANISOTROPIC, Reward(linear, gradient=slope), 2, hidden=(8,)).double()
+    )
     model(points(), torch.tensor(0.3, dtype=F64)).sum().backward()
     assert [p.grad for p in judge.parameters()] == [None] * 4
 
 
 def test_inference_mode_is_refused():
-    model = informed(ANISOTROPIC, linear, 2).double()
+    model = reward_informed(ANISOTROPIC, linear, 2).double()
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
         model(points(), torch.tensor(0.3, dtype=F64))
 
 
 def test_copies_share_the_reward_and_the_base_stays_in_evaluation_mode():
     judge = Judge()
-    model = informed(Conditional(), judge, 2, cond_dims={"c": 1})
+    model = reward_informed(Conditional(), judge, 2, cond_dims={"c": 1})
     clone = copy.deepcopy(model)
     assert clone._reward is model._reward
     assert clone.gain.weight is not model.gain.weight
@@ -330,7 +334,7 @@ def test_it_learns_sooner_than_a_model_that_sees_the_state_only():
         base_samples=512,
         certificate_samples=1024,
     )
-    own = tilt(base, reward, shape=(16,), config=config, model=informed(base, reward, 16))
+    own = tilt(base, reward, shape=(16,), config=config, model=reward_informed(base, reward, 16))
     plain = tilt(base, reward, shape=(16,), config=config)
     spread = [found.certificate.log_weight_std for found in (own, plain)]
     assert spread[0] < 0.95 * spread[1] < 0.5 * plain.certificate_base.log_weight_std
@@ -351,7 +355,7 @@ def test_a_tilt_resumes_and_its_options_change_nothing(tmp_path, options):
         kinds = {"iterations": 4, "steps": 4, "batch_size": 32}
         kinds |= {"certificate_samples": 0, "base_samples": 64}
         config = TiltConfig(**kinds, checkpoint_every=2, **more.pop("options", {}))
-        model = informed(Small(), rewarded, 8, hidden=(16,))
+        model = reward_informed(Small(), rewarded, 8, hidden=(16,))
         return tilt(Small(), rewarded, shape=(8,), config=config, model=model, **more).field
 
     whole = train()
@@ -373,7 +377,7 @@ def test_a_tilt_resumes_and_its_options_change_nothing(tmp_path, options):
 
 def test_names_of_features_are_refused_among_conditions():
     with pytest.raises(ValueError, match=r"cond_dims must not name \['slope'\]"):
-        informed(ANISOTROPIC, linear, 2, cond_dims={"slope": 1})
+        reward_informed(ANISOTROPIC, linear, 2, cond_dims={"slope": 1})
     with pytest.raises(ValueError, match=r"cond must not name \['estimate'\]"):
         RewardInformed(ANISOTROPIC, linear, Recorder())(
             points(), torch.tensor(0.5), {"estimate": points()}

@@ -183,7 +183,7 @@ def test_a_training_logs_every_term(tmp_path, refine):
         base_samples=64,
         reward_batch=5,
         temperature=2.0,
-        refine=refine,
+        refine_fraction=refine,
     )
     tilt(base, reward, shape=(2,), config=config, callbacks=[CSVLogger(path, every=1)])
     with path.open(newline="") as file:

@@ -240,7 +240,9 @@ def test_what_cannot_be_recorded_is_said():
     def capture(block, generators):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    with pytest.raises(ValueError, match=r"reward, base or sampler.*graph=False.*not permitted"):
+    with pytest.raises(
+        ValueError, match=r"reward, base or sampler.*cuda_graphs=False.*not permitted"
+    ):
         trainer.fit(backward=GradientGraph(trainer, capture=capture))
 
 

@@ -95,7 +95,7 @@ def test_step_selection_keeps_the_late_and_samples_the_early():
     assert bool(((counts[:15] / 600 - 0.4).abs() < 0.1).all())
     with pytest.raises(ValueError, match="select none"):
         select_steps(20, late_fraction=0.0, early_fraction=0.0)
-    with pytest.raises(ValueError, match="late must lie"):
+    with pytest.raises(ValueError, match="late_fraction must lie"):
         select_steps(20, late_fraction=1.5)
 
 

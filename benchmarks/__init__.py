@@ -1,1 +1,1 @@
-"""One script per question; each prints a table and writes results/."""
+"""Benchmarks, one file or package for each question; README.md lists them."""

@@ -72,13 +72,13 @@ class BenchmarkConfig:
     iterations: int = 3000
     """Updates of each tilt."""
     batch_size: int = 256
-    """Trajectories an update."""
+    """Trajectories in each update."""
     lr: float = 1e-3
     """Learning rate of the tilts."""
     informed: bool = False
     """Train a model that sees the reward (`adjoint.reward_informed`), not a copy of the base."""
     control_variates: bool = False
-    """Take from the adjoints the noise that the model knows (`adjoint.chain.control_variates`)."""
+    """Subtract control variates from the adjoints (`adjoint.chain.control_variates`)."""
     refine_fraction: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w."""
     refine_steps: int = 0
@@ -88,7 +88,7 @@ class BenchmarkConfig:
     base_iterations: int = 2000
     """Updates of the base flow."""
     base_batch_size: int = 256
-    """Images an update of the base flow."""
+    """Images in each update of the base flow."""
     base_samples: int = 131_072
     """Samples of the base to resample."""
     samples: int = 32_768

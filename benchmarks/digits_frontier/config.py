@@ -1,4 +1,4 @@
-"""What the frontier of digits consists of, and its options: see `benchmarks.digits_frontier`."""
+"""Problems and options of the frontier of digits, see `benchmarks.digits_frontier`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class FrontierConfig:
     iterations: int = 0
     """Updates of each tilt; 0 takes the number in PROBLEMS."""
     batch_size: int = 192
-    """Trajectories an update."""
+    """Trajectories in each update."""
     lr: float = 1e-3
     """Learning rate of the tilts."""
     lora_rank: int = 8

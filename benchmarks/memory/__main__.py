@@ -73,7 +73,7 @@ class Args:
     update_steps: int = 20
     """Steps of the updates."""
     batch_size: int = 8
-    """Trajectories."""
+    """Number of trajectories."""
     width: int = 32
     """Channels of the convolutional field, and a thirty-second of the perceptron's width."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

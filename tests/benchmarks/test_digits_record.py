@@ -1,4 +1,4 @@
-"""What the README says of the digits is what the record holds."""
+"""The README and the page on rewards quote the records of the digits."""
 
 import json
 from pathlib import Path

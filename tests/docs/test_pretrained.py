@@ -18,7 +18,7 @@ def run(code):
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """What diffusers would download, tiny and random."""
+    """Tiny random models in place of those that diffusers would download."""
     diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
     pipe = tiny.stable_diffusion_3(diffusers)
     embeddings = [torch.randn(s).requires_grad_() * 1.0 for s in ((1, 5, 16), (1, 16))]

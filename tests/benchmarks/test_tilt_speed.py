@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import tilt_speed
-from benchmarks.tilt_speed import PROBLEMS, Args, contestants, main, measure
+from benchmarks.tilt_speed import plain
+from benchmarks.tilt_speed.__main__ import PROBLEMS, Args, contestants, main, measure
 
 QUICK = {"steps": 4, "batch_size": 16, "rounds": 2, "iterations": 1, "compile": False}
 
@@ -37,8 +37,8 @@ def test_rows_and_figure(tmp_path, capsys):
 
 
 def test_sides_that_differ_are_not_timed(monkeypatch):
-    different = tilt_speed.Plain.update
-    monkeypatch.setattr(tilt_speed.Plain, "update", lambda self: 1.01 * different(self))
+    different = plain.Plain.update
+    monkeypatch.setattr(plain.Plain, "update", lambda self: 1.01 * different(self))
     with pytest.raises(RuntimeError, match=r"toy, network: losses of .* of the plain loop"):
         measure(Args(**QUICK), "toy, network")
 

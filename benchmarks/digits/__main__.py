@@ -28,108 +28,29 @@ control variates, on a quarter of the trajectories: ``--informed --control-varia
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
 from adjoint import Tilted, certify
 from adjoint.rejection import CUT, acceptance
-from applications.common.pictures import style
 from applications.toy2d.digits.classifier import Classifier, DigitReward
 from applications.toy2d.digits.data import CLASSES, DIM, Digits, load
 from applications.toy2d.digits.metrics import Comparison, compare_classes, training_distances
 from applications.toy2d.digits.run import (
-    DigitsConfig,
     ode_samples,
     tilt_digits,
     train_base,
     train_classifier,
 )
-from benchmarks.common.records import RESULTS
+from benchmarks.digits import figure
+from benchmarks.digits.config import BenchmarkConfig
+from benchmarks.digits.figure import KINDS
 from flows.training import choose_device, prepare_process, write_json
 
 Row = dict[str, str | int | float]
-KINDS = ("ode", "chain", "weighted", "accepted")
-"""Kinds of sample."""
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """Tilt the digits at several temperatures and compare the frequency of every class."""
-
-    digit: int = 3
-    """The digit whose log-probability is the reward."""
-    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """Temperatures of the tilt."""
-    kernel: str = "moment_matched"
-    """Kernel of the memoryless chain."""
-    steps: int = 40
-    """Steps K of the chain."""
-    iterations: int = 3000
-    """Updates of each tilt."""
-    batch_size: int = 256
-    """Trajectories in each update."""
-    lr: float = 1e-3
-    """Learning rate of the tilts."""
-    informed: bool = False
-    """Train a model that sees the reward (`adjoint.reward_informed`), not a copy of the base."""
-    control_variates: bool = False
-    """Subtract control variates from the adjoints (`adjoint.chain.control_variates`)."""
-    refine_fraction: float = 0.0
-    """Fraction of the updates, the last ones, that minimise the variance of log w."""
-    refine_steps: int = 0
-    """Steps of the chain in those updates and in the certificate; 0 takes ``steps``."""
-    min_ess: float = 0.2
-    """Smallest effective sample size / B at which trajectories are weighted."""
-    base_iterations: int = 2000
-    """Updates of the base flow."""
-    base_batch_size: int = 256
-    """Images in each update of the base flow."""
-    base_samples: int = 131_072
-    """Samples of the base to resample."""
-    samples: int = 32_768
-    """Samples of each kind."""
-    seed: int = 0
-    """Seed of everything random."""
-    threads: int = 1
-    """Threads of PyTorch."""
-    compile: bool = False
-    """Compile the networks for the updates."""
-    device: str = "cpu"
-    """Device of training and sampling: cpu, cuda, or auto."""
-    folder: Path = Path("outputs/benchmark-digits")
-    """Folder of checkpoints and logs."""
-    output: Path = RESULTS / "digits.json"
-    """File of the rows; the figure is written beside it."""
-
-    def tilted_at(self, temperature: float) -> DigitsConfig:
-        """Return the options of the tilt at one temperature; all share base and classifier."""
-        return DigitsConfig(
-            digit=self.digit,
-            temperature=temperature,
-            kernel=self.kernel,
-            steps=self.steps,
-            iterations=self.iterations,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            informed=self.informed,
-            control_variates=self.control_variates,
-            refine_fraction=self.refine_fraction,
-            refine_steps=self.refine_steps,
-            min_ess=self.min_ess,
-            compile=self.compile,
-            device=self.device,
-            base_iterations=self.base_iterations,
-            base_batch_size=self.base_batch_size,
-            samples=self.samples,
-            seed=self.seed,
-            folder=self.folder,
-            resume=True,
-        )
 
 
 def chain_samples(tilted: Tilted, reward: DigitReward, n: int, seed: int) -> Tensor:
@@ -234,38 +155,6 @@ def make_row(
     return row
 
 
-def figure(path: Path, found: dict[float, dict[str, Comparison]]) -> Path:
-    """Draw the class frequencies: a row for each temperature, a column for each kind of sample."""
-    sheet, axes = style.sheet(
-        len(found),
-        len(KINDS),
-        (4.6, 1.9),
-        title="Class frequencies by temperature and kind of sample",
-        subtitle="error bars: two standard errors of the resampled base",
-        gap=(0.5, 0.6),
-        margin=(0.7, 0.4, 1.1, 0.6),
-    )
-    series = (("base", style.BASE), ("tilted flow", style.TILTED), ("exact tilt", style.EXACT))
-    where = np.arange(CLASSES)
-    for i, (temperature, comparisons) in enumerate(found.items()):
-        for j, kind in enumerate(KINDS):
-            ax, own = axes[i, j], comparisons[kind]
-            style.chart(ax)
-            for k, (values, (_, hue)) in enumerate(
-                zip((own.base, own.tilted, own.exact), series, strict=True)
-            ):
-                ax.bar(where + 0.27 * (k - 1), values.numpy(), 0.24, color=hue)
-            error = 2 * own.exact_error.numpy()
-            ax.errorbar(
-                where + 0.27, own.exact.numpy(), error, fmt="none", ecolor=style.MUTED, lw=1.1
-            )
-            ax.set_xticks(where, [str(c) for c in where])
-            caption = f"TV {own.total_variation:.3f}, largest |z| {float(own.z.abs().max()):.1f}"
-            style.heading(ax, f"T = {temperature:g}, {kind}", caption=caption)
-    style.legend(sheet, list(series))
-    return style.save(sheet, path)
-
-
 def measure(
     config: BenchmarkConfig,
     temperature: float,
@@ -323,7 +212,7 @@ def main(config: BenchmarkConfig) -> None:
         write_json(config.output, rows)
         for row in new:
             print(line(row), flush=True)
-        figure(config.output.with_suffix(".png"), found)
+        figure.plot(config.output.with_suffix(".png"), found)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,6 @@ from torch import Tensor, nn
 
 from adjoint import TiltConfig, TiltLoss, ValueFunction, as_reward, draw_noise, make_kernel
 from adjoint.tilt import trainable
-from adjoint.tilt_loss import compiled
-from applications.common.pictures import style
 from applications.toy2d.digits.classifier import Classifier, DigitReward
 from applications.toy2d.digits.data import DIM, load
 from applications.toy2d.digits.mlp_flow import make_flow
@@ -47,11 +45,12 @@ from applications.toy2d.targets import find_target
 from benchmarks.common.clock import Clock, check_clock, seconds
 from benchmarks.common.conv_field import ConvField, square
 from benchmarks.common.records import RESULTS
-from flows import MLPVelocity, Trainer, VelocityField, frozen, uniform
+from benchmarks.tilt_speed import figure
+from benchmarks.tilt_speed.plain import CLIP, LR, Plain
+from flows import MLPVelocity, Trainer, frozen, uniform
 from flows.training import GradientGraph, prepare_process, write_json
 
 Row = dict[str, Any]
-LR, CLIP = 1e-3, 100.0
 
 
 @dataclass(frozen=True)
@@ -111,68 +110,6 @@ PROBLEMS: dict[str, Callable[[], tuple[nn.Module, ValueFunction, tuple[int, ...]
     "convolutions": lambda: (ConvField(16), square, (1, 16, 16)),
 }
 """Makers of base, reward and sample shape; untrained, since no time depends on the weights."""
-
-
-class Plain:
-    """Adjoint matching in PyTorch alone.
-
-    Source: algorithm 1 of Domingo-Enrich et al. (2409.08861), with the coefficients of Li and
-    Levine (2601.14234).
-
-    Arguments:
-        base, model: the frozen field, and the field that is trained.
-        reward: (x, cond) → (B,).
-        noise: () → start (B, *) and step noises (K, B, *).
-    """
-
-    def __init__(
-        self,
-        base: VelocityField,
-        model: nn.Module,
-        reward: ValueFunction,
-        noise: Callable[[], tuple[Tensor, Tensor]],
-        *,
-        compile: bool = False,
-    ) -> None:
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.weights, lr=LR, fused=True)
-        self.base, self.model = (compiled(f) if compile else f for f in (base, model))
-        self.reward, self.noise = reward, noise
-
-    def update(self) -> Tensor:
-        """Make one update and return its loss."""
-        x, noise = self.noise()
-        steps = len(noise)
-        h, t = 1 / steps, torch.linspace(0, 1, steps + 1, device=x.device)
-        sigma = [math.sqrt(2 * (1 - k * h + h) / (k * h + h)) for k in range(steps)]
-        xs = [x]
-        with torch.no_grad():
-            for k in range(steps - 1):
-                v = self.model(x, t[k])
-                x = (1 - 1 / (k + 1)) * x + 2 * h * v + math.sqrt(h) * sigma[k] * noise[k]
-                xs.append(x)
-            xs.append(x + h * self.base(x, t[steps - 1]))
-
-        x = xs[-1].requires_grad_(True)
-        (a,) = torch.autograd.grad(-self.reward(x, None).sum(), x)
-        adjoints = {}
-        for k in reversed(range(steps)):
-            x = xs[k].detach().requires_grad_(True)
-            (pull,) = torch.autograd.grad(self.base(x, t[k + 1]), x, a)
-            adjoints[k] = a = (1 - 1 / (k + 1)) * a + 2 * h * pull
-
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), device=x.device)
-        for k in range(steps):
-            with torch.no_grad():
-                v_base = self.base(xs[k], t[k])
-            control = self.model(xs[k].detach(), t[k]) - v_base
-            residual = 2 / sigma[k] * control + sigma[k] * adjoints[k]
-            loss = loss + residual.square().flatten(1).sum(1).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.weights, CLIP)
-        self.optimizer.step()
-        return loss.detach()
 
 
 def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
@@ -284,33 +221,6 @@ def measure(args: Args, name: str) -> list[Row]:
     ]
 
 
-def figure(rows: list[Row], path: Path) -> Path:
-    """Draw the ratios as bars, one group for each model."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    kinds = list(dict.fromkeys((row["name"], row["mode"]) for row in rows))
-    colours = ("#6f7a8c", style.TILTED, "#a9b4c4", "#f4e3c1", style.EXACT)
-    hues = dict(zip(kinds, colours, strict=False))
-    sheet, axes = style.sheet(
-        1,
-        1,
-        (max(6.4, 1.9 * len(models)), 3.2),
-        title="Time of an update relative to the plain loop",
-        margin=(0.6, 0.4, 1.0, 0.6),
-    )
-    ax = axes[0, 0]
-    style.chart(ax)
-    for row in rows:
-        kind = (row["name"], row["mode"])
-        at = models.index(row["model"]) + (kinds.index(kind) - (len(kinds) - 1) / 2) * 0.2
-        ax.bar(at, row["ratio_to_plain"], 0.18, color=hues[kind])
-        label = f"{row['ratio_to_plain']:.2f}"
-        ax.text(at, row["ratio_to_plain"] + 0.02, label, color=style.INK, fontsize=8, ha="center")
-    ax.set_xticks(range(len(models)), models)
-    ax.tick_params(axis="x", labelsize=9.5, colors=style.INK)
-    style.legend(sheet, [(f"{side}, {mode}", hues[side, mode]) for side, mode in kinds])
-    return style.save(sheet, path)
-
-
 def main(args: Args) -> list[Row]:
     """Measure, print the table, and write rows and figure."""
     torch.set_num_threads(args.threads)
@@ -325,7 +235,7 @@ def main(args: Args) -> list[Row]:
                 flush=True,
             )
     write_json(args.output, rows)
-    figure(rows, args.output.with_suffix(".png"))
+    figure.plot(args.output.with_suffix(".png"), rows)
     return rows
 
 

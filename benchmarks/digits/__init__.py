@@ -1,0 +1,1 @@
+"""Benchmark: is the tilt right on real data?"""

@@ -1,0 +1,1 @@
+"""Benchmark: how long an update of `tilt()` takes against a plain loop."""

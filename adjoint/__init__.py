@@ -28,7 +28,7 @@ from adjoint.chain.adjoints import Adjoint, full_adjoint, lean_adjoint, scalar_a
 from adjoint.loss import adjoint_matching_loss, importance_weights, log_variance_loss, select_steps
 from adjoint.certificate import certify, log_mean_exp, path_log_ratio
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # One call

@@ -41,7 +41,7 @@ from flows.training.callbacks import Callback, ProgressBar, StopTraining
 # Published models
 from flows.pretrained import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # A velocity field, its wrappers, and its derivatives

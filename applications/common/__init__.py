@@ -1,1 +1,1 @@
-"""What all applications share: run folders, command lines, pictures."""
+"""Parts that all applications share: command line, run folder, callbacks, pictures."""

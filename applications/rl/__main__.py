@@ -1,108 +1,34 @@
-"""Command line: ``python -m applications.rl COMMAND``; `COMMANDS` names them.
-
-Each command is a dataclass in a module of its own, which is imported only when it is called for, so
-that none needs the optional packages of another.
-"""
+"""Command line: ``python -m applications.rl COMMAND``; `PROGRAM` names the commands."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
-import tyro
+from applications.common.command_line import Command, Program
+from applications.rl.renamed import RENAMED
+from flows.training import prepare_process
 
-from applications.rl.errors import RunError
-from applications.rl.renamed import refuse_old_flags
-from flows.training import CheckpointError, TrainingDiverged, prepare_process
-
-PROGRAM = "python -m applications.rl"
+NAME = "python -m applications.rl"
 
 
-@dataclass(frozen=True)
-class Command:
-    """Where a command is found.
+def train_default(config: type, arguments: Sequence[str]) -> Any:
+    """Return a `TrainConfig` with the options of the agent and preset that ``arguments`` name.
 
-    Attributes:
-        module: in this package.
-        config: its dataclass in there.
-        function: called with that.
-        summary: what it does, in a few words.
-    """
-
-    module: str
-    config: str
-    function: str
-    summary: str
-
-    def load(self) -> tuple[type, Callable[[Any], object]]:
-        """Dataclass and function.
-
-        Raises:
-            ImportError: a package is missing.
-        """
-        module = importlib.import_module(f"applications.rl.{self.module}")
-        return getattr(module, self.config), getattr(module, self.function)
-
-
-COMMANDS = {
-    "data": Command("data.generate", "DataConfig", "run_data", "make data with scripted experts"),
-    "train": Command(
-        "training.train", "TrainConfig", "show_train", "train an agent, offline or online"
-    ),
-    "evaluate": Command(
-        "evaluation.command", "EvaluateConfig", "show_evaluate", "play episodes with trained agents"
-    ),
-    "sweep": Command("sweep", "SweepConfig", "show_sweep", "train many agents, on many machines"),
-    "report": Command(
-        "report.command", "ReportConfig", "show_report", "draw learning curves and print the table"
-    ),
-    "export": Command("export", "ExportConfig", "show_export", "write a self-contained policy"),
-    "demo": Command("demo", "DemoConfig", "run_demo", "all of it on point maze, in minutes"),
-    "list": Command("list_names", "ListConfig", "show_list", "name the tasks, agents and options"),
-}
-
-
-def usage() -> str:
-    """The commands, a line each."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} COMMAND [options]",
-            "",
-            *lines,
-            "",
-            f"{PROGRAM} COMMAND --help explains the options of a command.",
-        ]
-    )
-
-
-def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Callable[[Any], object]]:
-    """The configuration that the options of a command ask for, and the function to give it to.
-
-    The options of an agent depend on its name and its preset, so for `train` these are read first.
+    The options of an agent depend on its name and its preset, so these are read first.
 
     Raises:
-        ImportError: a package is missing.
-        ValueError: an unknown task, agent or preset, an option of other agents, or an option by a
-            name of an earlier version.
+        ValueError: an unknown task, agent or preset, or an option that only other agents have.
     """
-    config, function = COMMANDS[name].load()
-    refuse_old_flags(arguments)
-    program = f"{PROGRAM} {name}"
-    if name != "train":
-        return tyro.cli(config, args=arguments, prog=program), function
-    default = _train_default(config, arguments)
+    default = _preset_default(config, arguments)
     _check_options(default, arguments)
-    return tyro.cli(config, args=arguments, prog=program, default=default), function
+    return default
 
 
-def _train_default(config: type, arguments: Sequence[str]) -> Any:
-    """A `TrainConfig` with the options of the preset that the arguments name."""
+def _preset_default(config: type, arguments: Sequence[str]) -> Any:
     from applications.rl.agents.presets import preset
     from applications.rl.environments.tasks import find_task
 
@@ -114,7 +40,7 @@ def _train_default(config: type, arguments: Sequence[str]) -> Any:
     if "task" not in named:
         example = "pointmaze-medium-navigate-singletask-task1-v0"
         if not {"-h", "--help"} & {*arguments}:
-            raise ValueError(f"task: name one, such as --task {example}; `{PROGRAM} list` has all")
+            raise ValueError(f"task: name one, such as --task {example}; `{NAME} list` has all")
         return replace(default, options=preset(default.agent, find_task(example), default.preset))
     return replace(default, options=preset(default.agent, find_task(default.task), default.preset))
 
@@ -141,46 +67,45 @@ def _check_options(default: Any, arguments: Sequence[str]) -> None:
             )
 
 
-def describe(error: OSError) -> str:
-    """What went wrong and where, without the number of the error."""
-    if error.strerror is None:
-        return str(error)
-    if error.filename is None:
-        return error.strerror  # those of `flows.training.checkpoint` name the path
-    return f"cannot access {error.filename}: {error.strerror}"
+def _command(module: str, config: str, function: str, summary: str, **options: Any) -> Command:
+    return Command(f"applications.rl.{module}", config, function, summary, **options)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; an expected failure is one line on stderr and exit status 1."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        print(f"error: command must be one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
-        return 2
-    config = None
-    try:
-        config, function = parse(name, rest)
-        function(config)
-    except OSError as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        hint = "pip install 'adjoint-matching[rl]'"
-        print(f"error: the package {error.name!r} is not installed: {hint}", file=sys.stderr)
-        return 1
-    except (ValueError, ImportError, RunError, CheckpointError, TrainingDiverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        flag = " with --resume" if hasattr(config, "resume") else ""
-        hint = f"; the same command{flag} continues" if flag or name == "sweep" else ""
-        print(f"\ninterrupted{hint}", file=sys.stderr)
-        return 130
-    return 0
+COMMANDS = {
+    "data": _command("data.generate", "DataConfig", "run_data", "make data with scripted experts"),
+    "train": _command(
+        "training.train",
+        "TrainConfig",
+        "show_train",
+        "train an agent, offline or online",
+        default=train_default,
+    ),
+    "evaluate": _command(
+        "evaluation.command",
+        "EvaluateConfig",
+        "show_evaluate",
+        "play episodes with trained agents",
+    ),
+    "sweep": _command(
+        "sweep",
+        "SweepConfig",
+        "show_sweep",
+        "train many agents, on many machines",
+        continues=True,
+    ),
+    "report": _command(
+        "report.command",
+        "ReportConfig",
+        "show_report",
+        "draw learning curves and print the table",
+    ),
+    "export": _command("export", "ExportConfig", "show_export", "write a self-contained policy"),
+    "demo": _command("demo", "DemoConfig", "run_demo", "all of it on point maze, in minutes"),
+    "list": _command("list_names", "ListConfig", "show_list", "name the tasks, agents and options"),
+}
 
+PROGRAM = Program(NAME, COMMANDS, renamed=RENAMED, extra="rl")
+main, parse = PROGRAM.main, PROGRAM.parse
 
 if __name__ == "__main__":
     prepare_process()

@@ -1,7 +1,5 @@
-"""The failure that the command line shows as one line."""
+"""The failure that a command line shows as one line; see `applications.common.errors`."""
 
-from __future__ import annotations
+from applications.common.errors import RunError
 
-
-class RunError(RuntimeError):
-    """An expected failure that its message explains to the user, such as a renderer missing."""
+__all__ = ["RunError"]

@@ -14,23 +14,26 @@ The checkpoint also says what it belongs to, so that it is of use without its fo
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from applications.common import run_folder as common
+from applications.common.renamed import PACKAGE, old_options, version_of
+from applications.common.run_folder import CONFIG, RunFiles, read_config, write_config
 from applications.rl.agents import find_agent, make_agent
 from applications.rl.agents.base import Agent, AgentConfig
 from applications.rl.environments.spaces import Spaces
-from flows.training import CheckpointError
+from applications.rl.renamed import RENAMED
+from flows.training import CheckpointError, ensure_writable
 from flows.training import checkpoint as checkpoints
 
-CONFIG = "config.json"
+__all__ = ["CONFIG", "write_config"]
+
 METRICS = "metrics.csv"
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.pt"
@@ -38,9 +41,12 @@ SNAPSHOT = "snapshot.pt"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb.txt"
 
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A disk without room, a quota used up, a file above its limit."""
+FILES = RunFiles(
+    checkpoints=(CHECKPOINT,),
+    outputs=(SNAPSHOT, METRICS, EVALUATION),
+    marker="offline_steps",
+    renamed=RENAMED,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,23 +69,19 @@ class TrainedAgent:
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to write over a run.
+    """Refuse to write over a run; no file of it changes.
 
     Arguments:
-        folder: of the run.
-        resume: whether it may continue one.
-        overwrite: whether it may take the place of one.
+        folder: the folder of the run.
+        resume: whether it may continue a run.
+        overwrite: whether it may take the place of a run.
 
     Raises:
-        ValueError: the folder holds one, and neither is the case.
+        ValueError: see `applications.common.run_folder.check_free`.
         OSError: the folder cannot be written.
     """
-    path = checkpoints.ensure_writable(folder / CHECKPOINT, "folder")
-    if path.exists() and not resume and not overwrite:
-        raise ValueError(
-            f"folder: {folder} holds a run already; --resume continues it, --overwrite begins it "
-            "anew"
-        )
+    ensure_writable(folder / CHECKPOINT, "folder")
+    common.check_free(folder, FILES, resume=resume, overwrite=overwrite)
 
 
 def describe_identity(
@@ -119,6 +121,7 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
         hint = f"; name a run below it, such as {below[0]}" if below else ""
         raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}{hint}")
     state = checkpoints.load(path)
+    _check_version(path, state.get("identity"))
     try:
         identity = state["identity"]
         name = identity["agent"]
@@ -141,34 +144,29 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
     return trained
 
 
-@contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
+def _check_version(path: Path, identity: object) -> None:
+    """Refuse a checkpoint with options that have other names by now.
+
+    Raises:
+        CheckpointError: there are some; the message has their new names.
+    """
+    names = identity if isinstance(identity, Mapping) else ()
+    old = old_options([name.removeprefix("options.") for name in names], RENAMED)
+    if old:
+        version = version_of(read_config(path.parent))
+        raise CheckpointError(
+            f"{path} was written by version {version} of {PACKAGE}, whose options had other names "
+            f"({old}); read it with that version, or train the agent again"
+        )
+
+
+def full_disk_explained(folder: Path) -> AbstractContextManager[None]:
     """Make the error of a full disk say how to go on.
 
     Raises:
         OSError: instead, naming the folder of the run and how to go on.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        path = folder / CHECKPOINT
-        kept = (
-            f"free some space, then --resume continues from {path}"
-            if path.exists()
-            else "no checkpoint had been written"
-        )
-        raise OSError(error.errno, f"{folder}: {os.strerror(error.errno or 0)}; {kept}") from error
-
-
-def write_config(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write config.json, atomically; paths become strings.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    checkpoints.write_json(folder / CONFIG, content)
+    return common.full_disk_explained(folder, CHECKPOINT)
 
 
 def _plain(value: Any) -> Any:

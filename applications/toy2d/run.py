@@ -24,6 +24,8 @@ from torch import Tensor
 
 from adjoint import TiltConfig, Tilted, tilt
 from applications.common.callbacks import training_callbacks
+from applications.common.lock import locked
+from applications.common.run_folder import start_run, write_config
 from applications.toy2d.exact_tilt import (
     GridTilt,
     ResampledTilt,
@@ -34,11 +36,10 @@ from applications.toy2d.exact_tilt import (
     w2_ratio,
 )
 from applications.toy2d.rewards import ToyReward, make_reward
-from applications.toy2d.run_folder import CONFIG, claim, locked
+from applications.toy2d.run_folder import FILES
 from applications.toy2d.targets import Target, find_target
 from flows import MLPVelocity, TrainerConfig, VelocityField, data_sampler, fit_flow, sample
-from flows.training import checkpoint as checkpoints
-from flows.training import write_json
+from flows.training import ensure_writable, write_json
 
 SAMPLE_STEPS = 50
 """Midpoint steps of every ODE sample of a run."""
@@ -295,15 +296,16 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
 
     Raises:
         ValueError: an unknown target, reward or kernel, an option out of range, or a folder that
-            is not free (`folders.claim`); before any file changes.
+            is not free (`applications.common.run_folder`); before any file changes.
         OSError: the folder cannot be written; before any training.
+        RunError: another run is in the folder.
         CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     target = find_target(config.target)
     reward = make_reward(config.reward, target)
     validate(config, target)
-    checkpoints.ensure_writable(config.path / "report.json", "folder")
+    ensure_writable(config.path / "report.json", "folder")
     with locked(config.path):
         return _run(config, target, reward, base)
 
@@ -311,8 +313,8 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
 def _run(config: RunConfig, target: Target, reward: ToyReward, base: VelocityField | None) -> Run:
     """What ``run`` does once options and folder are known to be in order."""
     started = time.perf_counter()
-    settings = asdict(config) | {"versions": checkpoints.versions()}
-    claim(config.path, settings, resume=config.resume, overwrite=config.overwrite)
+    settings = asdict(config)
+    start_run(config.path, FILES, settings, resume=config.resume, overwrite=config.overwrite)
     base = make_base(config, target) if base is None else base
     tilted = tilt(
         base,
@@ -324,7 +326,7 @@ def _run(config: RunConfig, target: Target, reward: ToyReward, base: VelocityFie
         resume=config.resume,
         identity=config.identity,
     )
-    write_json(config.path / CONFIG, settings)  # a resume is what its checkpoints accepted
+    write_config(config.path, settings)  # once the checkpoints have accepted a resume
     exact = exact_tilt(config, target, reward, base)
     before = base_samples(config, base, config.samples, stream=2)
     after = base_samples(config, tilted.field, config.samples, stream=2)

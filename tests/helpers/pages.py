@@ -83,17 +83,12 @@ def parse(command):
 
 
 def _parse_module(module, arguments):
-    if module == "applications.rl" and arguments:
-        from applications.rl import __main__ as rl
-
+    if module in ("applications.rl", "applications.toy2d") and arguments:
+        program = importlib.import_module(f"{module}.__main__").PROGRAM
         if len(arguments) > 1:
-            rl.parse(arguments[0], arguments[1:])
+            program.parse(arguments[0], arguments[1:])
         else:  # in prose, a command is named without the options that it requires
-            assert arguments[0] in rl.COMMANDS, arguments[0]
-    elif module == "applications.toy2d":
-        from applications.toy2d.__main__ import parse as parse_toy
-
-        parse_toy(arguments)
+            assert arguments[0] in program.commands, arguments[0]
     elif module.startswith("benchmarks."):
         tyro.cli(options_of(module), args=arguments)
     else:

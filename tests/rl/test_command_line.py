@@ -29,7 +29,7 @@ def test_every_command_is_there(name):
     config, function = cli.COMMANDS[name].load()
     assert is_dataclass(config)
     assert callable(function)
-    assert name in cli.usage()
+    assert name in cli.PROGRAM.usage()
 
 
 def test_options_of_an_agent_are_those_of_its_preset_unless_given():

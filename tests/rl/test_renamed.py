@@ -1,12 +1,16 @@
 """Options of earlier versions are refused by name, on command lines and in Python."""
 
+import json
 from dataclasses import fields, replace
 
 import pytest
 
 from applications.rl import AGENTS, Setting, TrainConfig
-from applications.rl.renamed import RENAMED, refuse_old_flags
+from applications.rl import __main__ as cli
+from applications.rl.renamed import RENAMED
+from applications.rl.run_folder import claim, load_agent
 from applications.rl.training.config import EXECUTION_OPTIONS
+from flows.training import CheckpointError, checkpoint
 
 TASK = "gym:Pendulum-v1"
 
@@ -34,10 +38,24 @@ def test_old_arguments_are_refused_in_python(configuration):
 def test_old_flags_are_refused():
     for flag in ("--eval-beside", "--no-eval-beside", "--eval_beside=True"):
         with pytest.raises(ValueError, match="was renamed to --background-eval"):
-            refuse_old_flags(["--agent", "qam", flag])
-    refuse_old_flags(["--agent", "graph", "graph", "--cuda-graphs", "10"])
+            cli.parse("train", ["--task", TASK, "--agent", "qam", flag])
 
 
 def test_options_of_execution_are_those_that_leave_the_setting_as_it_is():
     assert {"device", "stacked", "folder", "log_every"} < set(EXECUTION_OPTIONS)
     assert not {"task", "seeds", "precision", "batch_size", "options"} & set(EXECUTION_OPTIONS)
+
+
+def test_a_run_of_an_earlier_version_says_which_and_what_to_do(tmp_path):
+    config = {"offline_steps": 9, "together": 0, "options": {"slow_rate": 0.1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = {"identity": {"agent": "qam", "options.slow_rate": 0.1}, "iteration": 9}
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    names = "together is now stacked, slow_rate is now target_rate"
+    with pytest.raises(ValueError, match=rf"written by version 0\.1 .*\({names}\); continue it"):
+        claim(tmp_path, resume=True, overwrite=False)
+    with pytest.raises(
+        CheckpointError, match=r"version 0\.1 .*slow_rate is now target_rate\); read"
+    ):
+        load_agent(tmp_path)
+    claim(tmp_path, resume=False, overwrite=True)

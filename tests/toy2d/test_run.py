@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from adjoint.chain.kernels import KERNELS
-from applications.toy2d import rewards
-from applications.toy2d.__main__ import List, main
-from applications.toy2d.digits.run import DigitsConfig
+from applications.toy2d import commands, rewards
+from applications.toy2d.__main__ import main
 from applications.toy2d.kernels import DESCRIPTIONS
 from applications.toy2d.pictures.of_a_run import save_pictures
 from applications.toy2d.run import COMPARED, RunConfig, run, table
@@ -263,7 +262,7 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
     def warn(_):
         warnings.warn("the grid\nis coarse", stacklevel=1)
 
-    monkeypatch.setattr("applications.toy2d.__main__.COMMANDS", {List: warn})
+    monkeypatch.setattr(commands, "show_list", warn)
     before = warnings.showwarning
     assert main(["list"]) == 0
     assert capsys.readouterr().err == "warning: the grid is coarse\n"
@@ -310,9 +309,7 @@ def test_an_interrupt_suggests_resuming_only_where_that_exists(
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        "applications.toy2d.__main__.COMMANDS", {List: interrupted, DigitsConfig: interrupted}
-    )
+    monkeypatch.setattr(commands, f"show_{command}", interrupted)
     assert main([command]) == 130
     shown = capsys.readouterr().err
     assert "interrupted" in shown

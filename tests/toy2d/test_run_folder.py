@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-from applications.toy2d import __main__ as cli
-from applications.toy2d import gallery, run
-from applications.toy2d.__main__ import Demo, main
+from applications.common.lock import locked
+from applications.common.run_folder import CONFIG, start_run
+from applications.toy2d import commands, gallery, run
+from applications.toy2d.__main__ import main
+from applications.toy2d.commands import Demo
 from applications.toy2d.digits.run import DigitsConfig
 from applications.toy2d.run import RunConfig
-from applications.toy2d.run_folder import CONFIG, WRITTEN, claim, locked
+from applications.toy2d.run_folder import FILES
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
 
@@ -18,7 +20,7 @@ OPTIONS = {"base_iterations": 1}
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(cli, "save_pictures", lambda finished: [])
+    monkeypatch.setattr(commands, "save_pictures", lambda finished: [])
 
 
 def command(folder, *extra: str) -> list[str]:
@@ -36,7 +38,7 @@ def test_a_run_is_written_over_only_if_asked_and_then_without_stale_files(tmp_pa
     (tmp_path / "flow.gif").write_text("of this run")
     (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    assert set(before) <= {CONFIG, "notes.txt", *WRITTEN}
+    assert set(before) <= {CONFIG, "notes.txt", *FILES.names}
     capsys.readouterr()
     assert main(command(tmp_path)) == 1
     error = capsys.readouterr().err
@@ -64,7 +66,7 @@ def test_a_finished_run_without_its_checkpoints_is_not_resumed_to_nothing(tmp_pa
 def test_files_that_are_not_of_a_run_are_left_alone(tmp_path, name, extra):
     (tmp_path / name).write_text('{"model": "another"}')
     with pytest.raises(ValueError, match=f"holds files that are not of this application: {name}"):
-        claim(tmp_path, OPTIONS, **({"resume": False, "overwrite": False} | extra))
+        start_run(tmp_path, FILES, OPTIONS, **({"resume": False, "overwrite": False} | extra))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -78,7 +80,7 @@ def test_foreign_checkpoints_are_refused_even_with_overwrite(tmp_path, capsys, c
 
 
 def test_digits_are_not_written_over(tmp_path, capsys):
-    claim(tmp_path, OPTIONS, resume=False, overwrite=False)
+    start_run(tmp_path, FILES, OPTIONS, resume=False, overwrite=False)
     (tmp_path / "base.pt").write_text("work")
     assert main(["digits", "--folder", str(tmp_path)]) == 1
     assert "holds a run already" in capsys.readouterr().err
@@ -94,9 +96,9 @@ def test_resume_and_overwrite_exclude_each_other(config):
 @pytest.mark.parametrize("resume", [False, True])
 def test_the_demonstration_takes_the_place_of_its_last_one(monkeypatch, resume):
     asked = []
-    monkeypatch.setattr(cli, "show_run", asked.append)
-    monkeypatch.setattr(cli, "show_digits", asked.append)
-    cli.show_demo(Demo(resume=resume))
+    monkeypatch.setattr(commands, "show_run", asked.append)
+    monkeypatch.setattr(commands, "show_digits", asked.append)
+    commands.show_demo(Demo(resume=resume))
     assert [(c.resume, c.overwrite) for c in asked] == [(resume, not resume)] * 2
 
 
@@ -161,7 +163,7 @@ def test_an_interrupted_overwrite_is_continued_by_a_resume(tmp_path, monkeypatch
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "COMMANDS", {RunConfig: interrupted})
+    monkeypatch.setattr(commands, "show_run", interrupted)
     assert main(command(tmp_path, "--overwrite")) == 130
     assert "the same command with --resume instead of --overwrite" in capsys.readouterr().err
 

@@ -11,26 +11,25 @@ same data at the same time.  The system takes them from a process that dies.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import socket
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
+from applications.common.errors import EXPECTED
+from applications.common.lock import locked
 from applications.rl.data.dataset import data_folder, find_files, load_shards
 from applications.rl.environments.tasks import ENVIRONMENTS, find_task
-from applications.rl.errors import RunError
 from applications.rl.sweep import folders
 from applications.rl.sweep.plan import Job
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.train import Trained, train
-from flows.training import CheckpointError, TrainingDiverged, ensure_writable, write_json
+from flows.training import ensure_writable, write_json
 
 Train = Callable[[TrainConfig], list[Trained]]
 LOCK = ".lock"
+HOLDER = "another worker; does another sweep go on?"
 PATIENCE = 20.0
 """Seconds to wait for a run that another worker has, which may be about to die."""
 
@@ -49,7 +48,8 @@ def work(job: Job, attempt: str, train: Train, node: str = "") -> dict[int, str]
         with contextlib.ExitStack() as locks:
             for run in job.runs:
                 ensure_writable(run.folder / folders.WORKER, "folder")
-                locks.enter_context(locked(run.folder / LOCK, PATIENCE))
+                lock = locked(run.folder / LOCK, patience=PATIENCE, holder=HOLDER, required=True)
+                locks.enter_context(lock)
                 write_json(run.folder / folders.WORKER, where)
             for trained in train(job.config):
                 hours = None if trained.evaluation is None else trained.seconds / 3600
@@ -74,37 +74,13 @@ def train_task(config: TrainConfig) -> list[Trained]:
         folder = data_folder(config.data)
         if not find_files(task, folder=folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / LOCK, math.inf):
+            with locked(folder / LOCK, patience=math.inf, required=True):
                 load_shards(task, folder=folder)
     return train(config)
-
-
-@contextlib.contextmanager
-def locked(path: Path, patience: float) -> Iterator[None]:
-    """Hold the lock that the file ``path`` stands for; waits for it.
-
-    Raises:
-        RunError: another process has held it for ``patience`` seconds.
-        OSError: the file cannot be written, or its file system has no locks.
-    """
-    with path.open("w") as file:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(
-                        f"{path.parent} is in use by another worker; does another sweep go on?"
-                    ) from None
-            time.sleep(0.1)
-        yield
 
 
 def one_line(error: BaseException | None) -> str:
     """What went wrong; the type is named where the message was not written for the user."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") else lines[0]
-    expected = (OSError, ValueError, ImportError, RunError, CheckpointError, TrainingDiverged)
-    return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+    return text if text and isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from applications.common.renamed import refuse_old_arguments
 from applications.rl.agents.base import AgentConfig
-from applications.rl.renamed import refuse_old_arguments
+from applications.rl.renamed import RENAMED
 from applications.rl.training.phases import Phases
 from applications.rl.training.seeds import SEEDS
 
@@ -104,7 +105,7 @@ class TrainConfig:
         Raises:
             TypeError: an option has another name by now.
         """
-        refuse_old_arguments(cls.__name__, options)
+        refuse_old_arguments(cls.__name__, options, RENAMED)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

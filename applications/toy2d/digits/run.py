@@ -21,16 +21,17 @@ from adjoint import Reward, TiltConfig, Tilted, reward_informed, tilt
 from adjoint.certificate import ENOUGH
 from adjoint.chain.conditional_covariance import MAX_DIM
 from applications.common.callbacks import training_callbacks
+from applications.common.lock import locked
+from applications.common.run_folder import start_run, write_config
 from applications.toy2d.digits import pictures as images
 from applications.toy2d.digits.classifier import Classifier, DigitReward, fit_classifier
 from applications.toy2d.digits.data import CLASSES, DIM, SIZE, Digits, load
 from applications.toy2d.digits.metrics import Comparison, compare_classes, training_distances
 from applications.toy2d.digits.mlp_flow import fit_mlp
 from applications.toy2d.exact_tilt import mask_unreliable
-from applications.toy2d.run_folder import CONFIG, claim, locked
+from applications.toy2d.run_folder import FILES
 from flows import VelocityField, sample
-from flows.training import checkpoint as checkpoints
-from flows.training import choose_device, write_json
+from flows.training import choose_device, ensure_writable, write_json
 
 Report = dict[str, str | int | float]
 
@@ -279,14 +280,15 @@ def run(config: DigitsConfig) -> Report:
 
     Raises:
         ValueError: an unknown kernel, an option out of range, or a folder that is not free
-            (`folders.claim`); before any file changes.
+            (`applications.common.run_folder`); before any file changes.
         OSError: the folder cannot be written; before any training.
+        RunError: another run is in the folder.
         CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     config = config.sized
     _ = config.tilt_options  # refuse bad options before files change and classifier and base train
-    checkpoints.ensure_writable(config.folder / "report.json", "folder")
+    ensure_writable(config.folder / "report.json", "folder")
     with locked(config.folder):
         return _run(config)
 
@@ -294,15 +296,15 @@ def run(config: DigitsConfig) -> Report:
 def _run(config: DigitsConfig) -> Report:
     """What ``run`` does once options and folder are known to be in order."""
     started = time.perf_counter()
-    settings = asdict(config) | {"versions": checkpoints.versions()}
-    claim(config.folder, settings, resume=config.resume, overwrite=config.overwrite)
+    settings = asdict(config)
+    start_run(config.folder, FILES, settings, resume=config.resume, overwrite=config.overwrite)
     data = load(config.seed)
     classifier = train_classifier(config, data).to(config.device)
     base = train_base(config, data).to(config.device)
     data = data.to(config.device)
     reward = DigitReward(classifier, config.digit)
     tilted = tilt_digits(config, base, reward)
-    write_json(config.folder / CONFIG, settings)  # a resume is what its checkpoints accepted
+    write_config(config.folder, settings)  # once the checkpoints have accepted a resume
 
     print("digits: drawing samples and pictures", file=sys.stderr)
     first = 1000 * config.seed + 1

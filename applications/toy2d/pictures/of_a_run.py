@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from applications.common.lock import locked
 from applications.toy2d.exact_tilt import GridTilt, ResampledTilt
 from applications.toy2d.pictures import plane as pictures
 from applications.toy2d.pictures.animation import flow_animation
 from applications.toy2d.pictures.charts import certificate_histogram, training_curves
 from applications.toy2d.run import Run
-from applications.toy2d.run_folder import locked
 from flows import VelocityField, sample, uniform
 
 CONTROL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -55,7 +55,7 @@ def save_pictures(run: Run) -> list[Path]:
     """Write every picture into the run's folder; returns their paths.
 
     Raises:
-        ValueError: another run is in that folder by now.
+        RunError: another run is in that folder by now.
         OSError: a picture cannot be written.
     """
     with locked(run.config.path):

@@ -5,6 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from tyro.constructors import PrimitiveConstructorSpec
+
+NAME_OR_OBJECT = PrimitiveConstructorSpec[Any](
+    nargs=1,
+    metavar="NAME|MODULE:NAME",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [str(value)],
+)
+"""How `tyro` reads an option that takes a name, ``module:Name``, or in Python an object."""
+
 
 def is_reference(text: str) -> bool:
     """Return whether ``text`` has the form ``module:Name``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from applications.common.command_line import Command, Program
+from applications.toy2d.renamed import RENAMED
 from flows.training import prepare_process
 
 COMMANDS = "applications.toy2d.commands"
@@ -27,6 +28,7 @@ PROGRAM = Program(
         ),
         "list": Command(COMMANDS, "List", "show_list", "name the targets, rewards and kernels"),
     },
+    renamed=RENAMED,
 )
 main, parse = PROGRAM.main, PROGRAM.parse
 

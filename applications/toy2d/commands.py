@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from applications.toy2d import kernels
+from applications.toy2d.config import RunConfig
 from applications.toy2d.digits import run as digits
 from applications.toy2d.digits.run import DigitsConfig
 from applications.toy2d.pictures.of_a_run import save_pictures
+from applications.toy2d.report import table
 from applications.toy2d.rewards import REWARDS
-from applications.toy2d.run import RunConfig, run, table
+from applications.toy2d.run import run
 from applications.toy2d.targets import TARGETS
 
 __all__ = ["DigitsConfig", "RunConfig"]

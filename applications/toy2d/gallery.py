@@ -14,30 +14,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from applications.common.pictures.arrays import density_of
+from applications.toy2d.config import RunConfig
 from applications.toy2d.pictures.grid import gallery
 from applications.toy2d.pictures.of_a_run import plane_points
 from applications.toy2d.rewards import REWARDS, make_reward
-from applications.toy2d.run import RunConfig, run, validate
+from applications.toy2d.run import run
+from applications.toy2d.setup import validate
 from applications.toy2d.targets import TARGETS, Target
 from flows.training import ensure_writable
 
 RESOLUTION = 120
-SET_HERE = ("target", "reward", "folder", "resume", "overwrite", "animation")
-"""Options of runs that a gallery sets or does not need."""
 
 
 @dataclass(frozen=True)
 class GalleryConfig:
-    """Draw all targets x rewards in one figure."""
+    """Draw all targets, tilted toward all rewards, in one figure."""
 
     folder: Path = Path("outputs/gallery")
-    """Where gallery.png is written, and the runs of a learned gallery."""
+    """Folder of gallery.png, and of the runs of a learned gallery."""
     learned: bool = False
     """Train every tilt (about half an hour) instead of drawing the exact ones."""
     resume: bool = False
     """Continue an interrupted learned gallery."""
     run: RunConfig = field(default_factory=lambda: RunConfig(animation=False))
-    """Options of the learned runs, but for those that the gallery sets."""
+    """Options of the learned runs; some of them the gallery sets itself."""
 
     def __post_init__(self) -> None:
         """Refuse options of runs that would have no effect.
@@ -50,13 +50,14 @@ class GalleryConfig:
             value = getattr(self.run, option.name)
             if value == getattr(default, option.name):
                 continue
-            if option.name in SET_HERE or not self.learned:
-                where = "a gallery" if option.name in SET_HERE else "a gallery without learned"
+            set_here = option.metadata.get("set_by") == "gallery"
+            if set_here or not self.learned:
+                where = "a gallery" if set_here else "a gallery without learned"
                 raise ValueError(f"run.{option.name} has no effect in {where}, got {value!r}")
 
 
 def exact_densities(target: Target) -> dict[str, Tensor]:
-    """The base's density and that of its tilt by each reward, (R, R) each."""
+    """Compute the density of a target and of its tilt by each reward, (R, R) each."""
     assert target.log_density is not None
     points = plane_points(target.extent, RESOLUTION).double()
     log_p = target.log_density(points)
@@ -69,7 +70,7 @@ def exact_densities(target: Target) -> dict[str, Tensor]:
 
 
 def learned_densities(config: GalleryConfig, target: Target) -> dict[str, Tensor]:
-    """Densities estimated from the samples of a trained base and of its learned tilts."""
+    """Estimate densities from samples of a trained base and of its learned tilts."""
     panels: dict[str, Tensor] = {}
     base = None
     for name in REWARDS:
@@ -91,7 +92,7 @@ def learned_densities(config: GalleryConfig, target: Target) -> dict[str, Tensor
 
 
 def show_gallery(config: GalleryConfig) -> None:
-    """Write folder/gallery.png and say so.
+    """Write folder/gallery.png and print its name.
 
     Raises:
         ValueError: an option of the learned runs is out of range, or no run of some target; before

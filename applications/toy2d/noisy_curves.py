@@ -8,7 +8,7 @@ w(s) = s^(1/q - 1)/q and
 The integral is taken at Gauss–Legendre nodes.  A sum of Gaussians of width σ at distance h from
 each other along the curve is the integral up to exp(-2π² σ²/h²): with enough ``nodes`` to keep h
 below about σ the error is below 1e-7 of the peak.  For a circle the integral is Bessel's I_0 (the
-law of Rice):
+Rice distribution):
 
     p(x) = exp(-(|x|² + R²)/2σ²) I_0(|x| R/σ²) / (2π σ²).
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +26,19 @@ from torch import Tensor
 Generator = torch.Generator | None
 Draw = Callable[[int, Generator], tuple[Tensor, Tensor]]
 LogDensity = Callable[[Tensor], Tensor]
-Law = tuple[Draw, int, Tensor, LogDensity]
+
+
+class NoisyCurves(NamedTuple):
+    """A distribution around curves, as the last arguments of a `Target`."""
+
+    draw: Draw
+    classes: int
+    modes: Tensor
+    log_density: LogDensity
 
 
 def polar(radius: Tensor, angle: Tensor) -> Tensor:
-    """Cartesian coordinates (..., 2) of polar ones."""
+    """Convert polar coordinates to Cartesian ones (..., 2)."""
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
 
 
@@ -41,12 +50,11 @@ def noisy_curves(
     modes_per_arm: int,
     classes_per_arm: int = 1,
     nodes: int = 256,
-) -> Law:
-    """Noise of size ``std`` around equally likely ``arms`` c(s), s = u^power.
+) -> NoisyCurves:
+    """Add noise of size ``std`` to equally likely ``arms`` c(s), s = u^power.
 
-    Returns the sampler (points and classes), the number of classes, centres at equal steps of
-    probability along each arm, and the log-density.  Classes are the arms in order, each cut into
-    ``classes_per_arm`` parts of equal probability.
+    Classes are the arms in order, each cut into ``classes_per_arm`` parts of equal probability, and
+    the modes are centres at equal steps of probability along each arm.
     """
 
     def draw(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -71,14 +79,13 @@ def noisy_curves(
 
     u = (torch.arange(modes_per_arm, dtype=torch.float64) + 0.5) / modes_per_arm
     modes = torch.cat([c(u**power) for c in arms]).float()
-    return draw, len(arms) * classes_per_arm, modes, log_density
+    return NoisyCurves(draw, len(arms) * classes_per_arm, modes, log_density)
 
 
-def noisy_circles(radii: tuple[float, float], std: float) -> Law:
-    """Noise of size ``std`` around two equally likely circles; the class is the circle.
+def noisy_circles(radii: tuple[float, float], std: float) -> NoisyCurves:
+    """Add noise of size ``std`` to two equally likely circles; the class is the circle.
 
-    Returns what ``noisy_curves`` returns; the centres are the origin, whose cell holds the inner
-    circle, and six points on the outer one.
+    The modes are the origin, whose cell holds the inner circle, and six points on the outer one.
     """
     R = torch.tensor(radii, dtype=torch.float64)
 
@@ -97,4 +104,4 @@ def noisy_circles(radii: tuple[float, float], std: float) -> Law:
 
     angle = torch.arange(6) * math.pi / 3
     modes = torch.cat((torch.zeros(1, 2), polar(torch.full_like(angle, radii[1]), angle)))
-    return draw, 2, modes, log_density
+    return NoisyCurves(draw, 2, modes, log_density)

@@ -1,41 +1,46 @@
-"""Six rewards on the plane, made for a target so that the tilt p*(x) ∝ p(x) exp(r(x)) is visible.
+"""Rewards on the plane, made for a target so that the tilt p*(x) ∝ p(x) exp(r(x)) is visible.
 
 Each entry of ``REWARDS`` maps a ``Target`` to a ``ToyReward``.  The strengths are chosen so that
 base samples, weighted by exp(r), keep an effective sample size of about a twentieth to a half.
+Any differentiable function r(x, cond) of one's own serves as well, see `make_reward`.
 
     linear      r = bᵀx
     quadratic   r = -½ (x - c)ᵀA(x - c) + ½ cᵀAc, a well around c, positive definite A
-    ring        r = -(|x - c| - R)²/2w², a circle that cuts through the law
+    ring        r = -(|x - c| - R)²/2w², a circle that cuts through the target
     half_plane  r = h sigmoid((nᵀx - o)/w), a smooth step of height h
     peaks       r = Σ_j h_j exp(-|x - p_j|²/2w²) with the p_j at up to three of the target's centres
     classifier  r = log P(class 0 | x) under a small network trained on samples of the target
 
-The first two carry ``quadratic_form`` (A, b) with r = -½ xᵀAx + bᵀx, the tilt of a Gaussian mixture
-by which is known in closed form (``GaussianMixture.tilt``).
+The first two carry ``quadratic_form`` (A, b) with r = -½ xᵀAx + bᵀx: the tilt of a Gaussian mixture
+by such a reward is known in closed form (``GaussianMixture.tilt``).
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adjoint import ValueFunction, as_reward
+from applications.common.objects import is_reference, load_object
 from applications.toy2d.targets import Target
 
 
 @dataclass(frozen=True, eq=False)
 class ToyReward:
-    """A differentiable reward (B, 2) to (B,); the condition is ignored.
+    """A differentiable reward maps points (B, 2) to values (B,); the condition is ignored.
 
     Arguments:
-        name: The key in ``REWARDS``.
-        description: One line for help texts and captions.
-        value: The function itself, in the dtype and on the device of its argument.
+        name: short name, for folders, reports and captions.
+        description: one line for help texts and captions.
+        value: the function itself, in the dtype and on the device of its argument.
         quadratic_form: (A, b) of r = -½ xᵀAx + bᵀx, float64 (2, 2) and (2,), where r has that form.
     """
 
@@ -45,7 +50,7 @@ class ToyReward:
     quadratic_form: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Reward (B,) of ``x`` (B, 2).
+        """Return the rewards (B,) of points ``x`` (B, 2).
 
         Raises:
             ValueError: ``x`` is not of shape (B, 2).
@@ -55,15 +60,44 @@ class ToyReward:
         return self.value(x)
 
 
-def make_reward(name: str, target: Target) -> ToyReward:
-    """The reward called ``name``, made for ``target``.
+def make_reward(reward: str | ValueFunction, target: Target) -> ToyReward:
+    """Return the reward of a name in ``REWARDS``, of ``module:Name``, or of a function.
+
+    Arguments:
+        reward: a name, ``module:Name`` or a callable.  What ``module:Name`` stands for is a
+            callable, or a class without arguments whose instances are.  A callable is a `ToyReward`
+            or any differentiable r(x, cond), (B, 2) to (B,).
+        target: the target that a reward of ``REWARDS`` is made for.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is no such reward, the target lacks what the reward needs, or the callable
+            takes other arguments.
     """
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}; expected one of {', '.join(REWARDS)}")
-    return REWARDS[name](target)
+    found: object = reward
+    if isinstance(reward, str):
+        if reward in REWARDS:
+            return REWARDS[reward](target)
+        if not is_reference(reward):
+            raise ValueError(
+                f"unknown reward {reward!r}; expected one of {', '.join(REWARDS)}, or module:Name"
+            )
+        found = load_object(reward, "reward")
+        if isinstance(found, type):
+            found = found()
+    if isinstance(found, ToyReward):
+        return found
+    return _from_function(found)
+
+
+def _from_function(function: Any) -> ToyReward:
+    """Wrap a differentiable function r(x, cond)."""
+    try:
+        as_reward(function)
+    except TypeError as error:
+        raise ValueError(f"reward must be a callable (x, cond): {error}") from error
+    name = getattr(function, "__name__", type(function).__name__)
+    lines = (inspect.getdoc(function) or name).splitlines()
+    return ToyReward(name, lines[0].rstrip("."), lambda x: function(x, None))
 
 
 def _quadratic_form(name: str, description: str, A: list[list[float]], b: list[float]) -> ToyReward:
@@ -133,12 +167,14 @@ def classifier(target: Target, *, label: int = 0, seed: int = 0) -> ToyReward:
     """log P(label | x) under a small network trained for about a second on labelled samples.
 
     Labels are smoothed by a tenth, which keeps the log-probability above about -5 on most of the
-    law and its slope moderate.  Training is deterministic in ``seed`` and leaves the global
+    target and its slope moderate.  Training is deterministic in ``seed`` and leaves the global
     generator alone.
 
     Raises:
-        ValueError: the target has no such class.
+        ValueError: the target has no classes, or not this one.
     """
+    if not target.classes:
+        raise ValueError(f"classifier needs a target with classes, {target.name!r} has none")
     if not 0 <= label < target.classes:
         raise ValueError(f"label must be one of 0 … {target.classes - 1}, got {label}")
     layers = _train_classifier(target, seed)
@@ -154,7 +190,7 @@ Layers = list[tuple[Tensor, Tensor]]
 
 
 def _logits(layers: Layers, x: Tensor) -> Tensor:
-    """A fully connected network with SiLU between layers, in the dtype and on the device of x."""
+    """Evaluate a fully connected network with SiLU between layers, in the dtype of ``x``."""
     for weight, bias in layers[:-1]:
         x = F.silu(F.linear(x, weight.to(x), bias.to(x)))
     weight, bias = layers[-1]
@@ -162,7 +198,7 @@ def _logits(layers: Layers, x: Tensor) -> Tensor:
 
 
 def _train_classifier(target: Target, seed: int, *, width: int = 64, steps: int = 400) -> Layers:
-    """Weights and biases, initialised as PyTorch's linear layers are and trained by Adam."""
+    """Train weights and biases by Adam from the initial values of PyTorch's linear layers."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (2, width, width, target.classes)
     layers = []
@@ -190,3 +226,4 @@ REWARDS: dict[str, Callable[[Target], ToyReward]] = {
     "peaks": peaks,
     "classifier": classifier,
 }
+"""Makers of rewards by name."""

@@ -1,13 +1,16 @@
-"""One run: a two-dimensional base flow, its tilt, the report and the pictures.
+"""One run: a two-dimensional base flow, its tilt, and the comparison with the exact tilt.
 
 The base is the target's own flow in closed form (mixtures), or a network trained on its samples.
-What the tilt should be is then the tilt of *that base's* law: by quadrature for a closed form, and
-by importance-resampling the base's own samples for a trained one, so that errors of the base are
-not blamed on the tilt.  Where too few of those samples count, nothing is compared
+The tilt to reach is the tilt of *that base's* distribution: by quadrature for a closed form, and by
+importance-resampling the base's own samples for a trained one, so that errors of the base are not
+blamed on the tilt.  Where too few of those samples count, nothing is compared
 (`exact_tilt.mask_unreliable`).
 
 A run's folder holds ``config.json`` (options, versions), ``base.csv``, ``tilt.csv`` (metrics),
 ``base.pt``, ``tilt.pt`` (checkpoints), ``report.json`` and the pictures.
+
+    run(RunConfig(target="moons", reward="peaks"))
+    run(RunConfig(target=Target("cross", "two bars", draw), reward=my_reward, kernel=MyScheme()))
 """
 
 from __future__ import annotations
@@ -15,160 +18,40 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adjoint import TiltConfig, Tilted, tilt
+from adjoint import Tilted, tilt
 from applications.common.callbacks import training_callbacks
 from applications.common.lock import locked
 from applications.common.run_folder import start_run, write_config
-from applications.toy2d.exact_tilt import (
-    GridTilt,
-    ResampledTilt,
-    grid_tilt,
-    mask_unreliable,
-    mode_tv,
-    resample_tilt,
-    w2_ratio,
-)
-from applications.toy2d.rewards import ToyReward, make_reward
+from applications.toy2d.config import RunConfig
+from applications.toy2d.exact_tilt import GridTilt, ResampledTilt, grid_tilt, resample_tilt
+from applications.toy2d.report import Report, make_report
+from applications.toy2d.rewards import ToyReward
 from applications.toy2d.run_folder import FILES
-from applications.toy2d.targets import Target, find_target
-from flows import MLPVelocity, TrainerConfig, VelocityField, data_sampler, fit_flow, sample
+from applications.toy2d.setup import RunSetup, resolve
+from applications.toy2d.targets import Target
+from flows import MLPVelocity, VelocityField, data_sampler, fit_flow, sample
 from flows.training import ensure_writable, write_json
 
 SAMPLE_STEPS = 50
 """Midpoint steps of every ODE sample of a run."""
 
-CHECKPOINT_EVERY = 50
-"""Updates, a few seconds of work, between two checkpoints."""
-
-COMPARED = ("reward_exact", "log_z_exact", "log_z_exact_stderr", "w2_ratio", "mode_tv")
-"""Numbers of a report that are made with the exact tilt."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Tilt one two-dimensional flow toward one reward, and see how good the tilt is."""
-
-    target: str = "pinwheel"
-    """What the base flow generates; `list` shows the names."""
-    reward: str = "half_plane"
-    """What it is tilted toward; `list` shows the names."""
-    base: Literal["trained", "closed_form"] = "trained"
-    """A network trained on samples of the target, or its exact flow (mixtures only)."""
-    kernel: str = "moment_matched"
-    """Memoryless scheme of the tilt; `list` shows the names."""
-    steps: int = 20
-    """Steps K of the training chain."""
-    iterations: int = 600
-    """Updates of the tilt."""
-    batch_size: int = 256
-    """Trajectories an update."""
-    lr: float = 2e-3
-    """Learning rate of the tilt."""
-    temperature: float = 1.0
-    """The target of the tilt is p(x) exp(r(x) / temperature)."""
-    refine_fraction: float = 0.5
-    """Fraction of the updates, the last ones, that minimise the variance of log w instead."""
-    importance: bool = False
-    """Weight trajectories by their importance."""
-    base_iterations: int = 1500
-    """Updates of the trained base."""
-    samples: int = 20_000
-    """Samples of base and tilted flow that the report and the pictures are made of."""
-    seed: int = 0
-    """Seed of everything random."""
-    folder: Path | None = None
-    """Where the run is written; outputs/TARGET-REWARD if not given."""
-    resume: bool = False
-    """Continue from the checkpoints in the folder."""
-    overwrite: bool = False
-    """Begin anew where the folder holds a run already."""
-    animation: bool = True
-    """Write the animation too."""
-
-    def __post_init__(self) -> None:
-        """Refuse to resume and to begin anew at once.
-
-        Raises:
-            ValueError: both are asked for.
-        """
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite must not both be given")
-
-    @property
-    def path(self) -> Path:
-        """Folder of the run."""
-        return self.folder or Path("outputs") / f"{self.target}-{self.reward}"
-
-    @property
-    def identity(self) -> dict[str, str | int | float | bool]:
-        """What identifies the run: a checkpoint of another run is refused."""
-        identity: dict[str, str | int | float | bool] = {
-            "target": self.target,
-            "reward": self.reward,
-            "base": self.base,
-        }
-        return identity | ({"base_iterations": self.base_iterations} if self.trains_base else {})
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether the base is a network to train."""
-        return self.base == "trained"
-
-    @property
-    def tilt_options(self) -> TiltConfig:
-        """Options of the tilt itself.
-
-        Raises:
-            ValueError: an unknown kernel, or an option out of range.
-        """
-        return TiltConfig(
-            kernel=self.kernel,
-            steps=self.steps,
-            iterations=self.iterations,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            temperature=self.temperature,
-            refine_fraction=self.refine_fraction,
-            importance=self.importance,
-            seed=self.seed,
-            checkpoint_every=CHECKPOINT_EVERY,
-        )
-
-    @property
-    def base_options(self) -> TrainerConfig:
-        """How a base is trained.
-
-        Raises:
-            ValueError: an option out of range.
-        """
-        if self.base_iterations < 0:
-            raise ValueError(f"base_iterations must be at least 0, got {self.base_iterations}")
-        return TrainerConfig(
-            iterations=self.base_iterations,
-            lr=2e-3,
-            seed=self.seed,
-            checkpoint_every=CHECKPOINT_EVERY,
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run, as the pictures need it.
+    """A finished run, with all that its pictures show.
 
     Attributes:
-        config: its options.
-        target, reward: the identity.
+        config: the options.
+        target, reward: the target and the reward that the options name.
         tilted: the tilt, with the base and both certificates.
-        base_samples, tilted_samples: (N, 2) by the ODE.
-        exact: the exact tilt of the base's law.
-        report: what report.json holds.
+        base_samples, tilted_samples: ODE samples (N, 2).
+        exact: the exact tilt of the base.
+        report: content of report.json.
     """
 
     config: RunConfig
@@ -178,113 +61,7 @@ class Run:
     base_samples: Tensor
     tilted_samples: Tensor
     exact: GridTilt | ResampledTilt
-    report: dict[str, str | int | float]
-
-
-def validate(config: RunConfig, target: Target) -> None:
-    """Refuse what cannot be run, before any file of the folder changes.
-
-    Raises:
-        ValueError: an option out of range, or a closed form where the target has none.
-    """
-    if not config.trains_base and target.mixture is None:
-        raise ValueError(
-            f"base 'closed_form' needs a mixture target, got {config.target!r}; use 'trained'"
-        )
-    if config.samples < 100:
-        raise ValueError(f"samples must be at least 100, got {config.samples}")
-    _ = config.tilt_options, config.base_options
-
-
-def make_base(config: RunConfig, target: Target) -> VelocityField:
-    """The base flow of a run, whose options are valid."""
-    if not config.trains_base:
-        assert target.mixture is not None
-        return copy.deepcopy(target.mixture).float()
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        network = MLPVelocity(2)
-    data = target.sample(100_000, generator)
-    return fit_flow(
-        network,
-        data_sampler(data),
-        config=config.base_options,
-        batch_size=512,
-        callbacks=training_callbacks("base flow", config.path / "base.csv"),
-        checkpoint=config.path / "base.pt",
-        resume=config.resume,
-        identity={
-            "target": config.target,
-            "seed": config.seed,
-            "base_iterations": config.base_iterations,
-        },
-    )
-
-
-def exact_tilt(
-    config: RunConfig, target: Target, reward: ToyReward, base: VelocityField
-) -> GridTilt | ResampledTilt:
-    """The exact tilt of the base's law by the scaled reward; see the module docstring."""
-
-    def scaled(x: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
-        return reward(x, cond) / config.temperature
-
-    if not config.trains_base and target.mixture is not None:
-        return grid_tilt(target.mixture.log_prob, scaled, target.extent + 2.0)
-    return resample_tilt(base_samples(config, base, 2 * config.samples, stream=1), scaled)
-
-
-def base_samples(config: RunConfig, field: VelocityField, n: int, *, stream: int) -> Tensor:
-    """``n`` ODE samples (n, 2) from noise that depends only on the seed and ``stream``."""
-    generator = torch.Generator().manual_seed(1000 * config.seed + stream)
-    x0 = torch.randn(n, 2, generator=generator)
-    parts = [sample(field, part, grid=SAMPLE_STEPS) for part in x0.split(4096)]
-    return torch.cat(parts)
-
-
-def make_report(
-    config: RunConfig,
-    target: Target,
-    tilted: Tilted,
-    samples: Tensor,
-    reward: ToyReward,
-    base: Tensor,
-    exact: GridTilt | ResampledTilt,
-) -> dict[str, str | int | float]:
-    """The numbers of a run, flat; rewards are those of the ODE's samples, unscaled.
-
-    Comparisons with an exact tilt of too few effective samples are NaN
-    (`exact_tilt.mask_unreliable`).
-    """
-    assert tilted.certificate is not None
-    assert tilted.certificate_base is not None
-    assert target.modes is not None
-    generator = torch.Generator().manual_seed(config.seed)
-    size = min(2500, config.samples // 4)
-    sets = [exact.sample(4 * size, generator) for _ in range(2)]
-    after = tilted.certificate
-    report: dict[str, str | int | float] = {
-        "target": config.target,
-        "reward": config.reward,
-        "temperature": config.temperature,
-        "kernel": config.kernel,
-        "steps": config.steps,
-        "reward_base": float(reward(base).mean()),
-        "reward_tilted": float(reward(samples).mean()),
-        "reward_exact": exact.reward_tilted * config.temperature,
-        "log_z": after.log_z,
-        "log_z_stderr": after.log_z_stderr,
-        "log_z_exact": exact.log_z,
-        "log_z_exact_stderr": exact.log_z_stderr,
-        "log_weight_std_base": tilted.certificate_base.log_weight_std,
-        "log_weight_std": after.log_weight_std,
-        "ess": after.ess,
-        "path_kl": after.path_kl,
-        "w2_ratio": w2_ratio(samples, *sets, size=size, generator=generator),
-        "mode_tv": mode_tv(samples, exact, target.modes),
-    }
-    return mask_unreliable(report, COMPARED, exact, "the base")
+    report: Report
 
 
 def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
@@ -302,47 +79,77 @@ def run(config: RunConfig, *, base: VelocityField | None = None) -> Run:
         CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
-    target = find_target(config.target)
-    reward = make_reward(config.reward, target)
-    validate(config, target)
+    setup = resolve(config)
     ensure_writable(config.path / "report.json", "folder")
     with locked(config.path):
-        return _run(config, target, reward, base)
+        return _run(setup, base)
 
 
-def _run(config: RunConfig, target: Target, reward: ToyReward, base: VelocityField | None) -> Run:
-    """What ``run`` does once options and folder are known to be in order."""
+def _run(setup: RunSetup, base: VelocityField | None) -> Run:
+    """Run in a folder that is locked, with options that are known to be in order."""
     started = time.perf_counter()
-    settings = asdict(config)
+    config, identity = setup.config, setup.identity
+    settings = config.described(target=identity["target"], reward=identity["reward"])
     start_run(config.path, FILES, settings, resume=config.resume, overwrite=config.overwrite)
-    base = make_base(config, target) if base is None else base
+    base = make_base(setup) if base is None else base
     tilted = tilt(
         base,
-        reward,
+        setup.reward,
         shape=(2,),
         config=config.tilt_options,
         callbacks=training_callbacks("tilt", config.path / "tilt.csv"),
         checkpoint=config.path / "tilt.pt",
         resume=config.resume,
-        identity=config.identity,
+        identity=identity,
     )
     write_config(config.path, settings)  # once the checkpoints have accepted a resume
-    exact = exact_tilt(config, target, reward, base)
-    before = base_samples(config, base, config.samples, stream=2)
-    after = base_samples(config, tilted.field, config.samples, stream=2)
-    report = make_report(config, target, tilted, after, reward, before, exact)
+    exact = exact_tilt(setup, base)
+    before = ode_samples(config, base, config.samples, stream=2)
+    after = ode_samples(config, tilted.field, config.samples, stream=2)
+    report = make_report(setup, tilted, after, before, exact)
     report["seconds"] = time.perf_counter() - started
     write_json(config.path / "report.json", report)
-    return Run(config, target, reward, tilted, before, after, exact, report)
+    return Run(config, setup.target, setup.reward, tilted, before, after, exact, report)
 
 
-def table(report: Mapping[str, str | int | float]) -> str:
-    """The report as an aligned table of names and values."""
-    width = max(map(len, report))
-    rows = [
-        f"{name:<{width}}  {value:>12.4f}"
-        if isinstance(value, float)
-        else f"{name:<{width}}  {value:>12}"
-        for name, value in report.items()
-    ]
-    return "\n".join(rows)
+def make_base(setup: RunSetup) -> VelocityField:
+    """Train or resume the base flow, or copy the closed form."""
+    config, target = setup.config, setup.target
+    if not config.trains_base:
+        assert target.mixture is not None  # `resolve` has refused the others
+        return copy.deepcopy(target.mixture).float()
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        network = MLPVelocity(2)
+    data = target.sample(100_000, generator)
+    return fit_flow(
+        network,
+        data_sampler(data),
+        config=config.base_options,
+        batch_size=512,
+        callbacks=training_callbacks("base flow", config.path / "base.csv"),
+        checkpoint=config.path / "base.pt",
+        resume=config.resume,
+        identity=setup.base_identity,
+    )
+
+
+def exact_tilt(setup: RunSetup, base: VelocityField) -> GridTilt | ResampledTilt:
+    """Tilt the base's distribution exactly by the scaled reward; see the module docstring."""
+    config, target = setup.config, setup.target
+
+    def scaled(x: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+        return setup.reward(x, cond) / config.temperature
+
+    if not config.trains_base and target.mixture is not None:
+        return grid_tilt(target.mixture.log_prob, scaled, target.extent + 2.0)
+    return resample_tilt(ode_samples(config, base, 2 * config.samples, stream=1), scaled)
+
+
+def ode_samples(config: RunConfig, field: VelocityField, n: int, *, stream: int) -> Tensor:
+    """Draw ``n`` ODE samples (n, 2) from noise that depends only on the seed and ``stream``."""
+    generator = torch.Generator().manual_seed(1000 * config.seed + stream)
+    x0 = torch.randn(n, 2, generator=generator)
+    parts = [sample(field, part, grid=SAMPLE_STEPS) for part in x0.split(4096)]
+    return torch.cat(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from applications.common.run_folder import RunFiles
+from applications.toy2d.renamed import RENAMED
 
 FILES = RunFiles(
     checkpoints=("classifier.pt", "base.pt", "tilt.pt"),
@@ -13,4 +14,5 @@ FILES = RunFiles(
     ),
     marker="base_iterations",
     last="report.json",
+    renamed=RENAMED,
 )

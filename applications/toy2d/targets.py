@@ -1,33 +1,36 @@
-"""Nine two-dimensional laws to tilt, each with a fast sampler and an exact log-density.
+"""Two-dimensional distributions to tilt, each with a fast sampler and most with a log-density.
 
-All are scaled to lie in about [-3, 3]^2 and come in three families.
+A `Target` is a name, a description and a sampler; whatever else is known of it (log-density, modes,
+classes, closed form) makes more rewards and comparisons possible.  Those of ``TARGETS`` are scaled
+to lie in about [-3, 3]^2 and come in three families.
 
 * Gaussian mixtures (``ring``, ``grid``, ``two_gaussians``): everything is in closed form, including
   the velocity of the flow and its tilt; they carry their ``GaussianMixture``.
 * A curve plus isotropic Gaussian noise (``moons``, ``swiss_roll``, ``spirals``, ``circles``): the
-  density is a line integral (see ``curves``).
+  density is a line integral (see `noisy_curves`).
 * ``checkerboard`` is uniform on its eight dark cells (log-density -inf elsewhere).  ``pinwheel``
   turns the arms z of a star-shaped Gaussian mixture by an angle ω|z|² that depends on the radius
   alone: that map preserves areas, so p(x) is the mixture's density at the point turned back.
 
 ``modes`` is a set of centres whose nearest-centre cells partition the plane, so that mode
-frequencies are defined for every target.  For mixtures, checkerboard and pinwheel they are the true
-modes, cells and arms; for the curves they are points at equal steps of probability along the curve
-(and, for ``circles``, the origin for the inner circle and points on the outer one): a sensible
-partition, not modes.  ``labelled`` samples carry a class in 0 … ``classes`` - 1, from which the
-classifier reward is trained.
+frequencies are defined.  For mixtures, checkerboard and pinwheel they are the true modes, cells and
+arms; for the curves they are points at equal steps of probability along the curve (and, for
+``circles``, the origin for the inner circle and points on the outer one): a sensible partition, not
+modes.  ``labelled`` samples carry a class in 0 … ``classes`` - 1, from which the classifier reward
+is trained.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from applications.common.objects import is_reference, load_object
 from applications.toy2d.noisy_curves import (
-    Draw,
     Generator,
     LogDensity,
     noisy_circles,
@@ -36,66 +39,104 @@ from applications.toy2d.noisy_curves import (
 )
 from flows import GaussianMixture
 
+Draw = Callable[[int, Generator], Tensor | tuple[Tensor, Tensor]]
+"""Callable (n, generator) to points (n, 2), or to points and their classes (n,)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A law on the plane.
+    """A distribution on the plane, given by its sampler and whatever else is known of it.
 
     Arguments:
-        name: The key in ``TARGETS``.
-        description: One line for help texts and captions.
-        draw: (n, generator) to points (n, 2) and their classes (n,).
-        classes: The number of classes.
-        modes: Centres (C, 2) whose nearest-centre cells partition the plane.
-        log_density: The exact log p(x), (B, 2) to (B,), or ``None`` where it is unknown.
-        mixture: The law as a mixture in closed form, where it is one.
-        extent: Half-width of the square window that holds the law, with margin for its tilts.
+        name: short name, for folders, reports and captions.
+        description: one line for help texts and captions.
+        draw: callable (n, generator) to points (n, 2) and, with ``classes``, their classes (n,).
+            It draws all its random numbers from the generator.
+        classes: number of classes; 0 where the samples have none.
+        modes: centres (C, 2) whose nearest-centre cells partition the plane, or None.
+        log_density: the exact log p(x), (B, 2) to (B,), or None where it is unknown.
+        mixture: the distribution as a mixture in closed form, where it is one.
+        extent: half-width of the square window that holds the distribution, with margin for its
+            tilts.
     """
 
     name: str
     description: str
     draw: Draw
-    classes: int
-    modes: Tensor | None
+    classes: int = 0
+    modes: Tensor | None = None
     log_density: LogDensity | None = None
     mixture: GaussianMixture | None = None
     extent: float = 4.0
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        """``n`` independent points, float32 (n, 2), on the CPU."""
-        return self.labelled(n, generator)[0]
-
-    def labelled(self, n: int, generator: Generator = None) -> tuple[Tensor, Tensor]:
-        """``n`` independent points, float32 (n, 2), and their classes, int64 (n,).
+        """Draw ``n`` independent points, float32 (n, 2), on the CPU.
 
         Raises:
-            ValueError: ``n`` is not positive.
+            ValueError: ``n`` is not positive, or ``draw`` returns another shape.
         """
+        return self._drawn(n, generator)[0]
+
+    def labelled(self, n: int, generator: Generator = None) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` independent points, float32 (n, 2), and their classes, int64 (n,).
+
+        Raises:
+            ValueError: ``n`` is not positive, or the target has no classes.
+        """
+        x, label = self._drawn(n, generator)
+        if not self.classes or label is None:
+            raise ValueError(f"target {self.name!r} has no classes, its samples have no labels")
+        return x, label
+
+    def _drawn(self, n: int, generator: Generator) -> tuple[Tensor, Tensor | None]:
         if n < 1:
             raise ValueError(f"n must be a positive number of samples, got {n}")
-        x, label = self.draw(n, generator)
+        drawn = self.draw(n, generator)
+        x, label = drawn if isinstance(drawn, tuple) else (drawn, None)
+        if x.shape != (n, 2):
+            raise ValueError(
+                f"draw of target {self.name!r} must return points of shape ({n}, 2), got "
+                f"{tuple(x.shape)}"
+            )
         return x.float(), label
 
 
-def find_target(name: str) -> Target:
-    """The target called ``name``.
+def find_target(target: str | Target) -> Target:
+    """Return the target of a name in ``TARGETS``, of ``module:Name``, or the target itself.
+
+    What ``module:Name`` stands for is a `Target`, or a class or function without arguments that
+    makes one.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is no such target; the message lists the names.
     """
-    if name not in TARGETS:
-        raise ValueError(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+    found: object = target
+    if isinstance(target, str):
+        if target in TARGETS:
+            return TARGETS[target]
+        if not is_reference(target):
+            raise ValueError(
+                f"unknown target {target!r}; expected one of {', '.join(TARGETS)}, or module:Name"
+            )
+        found = load_object(target, "target")
+        if callable(found):
+            found = found()
+    if not isinstance(found, Target):
+        raise ValueError(
+            "target must be a name, module:Name or an applications.toy2d.targets.Target, got "
+            f"{found!r} by {target!r}"
+        )
+    return found
 
 
 def nearest(x: Tensor, modes: Tensor) -> Tensor:
-    """Index (N,) of the row of ``modes`` (C, d) nearest to each row of ``x`` (N, d)."""
+    """Find the index (N,) of the row of ``modes`` (C, d) nearest to each row of ``x`` (N, d)."""
     modes = modes.to(x)
     return (modes.square().sum(1) - 2 * x @ modes.T).argmin(1)
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rows of ``x`` (N, 2) turned counter-clockwise by ``angle`` (N,) or (1,)."""
+    """Turn the rows of ``x`` (N, 2) counter-clockwise by ``angle`` (N,) or (1,)."""
     c, s = angle.cos(), angle.sin()
     return torch.stack((c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]), 1)
 
@@ -106,7 +147,7 @@ def _rotate(x: Tensor, angle: Tensor) -> Tensor:
 def _mixture(
     name: str, description: str, means: Tensor, covariances: Tensor, weights: Tensor, label: Tensor
 ) -> Target:
-    """A mixture whose component k has the class ``label[k]``."""
+    """Make the target of a mixture whose component k has the class ``label[k]``."""
     mixture = GaussianMixture(weights, means, covariances)
 
     def draw(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -118,8 +159,8 @@ def _mixture(
 
 
 def _isotropic(name: str, description: str, means: Tensor, std: float, label: Tensor) -> Target:
-    law = GaussianMixture.isotropic(means, std)
-    return _mixture(name, description, means, law.covariances, law.weights, label)
+    mixture = GaussianMixture.isotropic(means, std)
+    return _mixture(name, description, means, mixture.covariances, mixture.weights, label)
 
 
 def _ring() -> Target:
@@ -147,15 +188,15 @@ def _two_gaussians() -> Target:
     return _mixture("two_gaussians", text, means, covariances, weights, torch.arange(2))
 
 
-# --- curves with Gaussian noise (curves.py) ----------------------------------------------------
+# --- curves with Gaussian noise ----------------------------------------------------------------
 
 
 def _moons() -> Target:
     def upper(s: Tensor) -> Tensor:
         return 1.7 * (polar(torch.ones_like(s), math.pi * s) - s.new_tensor([0.5, 0.25]))
 
-    law = noisy_curves((upper, lambda s: -upper(s)), 0.16, modes_per_arm=3, nodes=64)
-    return Target("moons", "two interleaved half-moons", *law)
+    curves = noisy_curves((upper, lambda s: -upper(s)), 0.16, modes_per_arm=3, nodes=64)
+    return Target("moons", "two interleaved half-moons", *curves)
 
 
 def _swiss_roll() -> Target:
@@ -163,8 +204,8 @@ def _swiss_roll() -> Target:
         angle = 1.5 * math.pi * (1 + 2 * s)
         return polar(0.19 * angle, angle)
 
-    law = noisy_curves((roll,), 0.12, modes_per_arm=8, classes_per_arm=3)
-    return Target("swiss_roll", "a rolled-up sheet seen from its edge", *law)
+    curves = noisy_curves((roll,), 0.12, modes_per_arm=8, classes_per_arm=3)
+    return Target("swiss_roll", "a rolled-up sheet seen from its edge", *curves)
 
 
 def _spirals() -> Target:
@@ -172,8 +213,8 @@ def _spirals() -> Target:
         angle = 3 * math.pi * s
         return polar(0.28 * angle, angle)
 
-    law = noisy_curves((arm, lambda s: -arm(s)), 0.11, power=0.5, modes_per_arm=4)
-    return Target("spirals", "two intertwined spirals", *law)
+    curves = noisy_curves((arm, lambda s: -arm(s)), 0.11, power=0.5, modes_per_arm=4)
+    return Target("spirals", "two intertwined spirals", *curves)
 
 
 def _circles() -> Target:
@@ -237,3 +278,4 @@ TARGETS: dict[str, Target] = {
         _two_gaussians(),
     )
 }
+"""Targets by name."""

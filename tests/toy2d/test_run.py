@@ -16,9 +16,11 @@ import torch
 from adjoint.chain.kernels import KERNELS
 from applications.toy2d import commands, rewards
 from applications.toy2d.__main__ import main
+from applications.toy2d.config import RunConfig
 from applications.toy2d.kernels import DESCRIPTIONS
 from applications.toy2d.pictures.of_a_run import save_pictures
-from applications.toy2d.run import COMPARED, RunConfig, run, table
+from applications.toy2d.report import COMPARED, table
+from applications.toy2d.run import run
 from flows.training import checkpoint as checkpoints
 
 FIELDS = [

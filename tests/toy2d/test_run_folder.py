@@ -1,6 +1,7 @@
 """Folders of runs: none is written over unasked, and one that begins anew holds nothing stale."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
@@ -9,8 +10,9 @@ from applications.common.run_folder import CONFIG, start_run
 from applications.toy2d import commands, gallery, run
 from applications.toy2d.__main__ import main
 from applications.toy2d.commands import Demo
+from applications.toy2d.config import RunConfig
 from applications.toy2d.digits.run import DigitsConfig
-from applications.toy2d.run import RunConfig
+from applications.toy2d.renamed import RENAMED
 from applications.toy2d.run_folder import FILES
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
@@ -174,3 +176,30 @@ def test_a_file_in_place_of_the_folder_is_called_one(tmp_path, capsys, below):
     file.write_text("in the way")
     assert main(command(file / below)) == 1
     assert f"'{file}' is a file, expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--refine", "--refine=0.1", "--variates", "--no-variates"])
+def test_options_of_an_earlier_version_are_refused_by_their_new_name(tmp_path, capsys, flag):
+    name = flag.partition("=")[0].removeprefix("--").removeprefix("no-")
+    new = {"refine": "refine-fraction", "variates": "control-variates"}[name]
+    assert main(["digits", "--folder", str(tmp_path / "a"), flag]) == 1
+    option = flag.partition("=")[0]
+    assert capsys.readouterr().err == f"error: the option {option} was renamed to --{new}\n"
+
+
+def test_a_run_of_an_earlier_version_says_which_and_what_to_do(tmp_path, capsys):
+    old = {"base_iterations": 5, "refine": 0.5, "versions": {"torch": "2.6"}}
+    (tmp_path / CONFIG).write_text(json.dumps(old))
+    (tmp_path / "base.pt").write_text("work")
+    assert main(command(tmp_path, "--resume")) == 1
+    shown = capsys.readouterr().err
+    assert "holds a run written by version 0.1 of adjoint-matching" in shown
+    assert "refine is now refine_fraction" in shown
+    assert "--overwrite" in shown
+    assert (tmp_path / "base.pt").read_text() == "work"
+
+
+def test_new_names_exist_and_old_ones_do_not():
+    known = {option.name for config in (RunConfig, DigitsConfig) for option in fields(config)}
+    assert set(RENAMED.values()) <= known
+    assert not set(RENAMED) & known

@@ -78,7 +78,7 @@ def _save_pictures(run: Run) -> list[Path]:
     certificate, before = run.tilted.certificate, run.tilted.certificate_base
     assert certificate is not None
     assert before is not None
-    title = f"{run.config.target}, tilted toward {run.config.reward}"
+    title = f"{run.target.name}, tilted toward {run.reward.name}"
     temperature = run.config.temperature
     scaled = "" if temperature == 1 else " / temperature"
     heat = "" if temperature == 1 else f"; temperature {temperature:g}"

@@ -1,0 +1,182 @@
+"""Targets and rewards of one's own: one file outside the package, in Python and by command line."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from applications.toy2d.__main__ import main
+from applications.toy2d.config import RunConfig
+from applications.toy2d.pictures.of_a_run import save_pictures
+from applications.toy2d.rewards import ToyReward, make_reward
+from applications.toy2d.run import run
+from applications.toy2d.setup import resolve
+from applications.toy2d.targets import TARGETS, Target, find_target
+
+MODULE = '''
+import torch
+from applications.toy2d.targets import Target
+
+WIDTH = {width}
+
+def draw(n, generator):
+    """Two bars that cross."""
+    x = torch.randn(n, 2, generator=generator)
+    upright = torch.rand(n, generator=generator) < 0.5
+    return x * torch.where(upright[:, None], torch.tensor([WIDTH, 1.5]), torch.tensor([1.5, WIDTH]))
+
+cross = Target("cross", "two bars that cross", draw)
+
+def make_cross():
+    return cross
+
+def upward(x, cond):
+    """A slope upward."""
+    return {slope} * x[:, 1]
+
+class Upward:
+    """A slope upward."""
+    def __call__(self, x, cond):
+        return {slope} * x[:, 1]
+
+not_a_target = 3
+
+def two_few(x):
+    return x[:, 1]
+'''
+
+SMALL = {
+    "base_iterations": 20,
+    "iterations": 10,
+    "batch_size": 32,
+    "steps": 6,
+    "samples": 400,
+    "animation": False,
+}
+
+
+def write_module(folder, width=0.2, slope=1.0):
+    sys.modules.pop("mine_in_the_plane", None)
+    (folder / "mine_in_the_plane.py").write_text(MODULE.format(width=width, slope=slope))
+    for cached in folder.glob("__pycache__/*"):  # the time of a file is too coarse for a test
+        cached.unlink()
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The module, beside the run's folder as it is beside a user's shell."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    write_module(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine_in_the_plane", None)
+
+
+def command(folder, *extra):
+    flags = [
+        part
+        for name, value in SMALL.items()
+        if name != "animation"
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return ["run", "--folder", str(folder), "--no-animation", *flags, *extra]
+
+
+def test_objects_in_python_without_modes_labels_or_density(mine):
+    import mine_in_the_plane as module
+
+    target, reward = module.make_cross(), module.Upward()
+    finished = run(RunConfig(target=target, reward=reward, folder=mine / "a", **SMALL))
+    report = json.loads((mine / "a" / "report.json").read_text())
+    assert (report["target"], report["reward"]) == ("cross", "Upward")
+    assert "mode_tv" not in report
+    assert report["reward_tilted"] > report["reward_base"]
+    config = json.loads((mine / "a" / "config.json").read_text())
+    assert config["target"].startswith("cross ")
+    assert config["reward"].startswith("Upward ")
+    assert {path.name for path in save_pictures(finished)} >= {"densities.png", "training.png"}
+
+
+OWN = ("--target", "mine_in_the_plane:cross", "--reward", "mine_in_the_plane:upward")
+
+
+def test_a_resume_takes_the_objects_it_began_with_and_no_others(mine, capsys):
+    folder = mine / "a"
+    assert main(command(folder, *OWN)) == 0
+    report = (folder / "tilt.csv").read_bytes()
+    assert main(command(folder, *OWN, "--resume")) == 0
+    assert (folder / "tilt.csv").read_bytes() == report
+    capsys.readouterr()
+    for changes, part in (({"slope": 1.1}, "reward"), ({"width": 0.3}, "target")):
+        write_module(mine, **changes)
+        assert main(command(folder, *OWN, "--resume")) == 1
+        shown = capsys.readouterr().err
+        assert "belongs to another" in shown
+        assert part in shown
+    write_module(mine)
+    assert main(command(folder, *OWN[:3], "half_plane", "--resume")) == 1
+
+
+def test_without_a_folder_the_names_say_where(mine):
+    assert str(RunConfig(target=OWN[1], reward="linear").path) == (
+        "outputs/mine_in_the_plane-cross-linear"
+    )
+    reward = make_reward(OWN[3], TARGETS["ring"])
+    assert str(RunConfig(target=TARGETS["ring"], reward=reward).path) == "outputs/ring-upward"
+
+
+def test_an_object_may_be_made_by_a_function_or_class(mine):
+    assert find_target("mine_in_the_plane:make_cross") is find_target("mine_in_the_plane:cross")
+    reward = make_reward("mine_in_the_plane:Upward", TARGETS["ring"])
+    assert float(reward(torch.tensor([[0.0, 2.0]]))) == 2.0
+    assert reward.description == "A slope upward"
+
+
+def test_identity_is_that_of_the_object_however_it_is_given(mine):
+    named = RunConfig(target=OWN[1], reward=OWN[3])
+    import mine_in_the_plane as module
+
+    given = RunConfig(target=module.cross, reward=module.upward)
+    assert resolve(named).identity == resolve(given).identity
+    own = ToyReward("linear", "another of this name", lambda x: x[:, 0])
+    other = RunConfig(target=TARGETS["ring"], reward=own)
+    identity = resolve(other).identity
+    assert identity["target"] == "ring"
+    assert identity["reward"] != resolve(RunConfig(reward="linear")).identity["reward"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "mine_in_the_plane:not_a_target"], "Target, got 3 by 'mine_in_the_plane:not"),
+        (["--target", "mine_in_the_plane:ring"], "the module 'mine_in_the_plane' has no 'ring'"),
+        (["--reward", "mine_in_the_plane:not_a_target"], "reward must be a callable (x, cond)"),
+        (["--reward", "mine_in_the_plane:two_few"], "reward must be a callable (x, cond)"),
+        (
+            ["--target", "mine_in_the_plane:cross", "--reward", "peaks"],
+            "peaks needs a target with modes, 'cross' has none",
+        ),
+        (
+            ["--target", "mine_in_the_plane:cross", "--reward", "classifier"],
+            "classifier needs a target with classes, 'cross' has none",
+        ),
+        (
+            ["--target", "mine_in_the_plane:cross", "--base", "closed_form"],
+            "base 'closed_form' needs a mixture target, got 'cross'",
+        ),
+    ],
+)
+def test_what_an_object_lacks_is_one_line(mine, capsys, flags, message):
+    assert main(command(mine / "x", *flags)) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (mine / "x").exists()
+
+
+def test_samples_of_the_wrong_shape_are_refused():
+    wide = Target("wide", "three columns", lambda n, generator: torch.randn(n, 3))
+    with pytest.raises(ValueError, match=r"shape \(5, 2\), got \(5, 3\)"):
+        wide.sample(5)
+    with pytest.raises(ValueError, match="target 'bare' has no classes"):
+        Target("bare", "points alone", lambda n, generator: torch.randn(n, 2)).labelled(5)

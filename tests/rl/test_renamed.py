@@ -54,8 +54,6 @@ def test_a_run_of_an_earlier_version_says_which_and_what_to_do(tmp_path):
     names = "together is now stacked, slow_rate is now target_rate"
     with pytest.raises(ValueError, match=rf"written by version 0\.1 .*\({names}\); continue it"):
         claim(tmp_path, resume=True, overwrite=False)
-    with pytest.raises(
-        CheckpointError, match=r"version 0\.1 .*slow_rate is now target_rate\); read"
-    ):
+    with pytest.raises(CheckpointError, match=r"version 0\.1 .*target_rate\); read"):
         load_agent(tmp_path)
     claim(tmp_path, resume=False, overwrite=True)

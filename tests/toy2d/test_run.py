@@ -250,7 +250,7 @@ def test_help_and_list_explain_themselves(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     shown = capsys.readouterr().out
-    for text in ("--target", "What the base flow generates", "--resume", "Steps K"):
+    for text in ("--target", "Distribution that the base", "--resume", "Steps K"):
         assert text in shown
     assert main(["list"]) == 0
     shown = capsys.readouterr().out

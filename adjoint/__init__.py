@@ -28,9 +28,10 @@ from adjoint.chain.adjoints import Adjoint, full_adjoint, lean_adjoint, scalar_a
 from adjoint.loss import adjoint_matching_loss, importance_weights, log_variance_loss, select_steps
 from adjoint.certificate import certify, log_mean_exp, path_log_ratio
 
-__version__ = "0.2.0"
+from flows.version import __version__
 
 __all__ = [
+    "__version__",
     # One call
     "tilt",
     "TiltConfig",

@@ -41,9 +41,10 @@ from flows.training.callbacks import Callback, ProgressBar, StopTraining
 # Published models
 from flows.pretrained import load
 
-__version__ = "0.2.0"
+from flows.version import __version__
 
 __all__ = [
+    "__version__",
     # A velocity field, its wrappers, and its derivatives
     "Cond",
     "Corrected",

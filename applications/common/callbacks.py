@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flows import Callback, ProgressBar, Trainer
-from flows.training import CSVLogger
+from flows import Callback, ProgressBar
+from flows.training import CSVLogger, Training
 
 
 class ResumeNotice(Callback):
@@ -23,7 +23,7 @@ class ResumeNotice(Callback):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Write the line, if the training does not begin here."""
         if trainer.iteration:
             where = f"iteration {trainer.iteration} of {trainer.config.iterations}"

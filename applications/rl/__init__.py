@@ -13,7 +13,7 @@ the optional packages of another.  The imports under ``TYPE_CHECKING`` are for e
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__: str
 
 _FILES = {
     # Train an agent
@@ -118,6 +118,8 @@ else:
 
     def __getattr__(name: str) -> object:
         """Import a name of the facade when it is first used."""
+        if name == "__version__":
+            return import_module("flows.version").__version__
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -13,16 +13,16 @@ from flows.training.divergence import TrainingDiverged
 # Fitting a flow to samples
 from flows.training.fit import COUPLINGS, Sampler, data_sampler, fit_flow
 
-# Callbacks: progress bars and loggers
+# Callbacks: progress bars, loggers, and a clean stop
 from flows.training.callbacks import (
     Callback,
     StopTraining,
-    CSVLogger,
-    JSONLLogger,
+    Training,
     ProgressBar,
-    TensorBoardLogger,
     check_callbacks,
+    default_callbacks,
 )
+from flows.training.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
 
 # Files that survive a kill
 from flows.training.checkpoint import (
@@ -57,14 +57,16 @@ __all__ = [
     "Sampler",
     "data_sampler",
     "fit_flow",
-    # Callbacks: progress bars and loggers
+    # Callbacks: progress bars, loggers, and a clean stop
     "Callback",
     "StopTraining",
+    "Training",
     "CSVLogger",
     "JSONLLogger",
     "ProgressBar",
     "TensorBoardLogger",
     "check_callbacks",
+    "default_callbacks",
     # Files that survive a kill
     "CheckpointError",
     "ensure_writable",

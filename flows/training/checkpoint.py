@@ -32,6 +32,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from flows.version import __version__
+
+PACKAGE = "adjoint-matching"
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, holds code, or belongs to another run."""
@@ -70,7 +74,8 @@ def load(
 
     Raises:
         CheckpointError: the file is truncated or damaged, holds anything but tensors and plain
-            data, or its identity differs from ``expect``.
+            data, was written by version 0.1 of this package, or its identity differs from
+            ``expect``.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -94,14 +99,22 @@ def load(
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict")
+    if {"problem", "versions"} <= state.keys() and PACKAGE not in state["versions"]:
+        raise CheckpointError(
+            f"{path} was written by {PACKAGE} 0.1, whose names version {__version__} does not "
+            f"read: train again, with another file or without resume, or continue with {PACKAGE} "
+            "0.1; torch.load(path, weights_only=True) still gives its weights, under 'ema' and "
+            "'module'"
+        )
     if expect is not None:
-        _check_identity(path, state.get("identity"), expect)
+        _check_identity(path, state, expect)
     return state
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a numerical result depends on besides the code of this package."""
+    """Return the versions of the software that a numerical result depends on."""
     return {
+        PACKAGE: __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
@@ -225,7 +238,10 @@ def _plain(value: Any, place: str) -> Any:
     )
 
 
-def _check_identity(path: str | Path, found: object, expect: Mapping[str, object]) -> None:
+def _check_identity(
+    path: str | Path, state: Mapping[str, Any], expect: Mapping[str, object]
+) -> None:
+    found = state.get("identity")
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} does not say what run it belongs to, expected {expect}")
     absent = "absent"
@@ -235,4 +251,8 @@ def _check_identity(path: str | Path, found: object, expect: Mapping[str, object
         if key not in found or key not in expect or found[key] != expect[key]
     ]
     if differing:
-        raise CheckpointError(f"{path} belongs to another run; " + "; ".join(differing))
+        version = (state.get("versions") or {}).get(PACKAGE, "of an unknown version")
+        raise CheckpointError(
+            f"{path} belongs to another run; {'; '.join(differing)}; it was written by {PACKAGE} "
+            f"{version}"
+        )

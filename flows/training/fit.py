@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flows.field import Cond, check_cond
 from flows.matching import flow_matching_loss, independent, optimal_transport
 from flows.training import distributed
-from flows.training.callbacks import Callback
+from flows.training.callbacks import Callback, default_callbacks
 from flows.training.config import TrainerConfig, learning_rate
 from flows.training.divergence import TrainingDiverged
 from flows.training.loss import Loss, LossFunction
@@ -78,6 +78,7 @@ def fit_flow(
     batch_size: int = 512,
     coupling: Literal["independent", "optimal_transport"] = "independent",
     callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     identity: Identity | None = None,
@@ -91,6 +92,8 @@ def fit_flow(
         batch_size: pairs per loss, of all processes together.
         coupling: how noise and data are paired, see ``flows.matching``.
         callbacks: see ``flows.training.callbacks``.
+        progress: whether to show a bar; None shows one on a terminal, unless ``callbacks`` holds
+            a `ProgressBar`.
         checkpoint: file, see ``Trainer``.
         resume: continue from the checkpoint if its file exists.
         identity: what the checkpoint belongs to.
@@ -114,6 +117,11 @@ def fit_flow(
         return flow_matching_loss(module, x1, x0=x0, cond=cond, generator=generator)
 
     trainer = Trainer(
-        field, loss, config, callbacks=callbacks, checkpoint=checkpoint, identity=identity
+        field,
+        loss,
+        config,
+        callbacks=default_callbacks(callbacks, progress=progress, description="fit_flow"),
+        checkpoint=checkpoint,
+        identity=identity,
     )
     return trainer.fit(resume=resume)

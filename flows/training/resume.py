@@ -22,19 +22,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from flows.training import checkpoint as checkpoints
 from flows.training import distributed
 from flows.training.checkpoint import CheckpointError
+from flows.training.config import TrainerConfig
+from flows.training.loss import Loss
+from flows.training.optimizer import AveragedAdam
 from flows.weights import fingerprint, frozen_weights
 
-if TYPE_CHECKING:
-    from flows.training.trainer import Trainer
-
 Identity = Mapping[str, str | int | float | bool | list | None]
+
+
+class Resumable(Protocol):
+    """The parts of a `flows.training.Trainer` that its checkpoint holds."""
+
+    config: TrainerConfig
+    iteration: int
+    generator: torch.Generator
+    loss: Loss
+    optimizer: AveragedAdam
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that ``TrainerCheckpoint.content`` returned."""
 
 
 class TrainerCheckpoint:
@@ -65,7 +79,7 @@ class TrainerCheckpoint:
             return self.given_identity
         return {**(self.given_identity or {}), "frozen_weights": fingerprint(left_out)}
 
-    def begin(self, trainer: Trainer, *, resume: bool) -> None:
+    def begin(self, trainer: Resumable, *, resume: bool) -> None:
         """Prove that the file can be written; continue ``trainer`` from it if ``resume`` says so.
 
         Raises:
@@ -96,7 +110,7 @@ class TrainerCheckpoint:
             ) from error
         self.saved_at = trainer.iteration
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Resumable) -> None:
         """Write the file, where the trainer keeps one."""
         if self.path is None:
             return
@@ -116,14 +130,14 @@ class TrainerCheckpoint:
             return "this run has saved no checkpoint"
         return f"the last good checkpoint is {self.path} (iteration {self.saved_at})"
 
-    def content(self, trainer: Trainer) -> dict[str, Any]:
+    def content(self, trainer: Resumable) -> dict[str, Any]:
         """Return what the next iteration depends on, whole in the first process."""
         own = {"generator": trainer.generator.get_state(), "loss": trainer.loss.state_dict()}
         first, *others = distributed.to_first(own) or [own]
         weights = trainer.optimizer.state_dict(without=self._left_out())
         return {"iteration": trainer.iteration, **weights, **first, "others": others}
 
-    def restore(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+    def restore(self, trainer: Resumable, state: Mapping[str, Any]) -> None:
         """Put a trainer where ``content`` was taken."""
         trainer.optimizer.load_state_dict(state, without=self._left_out())
         trainer.iteration = state["iteration"]
@@ -131,7 +145,7 @@ class TrainerCheckpoint:
         trainer.loss.load_state_dict(own["loss"])
 
     def _own_stream(
-        self, trainer: Trainer, states: Sequence[Mapping[str, Any]]
+        self, trainer: Resumable, states: Sequence[Mapping[str, Any]]
     ) -> Mapping[str, Any]:
         """Restore the generator of this process; return the state that it was found in."""
         as_many = len(states) == distributed.size()

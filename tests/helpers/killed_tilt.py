@@ -10,7 +10,7 @@ import torch
 from adjoint.tilt import TiltConfig, tilt
 from flows.field import Residual
 from flows.networks.mlp import MLPVelocity
-from flows.training.callbacks import CSVLogger
+from flows.training.loggers import CSVLogger
 from helpers.tilt_problems import PROBLEMS
 
 ITERATIONS = 102

@@ -7,8 +7,8 @@ with warm-up, accumulation, clipping, averaging, and loggers.
 import torch
 from torch import nn
 
-from flows.training.callbacks import CSVLogger, JSONLLogger
 from flows.training.config import TrainerConfig
+from flows.training.loggers import CSVLogger, JSONLLogger
 from flows.training.loss import Loss
 from flows.training.trainer import Trainer
 

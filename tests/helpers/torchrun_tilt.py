@@ -13,7 +13,8 @@ import torch
 from adjoint.tilt import TiltConfig, tilt
 from flows.field import Residual
 from flows.networks.mlp import MLPVelocity
-from flows.training.callbacks import Callback, JSONLLogger
+from flows.training.callbacks import Callback
+from flows.training.loggers import JSONLLogger
 from helpers.tilt_problems import PROBLEMS
 
 CONFIG = TiltConfig(

@@ -22,8 +22,8 @@ from applications.rl.environments.tasks import find_task, make_environment
 from applications.rl.sweep.plan import Job, duration, makespan, slots
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.train import train
-from flows import Callback, Trainer
-from flows.training.callbacks import Metrics
+from flows import Callback
+from flows.training.callbacks import Metrics, Training
 
 WARM = 5
 """Updates before the clock starts."""
@@ -40,7 +40,7 @@ class _Clock(Callback):
     def __init__(self, seconds: float) -> None:
         self.seconds, self.began, self.rate = seconds, 0.0, 0.0
 
-    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+    def on_step(self, trainer: Training, iteration: int, metrics: Metrics) -> None:
         if iteration <= WARM:
             float(metrics["loss"])  # waits for the device
             self.began = perf_counter()

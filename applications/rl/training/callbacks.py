@@ -22,9 +22,9 @@ from applications.rl.training.evaluations import (
     evaluation_metrics,
 )
 from applications.rl.training.phases import Phases
-from flows import Callback, Trainer
+from flows import Callback
 from flows.training import CSVLogger, TensorBoardLogger, replacing
-from flows.training.callbacks import Metrics
+from flows.training.callbacks import Metrics, Training
 
 EVALUATED = "evaluation/iteration"
 """Name, at Weights & Biases, of the iteration whose weights were evaluated."""
@@ -77,7 +77,7 @@ class ConfigFile(Callback):
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder, self.content = folder, content
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Write the file."""
         run_folder.write_config(self.folder, self.content)
 
@@ -98,7 +98,7 @@ class Progress(Callback):
         self._bar: Any = None
         self._shown: Evaluation | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Open the bar at the iteration of the run."""
         self._bar = tqdm(
             total=self.phases.updates,
@@ -109,7 +109,7 @@ class Progress(Callback):
             dynamic_ncols=True,
         )
 
-    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+    def on_step(self, trainer: Training, iteration: int, metrics: Metrics) -> None:
         """Move the bar."""
         latest = None if self.evaluations is None else self.evaluations.latest
         if latest is not self._shown and latest is not None:
@@ -117,7 +117,7 @@ class Progress(Callback):
             self._bar.set_postfix_str(f"success {latest.success:.0%}", refresh=False)
         self._bar.update(1)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
@@ -154,7 +154,7 @@ class WandbLogger(Callback):
         self._seen = 0
         self._run: Any = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Open the run."""
         try:
             import wandb
@@ -178,7 +178,7 @@ class WandbLogger(Callback):
         self._run.define_metric(EVALUATED)
         self._run.define_metric("evaluation/*", step_metric=EVALUATED)
 
-    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+    def on_step(self, trainer: Training, iteration: int, metrics: Metrics) -> None:
         """Send the metrics once in ``every`` iterations and at the end, evaluations at once."""
         if iteration % self.every == 0 or iteration == trainer.config.iterations:
             sent = {name: float(value) for name, value in metrics.items()}
@@ -189,7 +189,7 @@ class WandbLogger(Callback):
             self._run.log(evaluation_metrics(evaluation) | {EVALUATED: float(place)})
         self._seen += len(new)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         """Close the run."""
         if self._run is not None:
             self._run.finish()

@@ -19,10 +19,10 @@ from applications.rl.evaluation.background import BackgroundEvaluator, PendingEv
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.phases import Phases
-from flows import Callback, Trainer
+from flows import Callback
 from flows.training import checkpoint as checkpoints
 from flows.training import replacing
-from flows.training.callbacks import Metrics
+from flows.training.callbacks import Metrics, Training
 
 COLUMNS = ("step", "phase", "success", "episodes", "return", "length")
 EVALUATION_STREAM = 1
@@ -82,7 +82,7 @@ class Evaluations(Callback):
         """The last evaluation of this process, None before the first."""
         return self.arrived[-1][1] if self.arrived else None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Keep the rows up to the iteration of the run; ask again for a missing evaluation."""
         self._rows = []
         done = trainer.iteration
@@ -106,7 +106,7 @@ class Evaluations(Callback):
         if done == self.phases.updates:
             self._wait()
 
-    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+    def on_step(self, trainer: Training, iteration: int, metrics: Metrics) -> None:
         """Write the row of an evaluation that has arrived, and evaluate if it is due."""
         if self._pending is not None and self._pending[1].arrived():
             self._wait()
@@ -162,17 +162,17 @@ class EvaluationPoints(Callback):
         self.evaluations, self.logger = evaluations, logger
         self._seen = 0
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Start the logger."""
         self.logger.on_start(trainer)
 
-    def on_step(self, trainer: Trainer, iteration: int, metrics: Metrics) -> None:
+    def on_step(self, trainer: Training, iteration: int, metrics: Metrics) -> None:
         """Log the evaluations that arrived since the last call."""
         for place, evaluation in self.evaluations.arrived[self._seen :]:
             self.logger.on_step(trainer, place, evaluation_metrics(evaluation))
         self._seen = len(self.evaluations.arrived)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         """End the logger."""
         self.logger.on_end(trainer)
 

@@ -15,9 +15,10 @@ from flows.field import Residual, batch_time
 from flows.mixture import GaussianMixture
 from flows.networks.mlp import MLPVelocity
 from flows.training import checkpoint as checkpoints
-from flows.training.callbacks import CSVLogger, ProgressBar
+from flows.training.callbacks import ProgressBar
 from flows.training.checkpoint import CheckpointError
 from flows.training.fit import TrainingDiverged
+from flows.training.loggers import CSVLogger
 
 
 class Untouched(Shift):

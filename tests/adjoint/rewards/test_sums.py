@@ -11,7 +11,7 @@ from adjoint.rewards.reward import Reward, check_reward
 from adjoint.rewards.sums import Sum
 from adjoint.tilt import TiltConfig, tilt
 from flows.mixture import GaussianMixture
-from flows.training.callbacks import CSVLogger
+from flows.training.loggers import CSVLogger
 
 X = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
 

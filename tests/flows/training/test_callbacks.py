@@ -7,13 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flows.training.callbacks import (
-    Callback,
-    CSVLogger,
-    JSONLLogger,
-    ProgressBar,
-    TensorBoardLogger,
-)
+from flows.networks.mlp import MLPVelocity
+from flows.training import TrainerConfig, data_sampler, fit_flow
+from flows.training.callbacks import Callback, ProgressBar, default_callbacks
+from flows.training.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
 
 LOGGERS = [
     lambda folder, every=2: CSVLogger(folder / "log", every),
@@ -179,3 +176,35 @@ def test_tensorboard_missing_names_the_extra(tmp_path, monkeypatch):
 
 def test_the_base_class_does_nothing():
     drive(Callback(), 0, 3)
+
+
+# --- a bar by default ----------------------------------------------------------------------------
+
+
+def bars(callbacks):
+    return [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+
+
+def test_a_terminal_gets_a_bar_unless_there_is_one(monkeypatch):
+    mine, other = ProgressBar("mine"), Callback()
+    assert default_callbacks([other]) == [other]  # the stream of a test is no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    found = default_callbacks([other], description="fit")
+    assert [bar.description for bar in bars(found)] == ["fit"]
+    assert found[1] is other
+    assert default_callbacks([mine, other]) == [mine, other]
+    assert not bars(default_callbacks([other], progress=False))
+    with pytest.raises(TypeError, match="callbacks must be a sequence"):
+        default_callbacks(Callback)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "shown"),
+    [(True, None, 1), (True, False, 0), (False, None, 0), (False, True, 1)],
+)
+def test_fit_flow_shows_a_bar_on_a_terminal(monkeypatch, capsys, terminal, progress, shown):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    field = MLPVelocity(2, hidden=(4,))
+    sampler = data_sampler(torch.zeros(4, 2))
+    fit_flow(field, sampler, config=TrainerConfig(iterations=3), batch_size=4, progress=progress)
+    assert ("3/3" in capsys.readouterr().err) == shown

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+import adjoint
+import flows
 from flows.training.checkpoint import (
     CheckpointError,
     ensure_writable,
@@ -165,6 +168,21 @@ def test_another_problem_lists_what_differs(tmp_path, state):
     assert "steps: 10 in the checkpoint, expected 'absent'" in message
     assert "kernel: 'absent' in the checkpoint, expected 'ancestral'" in message
     assert "sizes" not in message
+    assert "written by adjoint-matching of an unknown version" in message
+    save(path, {**state, "versions": versions()})
+    with pytest.raises(CheckpointError, match=f"adjoint-matching {re.escape(flows.__version__)}$"):
+        load(path, expect={})
+
+
+def test_a_checkpoint_of_the_first_version_is_refused_with_advice(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    old = {"problem": {"target": "ring"}, "versions": {"torch": "2.6"}, "iteration": 3}
+    save(path, old)
+    for expect in (None, {"target": "ring"}):
+        with pytest.raises(CheckpointError, match=r"by adjoint-matching 0\.1, .* train again"):
+            load(path, expect=expect)
+    save(path, {"problem": "heat equation"})  # what users save may have any names
+    assert load(path) == {"problem": "heat equation"}
 
 
 def test_a_checkpoint_without_problem_or_without_dict_is_refused(tmp_path):
@@ -260,5 +278,6 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 
 def test_versions_name_what_numbers_depend_on():
     assert versions()["torch"] == torch.__version__
-    assert versions().keys() == {"python", "torch", "numpy", "platform"}
+    assert versions().keys() == {"adjoint-matching", "python", "torch", "numpy", "platform"}
+    assert versions()["adjoint-matching"] == flows.__version__ == adjoint.__version__
     assert all(type(value) is str for value in versions().values())

@@ -14,9 +14,10 @@ from torch import nn
 
 from flows.training import Trainer, TrainerConfig, distributed
 from flows.training import checkpoint as checkpoints
-from flows.training.callbacks import Callback, CSVLogger
+from flows.training.callbacks import Callback
 from flows.training.checkpoint import CheckpointError
 from flows.training.fit import TrainingDiverged
+from flows.training.loggers import CSVLogger
 
 CONFIG = TrainerConfig(
     iterations=12, lr=0.01, ema_decay=0.9, accumulate=2, grad_clip=0.5, checkpoint_every=4

@@ -15,9 +15,10 @@ from flows.mixture import GaussianMixture
 from flows.networks.mlp import MLPVelocity
 from flows.training import Loss, Trainer, TrainerConfig, learning_rate
 from flows.training import checkpoint as checkpoints
-from flows.training.callbacks import Callback, CSVLogger
+from flows.training.callbacks import Callback
 from flows.training.checkpoint import CheckpointError
 from flows.training.fit import TrainingDiverged, data_sampler, fit_flow
+from flows.training.loggers import CSVLogger
 
 PLAIN = TrainerConfig(iterations=40, lr=0.01, lr_schedule="constant", grad_clip=0, ema_decay=0)
 TARGET = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)

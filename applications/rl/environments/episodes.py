@@ -1,10 +1,10 @@
-"""Episodes of a task, one after the other, that a killed run takes up again exactly.
+"""The sequence of a task's episodes, which a killed run resumes exactly.
 
 The randomness of episode i is a function of (seed, i); see
-`applications.rl.environments.reproducible`.  So a simulator needs no snapshot, which most cannot
-give: the state of a run in the midst of an episode is its seed, the episode's number and the
-actions played so far, and they are played again on loading.  The observation that this leads to
-must be the stored one, bit for bit; another physics engine is noticed here.
+`applications.rl.environments.reproducible`.  So no snapshot of a simulator is needed, which most
+cannot give: the state of a run within an episode is its seed, the number of the episode and the
+actions played so far, and on loading the actions are played again.  The resulting observation must
+equal the stored one bit for bit, which reveals another physics engine.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from flows.training import CheckpointError
 
 
 class Transition(NamedTuple):
-    """One step of an episode.
+    """One step of an episode, as it enters a replay.
 
     Attributes:
-        observation, next_observation: (d,) float32; at the end of an episode the next one is still
-            that episode's.
+        observation, next_observation: observations before and after the step, (d,) float32; at the
+            end of an episode the next observation is the last one of that episode.
         action: (d_a,) float32, clipped to [−1, 1], as the environment received it.
-        reward: r.
+        reward: reward r of the step.
         mask: 0 if the episode truly ended, so that nothing is bootstrapped; 1 at a time limit.
         terminal: 1 if the episode ended, for whatever reason.
         success: whether the environment reports success in this step.
-        done: the same as ``terminal``, as a bool.
+        done: ``terminal`` as a bool.
     """
 
     observation: Observation
@@ -48,16 +48,16 @@ class Transition(NamedTuple):
 
 
 class Episodes:
-    """The endless sequence of a task's episodes; a new one begins as soon as one has ended.
+    """Plays the episodes of a task one after the other; a new one begins when one has ended.
 
     Arguments:
         task: a task, or a function that makes an environment with box spaces of one dimension.
-        seed: decides, together with an episode's number, all randomness of that episode.
+        seed: seed that determines, with the number of an episode, all randomness of the episode.
 
     Attributes:
-        env: the environment, standardised.
+        env: the environment, wrapped as `Standard`.
         episode: number of the running episode, from 0.
-        observation: what the next action is chosen by, (d,) float32.
+        observation: current observation, (d,) float32.
     """
 
     def __init__(self, task: Task | Callable[[], gymnasium.Env], seed: int) -> None:
@@ -69,14 +69,14 @@ class Episodes:
 
     @property
     def steps(self) -> int:
-        """Actions played in the running episode."""
+        """Number of actions played in the running episode."""
         return len(self._actions)
 
     def step(self, action: ArrayLike) -> Transition:
         """Play ``action`` of shape (d_a,); it is clipped to [−1, 1].
 
         Raises:
-            ValueError: an action of another shape, or with NaN.
+            ValueError: the action has another shape or contains NaN.
         """
         before = self.observation
         played = np.clip(np.array(action, np.float32), -1.0, 1.0)
@@ -98,7 +98,7 @@ class Episodes:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint: seed, episode, its actions (T, d_a), the observation."""
+        """Return plain data for a checkpoint: seed, episode, its actions (T, d_a), observation."""
         actions = np.array(self._actions, np.float32).reshape(-1, self.env.action_dim)
         return {
             "seed": self.seed,
@@ -108,11 +108,11 @@ class Episodes:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the episode in ``state`` by playing its actions again.
+        """Resume the episode in ``state`` by playing its actions again.
 
         Raises:
-            CheckpointError: it does not lead to the stored observation: the environment, or the
-                version of its physics engine, is another one.
+            CheckpointError: the actions do not lead to the stored observation, because the
+                environment or the version of its physics engine is another one.
         """
         actions, expected = state["actions"].numpy(), state["observation"].numpy()
         if actions.shape[1] != self.env.action_dim:
@@ -151,7 +151,7 @@ class Episodes:
 
 
 def reset_seeded(env: gymnasium.Env, seed: int) -> Observation:
-    """Begin an episode of a standardised ``env`` that depends on ``seed`` in [0, 2³²) alone.
+    """Begin an episode of a `Standard` environment that depends on ``seed`` in [0, 2³²) alone.
 
     Returns:
         the first observation, (d,) float32.

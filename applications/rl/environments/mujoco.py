@@ -1,4 +1,4 @@
-"""Importing MuJoCo and OGBench: without a display, unless pictures are asked for."""
+"""Importing MuJoCo and OGBench without a display, or with one for pictures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _OFF = ("disable", "disabled", "off", "false", "0")
 
 
 def prepare_mujoco(*, render: bool = False) -> None:
-    """Choose what MuJoCo renders by, before it is imported; a set ``MUJOCO_GL`` is left alone.
+    """Choose the rendering backend of MuJoCo before it is imported, unless ``MUJOCO_GL`` is set.
 
-    Without rendering, no display is looked for: on a machine without one, creating a maze
-    environment would abort the process.  With it, EGL is chosen where no display is.
+    Without ``render``, rendering is disabled: on a machine without a display, creating a maze
+    environment would abort the process.  With ``render``, EGL is chosen where there is no display.
 
     Raises:
         RunError: rendering is asked for, but MuJoCo runs without it already.
@@ -30,10 +30,10 @@ def prepare_mujoco(*, render: bool = False) -> None:
 
 
 def import_ogbench() -> None:
-    """Import OGBench, which registers its environments.
+    """Import OGBench, which registers its environments in Gymnasium.
 
     Raises:
-        ImportError: it is not installed; the message says how to install it.
+        ImportError: OGBench is not installed; the message says how to install it.
     """
     prepare_mujoco()
     try:

@@ -1,14 +1,14 @@
-"""Everything random that an environment does, from one seed.
+"""Reproducible episodes: all randomness of an environment follows from one seed.
 
-Two leaks stand between ``reset(seed=...)`` and a reproducible episode of OGBench (1.2):
+OGBench (1.2) does not make an episode reproducible by ``reset(seed=...)`` alone, for two reasons:
 
 * mazes draw start, goal and teleport noise from numpy's *global* generator, not from the seed;
 * manipulation environments make a new ``action_space`` at every access, so that seeding it does
   nothing, and take two random actions at every reset, from which the goal's observation and the
   warm start of the physics solver follow.
 
-`Reproducible` closes them, after which an episode is a function of its seed and its actions alone:
-bitwise the same in every process, and whatever was played before it.
+`Reproducible` removes both.  An episode is then a function of its seed and its actions alone:
+bitwise the same in every process, whatever was played before.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import numpy as np
 
 
 class NumpyStream:
-    """A state of numpy's global generator that is in force inside ``with`` only.
+    """A random stream of its own for code that draws from numpy's global generator.
 
-    The generator's state outside is restored at the end, and what was drawn inside advances the
-    stream, so that neither side notices the other.
+    Inside ``with`` the global generator continues this stream; at the end its outer state is
+    restored.  Draws inside advance only the stream, draws outside only the outer state.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed(seed)
 
     def seed(self, seed: int | None) -> None:
-        """Begin anew from ``seed`` in [0, 2³²), or from the operating system's randomness."""
+        """Restart the stream from ``seed`` in [0, 2³²), or from the system's entropy if None."""
         self._inside = np.random.RandomState(seed).get_state()
 
     def __enter__(self) -> None:
@@ -50,9 +50,9 @@ class NumpyStream:
 
 
 class Reproducible(gymnasium.Wrapper):
-    """``env`` with episodes that are functions of ``reset(seed=...)`` and the actions alone.
+    """Wraps an environment so that its episodes depend on ``reset(seed=...)`` and actions alone.
 
-    Without a seed, an episode's randomness follows on from the one before, as usual.
+    Without a seed, the randomness of an episode continues that of the previous one, as usual.
 
     Arguments:
         env: any environment.
@@ -74,13 +74,13 @@ class Reproducible(gymnasium.Wrapper):
             return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """One step."""
+        """Take one step."""
         with self.stream:
             return self.env.step(action)
 
 
 def episode_seed(seed: int, *path: int) -> int:
-    """A seed in [0, 2³²) for the episode that ``path`` numbers, of the run seeded ``seed``.
+    """Derive the seed of an episode, in [0, 2³²), from the seed of a run and a path of numbers.
 
     Seeds of different paths, of any lengths, are independent: numpy's ``SeedSequence`` hashes them.
     """
@@ -88,7 +88,7 @@ def episode_seed(seed: int, *path: int) -> int:
 
 
 def _fix_action_space(env: gymnasium.Env) -> None:
-    """Give ``env`` one action space if its class makes a new one at every access."""
+    """Keep one action space for ``env`` if its class makes a new one at every access."""
     with warnings.catch_warnings():  # of a precision lowered in making it
         warnings.simplefilter("ignore")
         space, again = env.action_space, env.action_space

@@ -1,4 +1,4 @@
-"""Sizes of observations and actions, by which environments, data and agents belong together."""
+"""Sizes of observations and actions, which environment, data and agent must share."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import gymnasium
 
 
 class Spaces(NamedTuple):
-    """How many numbers an observation and an action have."""
+    """The sizes of an observation vector and an action vector."""
 
     observation_dim: int
     action_dim: int
 
 
 class HasSpaces(Protocol):
-    """A data set, an agent, or ``Spaces`` themselves."""
+    """An object with sizes of observations and actions: a dataset, an agent, or `Spaces`."""
 
     @property
     def observation_dim(self) -> int:
-        """Numbers in an observation."""
+        """Size of an observation."""
 
     @property
     def action_dim(self) -> int:
-        """Numbers in an action."""
+        """Size of an action."""
 
 
 def spaces_of(environment: gymnasium.Env) -> Spaces:
-    """Those of an environment whose spaces are boxes of one dimension."""
+    """Return the sizes of an environment whose spaces are boxes of one dimension."""
     observation, action = environment.observation_space.shape, environment.action_space.shape
     assert observation is not None
     assert action is not None
@@ -35,10 +35,15 @@ def spaces_of(environment: gymnasium.Env) -> Spaces:
 
 
 def check_spaces(environment: HasSpaces, other: HasSpaces, whose: str) -> None:
-    """Refuse an environment whose spaces are not those of ``whose``, the ``other``.
+    """Refuse an environment whose sizes differ from those of data or an agent.
+
+    Arguments:
+        environment: the sizes of the environment.
+        other: the sizes to compare them with.
+        whose: what ``other`` is, for the message.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the sizes differ.
     """
     for name in ("observation", "action"):
         a, b = (getattr(spaces, f"{name}_dim") for spaces in (environment, other))

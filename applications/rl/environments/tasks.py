@@ -1,23 +1,21 @@
-"""Tasks: the single-task environments of OGBench, by name, with the protocol they are learned by.
+"""Tasks by name: an environment with its goal, its data, and the protocol of learning it.
 
-A name has the parts
+The name of a single task of OGBench (https://arxiv.org/abs/2410.20092) has the parts
 
     pointmaze-medium-navigate-singletask-task1-v0
     environment      kind                number (absent: the environment's default task)
 
-as OGBench writes it (https://arxiv.org/abs/2410.20092).  The environment gives the dynamics and the
-goal, the kind says which behaviour the data hold.  ``sparse`` after the environment, as in
-``scene-sparse-play-singletask-task2-v0``, is this package's name for the reward rule r ← −1[r ≠ 0],
-offline and online: OGBench's manipulation rewards count the objects that are not at their goals.
-The published results of QAM on scene, puzzle-3x3 and puzzle-4x4 are those of the sparse names
-(``published`` is the name they are listed under).
+The environment determines the dynamics and the goals, the kind the behaviour in the data.
+``sparse`` after the environment, as in ``scene-sparse-play-singletask-task2-v0``, is this package's
+name for the reward rule r ← −1[r ≠ 0], offline and online: OGBench's manipulation rewards count the
+objects that are not at their goals.  The published results of QAM on scene, puzzle-3x3 and
+puzzle-4x4 belong to the sparse names; ``Task.published`` is the name in the published tables.
 
-Two other forms are for one's own problems: ``gym:Pendulum-v1`` is any registered environment with
-box spaces, learned online or from data of one's own, and ``minari:NAME`` a Minari dataset together
-with the environment it was recorded in.
+Two other forms are for problems of your own: ``gym:Pendulum-v1`` is any registered environment with
+box spaces, learned online or from data of your own, and ``minari:NAME`` is a Minari dataset with
+the environment it was recorded in.
 
-A name is checked here, before OGBench is asked for it: its own suggestions for a wrong name are
-misleading.
+Names are checked here before OGBench sees them, because its suggestions for a wrong name mislead.
 """
 
 from __future__ import annotations
@@ -40,12 +38,12 @@ MANIPULATION = ("cube", "scene", "puzzle")
 
 @dataclass(frozen=True)
 class Environment:
-    """What all tasks of one environment share.
+    """Facts that all tasks of one environment share.
 
     Attributes:
-        kinds: behaviours that data are published for.
-        max_steps: steps after which an episode is cut.
-        default_task: the number that a name without one means.
+        kinds: behaviours for which data are published.
+        max_steps: number of steps after which an episode is cut.
+        default_task: number of the task where a name has none.
         discount: γ of the published protocol.
     """
 
@@ -91,19 +89,19 @@ TASK_NUMBERS = (1, 2, 3, 4, 5)
 
 @dataclass(frozen=True)
 class Task:
-    """One problem: an environment with its goal, the data for it, and its protocol.
+    """A task: an environment with its goal, its data, and its protocol.
 
     Attributes:
         name: the full name, see the module docstring.
-        environment: the name's first part, ``pointmaze-medium``; for ``gym:`` and ``minari:`` the
-            registered environment.
+        environment: first part of the name, such as ``pointmaze-medium``; for ``gym:`` and
+            ``minari:`` the registered environment.
         kind: behaviour of the data, or ``gym`` or ``minari``.
         task_id: number of the goal; ``None`` is the environment's default.
-        dataset_name: name of the data, ``pointmaze-medium-navigate-v0``.
+        dataset_name: name of the data, such as ``pointmaze-medium-navigate-v0``.
         sparse: whether the reward is −1[r ≠ 0] instead of r.
         horizon: chunk length h of the protocol.
         discount: γ of the protocol.
-        max_steps: steps after which an episode is cut; ``None`` is no limit.
+        max_steps: number of steps after which an episode is cut; ``None`` for no limit.
     """
 
     name: str
@@ -118,25 +116,25 @@ class Task:
 
     @property
     def domain(self) -> str:
-        """What presets are looked up by: the environment, without kind, number and reward."""
+        """Key of the presets: the environment, without kind, number and reward."""
         return self.kind if self.kind in ("gym", "minari") else self.environment
 
     @property
     def goal(self) -> int | None:
-        """The number of the goal with the default resolved; ``None`` outside OGBench."""
+        """Number of the goal with the default resolved; ``None`` outside OGBench."""
         known = ENVIRONMENTS.get(self.environment)
         return self.task_id if known is None else self.task_id or known.default_task
 
     @property
     def published(self) -> str:
-        """The name that published tables use: always with the number, never with ``sparse``."""
+        """Name in published tables: always with the number, never with ``sparse``."""
         if self.domain in ("gym", "minari"):
             return self.name
         return f"{self.environment}-{self.kind}-singletask-task{self.goal}-v0"
 
     @property
     def environment_id(self) -> str:
-        """The name that the environment is registered under in gymnasium."""
+        """Name of the environment in the registry of Gymnasium."""
         if self.domain in ("gym", "minari"):
             return self.environment
         number = "" if self.task_id is None else f"-task{self.task_id}"
@@ -144,20 +142,20 @@ class Task:
 
 
 def task_names() -> list[str]:
-    """All names of OGBench tasks, the sparse ones included."""
+    """Return all names of OGBench tasks, including the sparse ones."""
     return list(_tasks())
 
 
 def find_task(name: str) -> Task:
-    """The task of that name.
+    """Find a task by name.
 
     Arguments:
-        name: a single-task name of OGBench, the same with ``sparse`` after the environment, the
-            name of a dataset (``cube-single-play-v0``, meaning the default task), ``gym:ID`` or
+        name: a single-task name of OGBench, also with ``sparse`` after the environment; the
+            name of a dataset (``cube-single-play-v0``; the default task); ``gym:ID`` or
             ``minari:NAME``.
 
     Raises:
-        ValueError: there is no such task; the message names the closest ones.
+        ValueError: there is no such task; the message names similar ones.
     """
     prefix, _, rest = name.partition(":")
     if prefix == "gym" and rest:
@@ -172,17 +170,17 @@ def find_task(name: str) -> Task:
 
 
 def make_environment(task: Task, *, render: bool = False) -> Standard:
-    """The task's environment, with the conventions of `environments.wrappers.Standard`.
+    """Make the environment of a task, wrapped as `Standard`.
 
     Arguments:
-        task: from `find_task`.
+        task: a task from `find_task`.
         render: whether ``.render()`` will be called; see `prepare_mujoco`.
 
     Raises:
         ImportError: OGBench is not installed.
-        ValueError: the environment has other spaces than boxes of one dimension.
-        RunError: rendering is asked for and was switched off, see `prepare_mujoco`; or Gymnasium
-            cannot make it, such as for want of a package.
+        ValueError: the spaces of the environment are not boxes of one dimension.
+        RunError: ``render`` is set but rendering was switched off, see `prepare_mujoco`; or
+            Gymnasium cannot make the environment, for example because a package is missing.
     """
     from applications.rl.environments.wrappers import Standard
 

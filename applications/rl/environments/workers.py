@@ -1,8 +1,9 @@
-"""Places where episodes are played: an environment in this process, or one in a process of its own.
+"""Environments that play one chunk of actions at a time, in this process or in a worker process.
 
-Both take a chunk of actions at a time and are used alike, first all ``send``, then all ``receive``,
-so that worker processes run side by side.  Workers are spawned, not forked: an environment, a GPU
-or a thread pool of this process would not survive a fork.
+`LocalEnvironment` and `RemoteEnvironment` have the same methods.  The caller first calls all
+``send_...`` methods and then all ``receive`` methods, so that worker processes run at the same
+time.  Workers are spawned, not forked: an environment, a GPU or a thread pool of this process would
+not survive a fork.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ Watch = Callable[[gymnasium.Env], None]
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """Some steps of an episode.
+    """The outcome of some consecutive steps of an episode.
 
     Attributes:
-        observation: after them (obs,), float32.
-        reward: their undiscounted sum.
-        steps: their number.
-        success: ``info["success"]`` of the last one.
-        done: whether it ended the episode.
+        observation: observation after the steps (obs,), float32.
+        reward: undiscounted sum of their rewards.
+        steps: number of steps.
+        success: ``info["success"]`` of the last step.
+        done: whether the last step ended the episode.
     """
 
     observation: np.ndarray
@@ -45,56 +46,57 @@ class ChunkResult:
     done: bool
 
     @classmethod
-    def nothing(cls, observation: np.ndarray | None = None) -> ChunkResult:
-        """No steps, as after a reset."""
+    def empty(cls, observation: np.ndarray | None = None) -> ChunkResult:
+        """Return the result of no steps, as after a reset."""
         return cls(
             np.zeros(0, np.float32) if observation is None else observation, 0.0, 0, False, False
         )
 
     def then(self, other: ChunkResult) -> ChunkResult:
-        """This leg and the one after it as one."""
+        """Join this result with the result of the steps that follow."""
         reward, steps = self.reward + other.reward, self.steps + other.steps
         return ChunkResult(other.observation, reward, steps, other.success, other.done)
 
 
 class LocalEnvironment:
-    """An environment in this process.
+    """Plays episodes in an environment of this process.
 
     Arguments:
-        factory: makes it.
-        watch: called with it after each reset and each step.
+        factory: function that makes the environment.
+        watch: called with the environment after each reset and each step.
     """
 
     def __init__(self, factory: Callable[[], gymnasium.Env], watch: Watch | None = None) -> None:
         self.environment = standardise(factory())
         self.watch = watch
-        self._reply = ChunkResult.nothing()
+        self._reply = ChunkResult.empty()
 
     @property
     def spaces(self) -> Spaces:
-        """Those of the environment."""
+        """Sizes of the environment's observations and actions."""
         return spaces_of(self.environment)
 
     def send_begin(self, seed: int) -> None:
-        """Begin the episode of that seed; `receive` then gives a leg of no steps."""
+        """Begin the episode of ``seed``; `receive` then returns a result of no steps."""
         observation, _ = self.environment.reset(seed=seed)
         self._look()
-        self._reply = ChunkResult.nothing(observation)
+        self._reply = ChunkResult.empty(observation)
 
     def send_chunk(self, chunk: np.ndarray) -> None:
         """Execute the actions (h, d_a) until the episode ends."""
-        leg = ChunkResult.nothing()
+        result = ChunkResult.empty()
         for action in chunk:
             observation, reward, terminated, truncated, info = self.environment.step(action)
             self._look()
             done = terminated or truncated
-            leg = leg.then(ChunkResult(observation, reward, 1, info["success"], done))
+            step = ChunkResult(observation, reward, 1, info["success"], done)
+            result = result.then(step)
             if done:
                 break
-        self._reply = leg
+        self._reply = result
 
     def receive(self) -> ChunkResult:
-        """What came of what was sent last."""
+        """Return the result of the last ``send_begin`` or ``send_chunk``."""
         return self._reply
 
     def close(self) -> None:
@@ -107,20 +109,20 @@ class LocalEnvironment:
 
 
 class WorkerProcess:
-    """A process that answers messages in order, after it has told the spaces of its environments.
+    """A process that answers messages in order; its first message is the spaces it plays in.
 
     Arguments:
-        serve: what it does, with ``arguments`` and its end of the connection; it sends pairs
-            (traceback or None, value).
-        arguments: picklable, so of the functions only those at the top level of a module.
+        serve: function that the process runs, with ``arguments`` and its end of the connection; it
+            sends pairs (traceback or None, value).
+        arguments: picklable arguments; a function must be at the top level of a module.
 
     Attributes:
-        option: what asks for it, as errors name it.
-        daemon: whether it ends with this process; if so, it has no processes of its own.
+        option: name of the option that asks for the process, for error messages.
+        daemon: whether the process ends with this one; a daemon can start no processes itself.
 
     Raises:
         ValueError: the arguments cannot be pickled.
-        RunError: (by any method) it failed, with its own traceback, or died.
+        RunError: (by any method) the process failed, with its traceback, or died.
     """
 
     option: str
@@ -140,19 +142,19 @@ class WorkerProcess:
             ) from error
         finally:
             other.close()
-        # Python's exit waits for processes that are no daemons: one that nobody closed ends first.
+        # Python's exit waits for processes that are no daemons, so an open one is ended before.
         util.Finalize(self, self._connection.close, exitpriority=0)
         self._spaces: Spaces | None = None
 
     @property
     def spaces(self) -> Spaces:
-        """Those of the environments; the first time waits for the process."""
+        """Sizes of observations and actions; the first access waits for the process."""
         if self._spaces is None:
             self._spaces = self.receive()
         return self._spaces
 
     def send(self, message: Any) -> None:
-        """Send a message."""
+        """Send a message to the process."""
         _ = self.spaces  # its first message
         try:
             self._connection.send(message)
@@ -160,11 +162,11 @@ class WorkerProcess:
             raise self._died() from None
 
     def ready(self) -> bool:
-        """Whether `receive` need not wait."""
+        """Say whether `receive` would return at once."""
         return self._connection.poll()
 
     def receive(self) -> Any:
-        """The answer to the first message that has none yet."""
+        """Return the answer to the oldest message without one; waits for it."""
         try:
             error, value = self._connection.recv()
         except (EOFError, OSError):
@@ -175,7 +177,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process."""
-        self._connection.close()  # which it takes for the end
+        self._connection.close()  # the process ends when its connection closes
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
@@ -194,10 +196,10 @@ class WorkerProcess:
 
 
 class RemoteEnvironment(WorkerProcess):
-    """A lane in a process of its own; methods as those of `LocalEnvironment`.
+    """Plays episodes in an environment of a worker process; has `LocalEnvironment`'s methods.
 
     Arguments:
-        factory: makes the environment.
+        factory: function that makes the environment.
 
     Raises:
         ValueError, RunError: see `WorkerProcess`.
@@ -209,7 +211,7 @@ class RemoteEnvironment(WorkerProcess):
         super().__init__(_serve, factory)
 
     def send_begin(self, seed: int) -> None:
-        """Begin the episode of that seed."""
+        """Begin the episode of ``seed``."""
         self.send(("send_begin", seed))
 
     def send_chunk(self, chunk: np.ndarray) -> None:
@@ -218,14 +220,14 @@ class RemoteEnvironment(WorkerProcess):
 
 
 def _serve(factory: Callable[[], gymnasium.Env], connection: Connection) -> None:
-    """Be the process of a worker until the connection closes."""
+    """Run a worker process until the connection closes."""
     try:
-        lane = LocalEnvironment(factory)
-        connection.send((None, lane.spaces))
+        environment = LocalEnvironment(factory)
+        connection.send((None, environment.spaces))
         while True:
             method, argument = connection.recv()
-            getattr(lane, method)(argument)
-            connection.send((None, lane.receive()))
+            getattr(environment, method)(argument)
+            connection.send((None, environment.receive()))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except Exception:

@@ -1,8 +1,8 @@
-"""The conventions that every environment is brought to before an agent sees it.
+"""A wrapper that gives every environment the conventions that agents rely on.
 
-Observations are float32 vectors and actions vectors in [−1, 1]^d; an action outside is clipped (an
-environment would accept it silently), and another range of the environment's own is reached by an
-affine map.  Each step's ``info`` has ``success`` as a bool.  The reward may be made sparse,
+Observations are float32 vectors and actions are vectors in [−1, 1]^d.  An action outside is clipped
+(an environment would accept it silently), and an affine map takes [−1, 1]^d to the range of the
+environment.  Each step's ``info`` has ``success`` as a bool.  The reward may be made sparse,
 r ← −1[r ≠ 0].  Episodes are reproducible, see `applications.rl.environments.reproducible`.
 """
 
@@ -21,17 +21,17 @@ Observation = NDArray[np.float32]
 
 
 class Standard(gymnasium.Wrapper):
-    """``env`` with the conventions of the module docstring.
+    """Wraps an environment so that it follows the conventions of the module docstring.
 
     Arguments:
-        env: an environment whose spaces are boxes of one dimension, the actions' bounded.
+        env: an environment whose spaces are boxes of one dimension; actions must be bounded.
         sparse: whether the reward becomes −1[r ≠ 0].
 
     Attributes:
-        observation_dim, action_dim: components d and d_a.
+        observation_dim, action_dim: sizes of an observation and an action.
 
     Raises:
-        ValueError: other spaces.
+        ValueError: the spaces are of another kind.
     """
 
     def __init__(self, env: gymnasium.Env, *, sparse: bool = False) -> None:
@@ -55,10 +55,10 @@ class Standard(gymnasium.Wrapper):
         return np.array(observation, np.float32), info
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """One step by an action of shape (d,).
+        """Take one step by an action of shape (d,).
 
         Raises:
-            ValueError: an action of another shape, or with NaN.
+            ValueError: the action has another shape or contains NaN.
         """
         observation, reward, terminated, truncated, info = self.env.step(self._inner(action))
         reward = float(reward)
@@ -81,7 +81,7 @@ class Standard(gymnasium.Wrapper):
 
 
 def standardise(env: gymnasium.Env) -> Standard:
-    """``env`` itself if it is `Standard` already, else wrapped so.
+    """Return ``env`` if it is a `Standard` environment, and a `Standard` wrapper of it otherwise.
 
     Raises:
         ValueError: its spaces are not boxes of one dimension.

@@ -1,1 +1,1 @@
-"""Success rates of trained agents."""
+"""Evaluation of agents: episodes, success rates and their intervals."""

@@ -1,12 +1,12 @@
-"""Evaluation beside training: an `Evaluator` in a process of its own.
+"""Background evaluation: an `Evaluator` in a worker process, while training goes on.
 
-It is asked with a copy of an agent's weights, makes an agent of them on the CPU, and answers in the
-order of the questions, while who asked goes on.  Seeds of the episodes, rows of the batches and the
-one thread are those of `applications.rl.evaluation.evaluator`, so on a CPU the numbers are the same
+A request holds a copy of an agent's weights.  The worker makes an agent of them on the CPU,
+evaluates it, and answers the requests in order.  Seeds of the episodes, rows of the batches and the
+single thread are as in `applications.rl.evaluation.evaluator`, so on a CPU the numbers are the same
 bit by bit.
 
-The process ends when its connection closes, be it in the midst of an episode: a training that is
-killed leaves none behind.
+The worker ends when its connection closes, even within an episode, so a training that is killed
+leaves no process behind.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ from flows.training import prepare_process
 
 
 class PendingEvaluation:
-    """An evaluation that was asked for.
+    """An evaluation that a worker process has been asked for.
 
     Arguments:
-        collect: has the process's next answer given to who asked first; its argument says whether
-            to wait for one, its result whether there was one.
+        collect: function ``collect(wait) -> bool`` that reads the worker's next result, hands it to
+            the oldest pending evaluation, and says whether there was one.
+
+    Attributes:
+        outcome: the evaluation or the error, None while it is pending.
     """
 
     def __init__(self, collect: Callable[[bool], bool]) -> None:
@@ -45,16 +48,16 @@ class PendingEvaluation:
         self.outcome: Evaluation | RunError | None = None
 
     def arrived(self) -> bool:
-        """Whether `result` need not wait."""
+        """Say whether `result` would return at once."""
         while self.outcome is None and self._collect(False):
             pass
         return self.outcome is not None
 
     def result(self) -> Evaluation:
-        """The evaluation; waits for it.
+        """Wait for the evaluation and return it.
 
         Raises:
-            RunError: an environment failed, or the process died.
+            RunError: an environment failed, or the worker process died.
         """
         while self.outcome is None:
             self._collect(True)
@@ -64,7 +67,7 @@ class PendingEvaluation:
 
 
 class BackgroundEvaluator(WorkerProcess):
-    """An `Evaluator` that answers later; close it.
+    """Evaluates agents in a worker process, without waiting for the results; close it after use.
 
     Arguments:
         factory, environments, workers: as for `Evaluator`; the factory must be picklable.
@@ -74,7 +77,7 @@ class BackgroundEvaluator(WorkerProcess):
     """
 
     option = "background_eval"
-    daemon = False  # there may be workers
+    daemon = False  # the process may start workers itself
 
     def __init__(
         self,
@@ -83,67 +86,69 @@ class BackgroundEvaluator(WorkerProcess):
         environments: int = 4,
         workers: int = 0,
     ) -> None:
-        self._asked: deque[PendingEvaluation] = deque()
+        self._pending: deque[PendingEvaluation] = deque()
         super().__init__(_serve, factory, environments, workers)
 
     def __call__(self, agent: Agent, *, episodes: int, seed: int) -> PendingEvaluation:
-        """Ask for what an `Evaluator` would return or raise, of the weights that ``agent`` has now.
+        """Ask for an evaluation of ``agent`` with its present weights; see `Evaluator`.
 
         Raises:
-            RunError: the process could not begin, or died.
+            RunError: the worker process could not start, or died.
         """
         made_of = (type(agent), agent.config, agent.observation_dim, agent.action_dim)
-        # `cpu` alone would leave a view of what seeds that are trained together share.
+        # `cpu` alone would leave a view of the storage that stacked seeds share.
         state = {name: value.cpu().clone() for name, value in agent.state_dict().items()}
         weights = io.BytesIO()
         torch.save(state, weights)
         self.send((made_of, weights.getvalue(), episodes, seed))
-        self._asked.append(PendingEvaluation(self._collect))
-        return self._asked[-1]
+        self._pending.append(PendingEvaluation(self._collect))
+        return self._pending[-1]
 
     def _collect(self, wait: bool) -> bool:
         if not wait and not self.ready():
             return False
-        answer = self._asked.popleft()
+        pending = self._pending.popleft()
         try:
-            answer.outcome = self.receive()
+            pending.outcome = self.receive()
         except RunError as error:
-            answer.outcome = error
+            pending.outcome = error
         return True
 
 
 def _serve(
     factory: Callable[[], gymnasium.Env], environments: int, workers: int, connection: Connection
 ) -> None:
-    """Be the process until the connection closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the training that got it too does
+    """Run the worker process until the connection closes."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the training too, whose end closes this
     prepare_process()
     torch.set_num_threads(1)
-    questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     answer: tuple[str | None, Evaluation | None]
     try:
         with Evaluator(factory, environments=environments, workers=workers) as evaluator:
             connection.send((None, evaluator.spaces))
-            threading.Thread(target=_read, args=(connection, questions), daemon=True).start()
+            threading.Thread(target=_read, args=(connection, requests), daemon=True).start()
             while True:
-                (kind, *arguments), weights, episodes, seed = questions.get()
+                (kind, *arguments), weights, episodes, seed = requests.get()
                 try:
                     agent = kind(*arguments)
                     agent.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
                     answer = (None, evaluator(agent, episodes=episodes, seed=seed))
-                except Exception:  # of this agent; the next one may do better
+                except Exception:  # in this evaluation; the next one may succeed
                     answer = (traceback.format_exc(), None)
                 connection.send(answer)
     except BrokenPipeError:
         return
-    except Exception:  # of the environments, which are made here
+    except Exception:  # in making the environments
         connection.send((traceback.format_exc(), None))
 
 
-def _read(connection: Connection, questions: queue.SimpleQueue[Any]) -> None:
-    """Take questions as they come, so that nobody waits to ask; end the process with them."""
+def _read(connection: Connection, requests: queue.SimpleQueue[Any]) -> None:
+    """Accept requests at once, so that sending never waits; end the process when they end."""
     while True:
         try:
-            questions.put(connection.recv())
+            requests.put(connection.recv())
         except (EOFError, OSError):
-            os._exit(0)  # an episode may last, and nobody waits for it
+            os._exit(0)  # the running episode may last, and nobody waits for it

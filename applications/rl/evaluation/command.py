@@ -1,7 +1,7 @@
-"""The command ``evaluate``: trained agents play again, and one episode becomes an animation.
+"""The command ``evaluate``: it plays episodes with trained agents, and animates one of them.
 
-The recorded episode is played twice: once to learn its length, and again, the same to the bit, with
-a picture once in so many steps; a picture may take half a second where there is no graphics card.
+The recorded episode is played twice: once to learn its length, and once more, identically, with a
+frame at regular steps, because a frame may take half a second where there is no graphics card.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from applications.rl.run_folder import TrainedAgent, load_agent, run_folders
 from flows.training import choose_device, ensure_writable, replacing
 
 COMMAND_STREAM = 3
-"""What its episodes are told apart by from those of data, and of training (1 and 2 there)."""
+"""Number that tells the seeds of these episodes apart from those of training (1 and 2)."""
 
 RENDERING_HELP = (
     "headless rendering needs EGL (apt install libegl1 libgl1, then MUJOCO_GL=egl) or, in "
@@ -45,42 +45,42 @@ class EvaluateConfig:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, searched to any depth, or checkpoints."""
     episodes: int = 50
-    """Episodes of each."""
+    """Episodes for each run."""
     seed: int = 0
-    """Seed of the episodes; others than those of training and of made data in any case."""
+    """Seed of the episodes, which differ from the episodes of training and data for any seed."""
     environments: int = 4
     """Environments that play at once; changes no result."""
     workers: int = 0
-    """Processes with one environment each, instead; changes no result."""
+    """Processes with one environment each that play in their place; changes no result."""
     gif: Path | None = None
     """File for an animation of one episode of the first run."""
     gif_episode: int = 0
-    """Number of that episode."""
+    """Number of the animated episode."""
     gif_frames: int = 100
-    """Most pictures in it; one may take half a second to draw."""
+    """Largest number of frames; a frame may take half a second to draw."""
     device: str = "auto"
-    """Where the agent computes: cpu, cuda, or auto."""
+    """Device of the agent: cpu, cuda, or auto, which is cuda where there is one."""
     threads: int = 0
-    """Threads of PyTorch; 0 leaves it the choice."""
+    """Threads of PyTorch; 0 keeps its default."""
 
     def __post_init__(self) -> None:
         """Refuse a number of episodes out of range.
 
         Raises:
-            ValueError: naming it.
+            ValueError: ``episodes`` is below 1.
         """
         if self.episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
 
 
 def show_evaluate(config: EvaluateConfig) -> None:
-    """Evaluate, print a line per run, and write the animation.
+    """Evaluate the runs, print a line for each, and write the animation.
 
     Raises:
-        ValueError: an option out of range, or an unknown task.
-        FileNotFoundError: a run without a checkpoint.
-        CheckpointError: a checkpoint that is damaged.
-        RunError: no picture could be drawn.
+        ValueError: an option is out of range, or a task is unknown.
+        FileNotFoundError: a run has no checkpoint.
+        CheckpointError: a checkpoint is damaged.
+        RunError: no frame could be drawn.
     """
     if not config.runs:
         raise ValueError("runs: name at least one folder of a run, or a checkpoint")
@@ -88,15 +88,15 @@ def show_evaluate(config: EvaluateConfig) -> None:
         torch.set_num_threads(config.threads)
     prepare_mujoco(render=config.gif is not None)
     device = choose_device(config.device)
-    paths = [run for path in config.runs for run in run_folders(path) or [path]]
+    paths = [folder for path in config.runs for folder in run_folders(path) or [path]]
     trained = [load_agent(path, device) for path in paths]
     if config.gif is not None:
         ensure_writable(config.gif, "gif")
-        for one in trained:
-            _require_renderer(find_task(one.task))
-    for path, one in zip(paths, trained, strict=True):
-        result = evaluate_trained(one, config)
-        print(f"{path} ({one.name} on {one.task}, {one.updates} updates)\n  {result}")
+        for run in trained:
+            _require_renderer(find_task(run.task))
+    for path, run in zip(paths, trained, strict=True):
+        result = evaluate_trained(run, config)
+        print(f"{path} ({run.name} on {run.task}, {run.updates} updates)\n  {result}")
     if config.gif is not None:
         first = trained[0]
         factory = partial(make_environment, find_task(first.task), render=True)
@@ -112,10 +112,10 @@ def show_evaluate(config: EvaluateConfig) -> None:
 
 
 def evaluate_trained(trained: TrainedAgent, config: EvaluateConfig) -> Evaluation:
-    """Play the episodes of one agent in its own task, with a progress bar.
+    """Evaluate one agent in its own task, with a progress bar.
 
     Raises:
-        ValueError: an unknown task, or an option out of range.
+        ValueError: the task is unknown, or an option is out of range.
     """
     factory = partial(make_environment, find_task(trained.task))
     environments, workers = (min(n, config.episodes) for n in (config.environments, config.workers))
@@ -143,14 +143,17 @@ def record(
     episode: int = 0,
     most_frames: int = 100,
 ) -> list[np.ndarray]:
-    """Pictures (height, width, 3), uint8, of the episode that `Evaluator` plays by that number.
+    """Record frames (height, width, 3), uint8, of one episode as `Evaluator` plays it.
 
     Arguments:
-        factory: makes an environment that can render arrays.
-        most_frames: the episode is shown in at most so many pictures, its start and end included.
+        agent: the agent that plays.
+        factory: function that makes an environment that can render arrays.
+        seed: seed of the evaluation.
+        episode: number of the episode in that evaluation.
+        most_frames: largest number of frames, including the start and the end of the episode.
 
     Raises:
-        ValueError: fewer than two pictures.
+        ValueError: ``most_frames`` is below 2.
         RunError: the environment cannot be made or draws nothing.
     """
     if most_frames < 2:
@@ -182,10 +185,10 @@ def record(
 
 
 def write_gif(path: Path, frames: list[np.ndarray], *, per_second: int = 15) -> None:
-    """Write pictures (height, width, 3) as an animation that repeats, atomically.
+    """Write frames (height, width, 3) as an animation that repeats, atomically.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     images = [Image.fromarray(frame) for frame in frames]
     with replacing(path, "gif") as file:
@@ -200,10 +203,10 @@ def write_gif(path: Path, frames: list[np.ndarray], *, per_second: int = 15) -> 
 
 
 def _require_renderer(task: Task) -> None:
-    """Import MuJoCo if the task's environment does, as that fails without what it renders by.
+    """Import MuJoCo if the task's environment needs it, which fails without a rendering library.
 
     Raises:
-        RunError: it failed.
+        RunError: the import failed.
     """
     if task.kind == "gym" and "mujoco" not in str(gymnasium.spec(task.environment_id).entry_point):
         return

@@ -1,16 +1,17 @@
-"""How often a policy succeeds: episodes played in several environments at once.
+"""Evaluation of an agent: its success rate over episodes played in several environments at once.
 
-Protocol.  A chunk of actions is executed whole, without a look at what happens meanwhile, and cut
-only by the end of the episode; an episode is a success if ``info["success"]`` holds at its last
-step.
+Protocol.  A chunk of actions is executed whole, without looking at observations in between, and is
+cut only by the end of the episode.  An episode is a success if ``info["success"]`` holds at its
+last step.
 
-Reproducibility.  Episode i is begun from a seed and played with noise from a generator that are
-functions of (seed, i) alone, and free environments take the next episode, so which environment
-plays it does not matter.  Neither does how many there are: a matrix product may round a row
-differently in a batch of another size, and one bit grows to another trajectory, so observations
-always go through the policy in batches of ``BLOCK`` rows, that of episode i in row i mod BLOCK.
-Environments in worker processes give the same numbers as those in this one.  For the same reason,
-and because more would only wait for each other on so few rows, one thread computes the policy.
+Reproducibility.  The seed of episode i and the generator of its policy noise are functions of
+(seed, i) alone.  A free environment takes the next episode, and it does not matter which
+environment plays it.  The number of environments does not matter either: a matrix product may round
+a row differently in a batch of another size, and one bit grows to another trajectory, so
+observations always go through the policy in batches of ``BLOCK`` rows, with episode i in row i mod
+BLOCK.  Environments in worker processes give the same numbers as environments in this process.  For
+the same reason, and because several threads would only wait for each other on so few rows, one
+thread computes the policy.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ Factory = Callable[[], gymnasium.Env]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What N episodes came to, in the order of their numbers.
+    """Results of N episodes, in the order of their numbers.
 
     Attributes:
-        successes: whether each succeeded at its last step.
-        returns: undiscounted sums of rewards.
-        lengths: environment steps.
+        successes: whether each episode succeeded at its last step.
+        returns: undiscounted sum of the rewards of each episode.
+        lengths: number of environment steps of each episode.
     """
 
     successes: tuple[bool, ...]
@@ -58,7 +59,7 @@ class Evaluation:
 
     @property
     def episodes(self) -> int:
-        """N."""
+        """Number N of episodes."""
         return len(self.successes)
 
     @property
@@ -90,16 +91,17 @@ class Evaluation:
 
 
 class Evaluator:
-    """Environments that stay open for one evaluation after another; close it, or use ``with``.
+    """Evaluates agents in environments that stay open; close it, or use it in ``with``.
 
     Arguments:
-        factory: makes an environment; picklable if there are workers.
-        environments: how many play at once in this process.
-        workers: if above 0, play in that many processes instead, one environment each.
+        factory: function that makes an environment; it must be picklable if there are workers.
+        environments: number of environments in this process that play at once.
+        workers: number of worker processes with one environment each that play in their place,
+            if above 0.
         watch: called with the environment after each reset and each step (in this process only).
 
     Raises:
-        ValueError: numbers out of range, or a watch over workers.
+        ValueError: a number is out of range, or ``watch`` is given with workers.
     """
 
     def __init__(
@@ -114,10 +116,10 @@ class Evaluator:
             raise ValueError(f"environments must be at least 1, got {environments}")
         if workers < 0 or (workers and watch is not None):
             raise ValueError(f"workers must be at least 0, and 0 with a watch, got {workers}")
-        self.lanes: list[LocalEnvironment | RemoteEnvironment] = []
+        self._environments: list[LocalEnvironment | RemoteEnvironment] = []
         try:
             for _ in range(workers or environments):
-                self.lanes.append(
+                self._environments.append(
                     RemoteEnvironment(factory) if workers else LocalEnvironment(factory, watch)
                 )
         except BaseException:
@@ -126,8 +128,8 @@ class Evaluator:
 
     @property
     def spaces(self) -> Spaces:
-        """Those of the environments."""
-        return self.lanes[0].spaces
+        """Sizes of the environments' observations and actions."""
+        return self._environments[0].spaces
 
     def __call__(
         self,
@@ -141,13 +143,15 @@ class Evaluator:
         """Play ``episodes`` episodes with ``agent``.
 
         Arguments:
-            seed: of the starts and of the policy's noise; other seeds give independent episodes.
+            agent: the agent; it is in evaluation mode meanwhile.
+            episodes: number of episodes.
+            seed: seed of the starts and the policy noise; another seed gives independent episodes.
             first: number of the first episode.
             progress: called with the number of an episode and its success as each one ends.
 
         Raises:
-            ValueError: no episodes, or an environment whose spaces are not the agent's.
-            RunError: an environment failed in a worker.
+            ValueError: ``episodes`` is below 1, or the environment has other sizes than the agent.
+            RunError: an environment failed in a worker process.
         """
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -160,11 +164,11 @@ class Evaluator:
         finally:
             agent.train(training)
             torch.set_num_threads(threads)
-        legs = [results[index] for index in sorted(results)]
+        played = [results[index] for index in sorted(results)]
         return Evaluation(
-            tuple(leg.success for leg in legs),
-            tuple(leg.reward for leg in legs),
-            tuple(leg.steps for leg in legs),
+            tuple(result.success for result in played),
+            tuple(result.reward for result in played),
+            tuple(result.steps for result in played),
         )
 
     def _play(
@@ -174,36 +178,36 @@ class Evaluator:
         seed: int,
         progress: Callable[[int, bool], None] | None,
     ) -> dict[int, ChunkResult]:
-        """The episodes by number, each as one leg."""
+        """Play the episodes; return the result of each whole episode by its number."""
         device = next(agent.parameters()).device
         results: dict[int, ChunkResult] = {}
         waiting = iter(episodes)
-        playing: dict[int, _Episode] = {}  # by number of the lane
+        playing: dict[int, _Episode] = {}  # by index of the environment
         while len(results) < len(episodes):
-            free = (number for number in range(len(self.lanes)) if number not in playing)
-            begun = dict(zip(free, waiting))  # noqa: B905  (no lane, no episode taken)
-            for number, index in begun.items():
-                self.lanes[number].send_begin(episode_seed(seed, index, 0))
-            for number, index in begun.items():
+            free = (place for place in range(len(self._environments)) if place not in playing)
+            begun = dict(zip(free, waiting))  # noqa: B905  (without a place no episode is taken)
+            for place, index in begun.items():
+                self._environments[place].send_begin(episode_seed(seed, index, 0))
+            for place, index in begun.items():
                 generator = torch.Generator(device).manual_seed(episode_seed(seed, index, 1))
-                playing[number] = _Episode(index, generator, self.lanes[number].receive())
+                playing[place] = _Episode(index, generator, self._environments[place].receive())
             chunks = _act(agent, playing, device)
-            for number, chunk in chunks.items():
-                self.lanes[number].send_chunk(chunk)
-            for number in chunks:
-                episode = playing[number]
-                episode.leg = episode.leg.then(self.lanes[number].receive())
-                if episode.leg.done:
-                    results[episode.index] = playing.pop(number).leg
+            for place, chunk in chunks.items():
+                self._environments[place].send_chunk(chunk)
+            for place in chunks:
+                episode = playing[place]
+                episode.result = episode.result.then(self._environments[place].receive())
+                if episode.result.done:
+                    results[episode.index] = playing.pop(place).result
                     if progress is not None:
-                        progress(episode.index, episode.leg.success)
+                        progress(episode.index, episode.result.success)
         return results
 
     def close(self) -> None:
         """Close the environments and end the workers."""
-        for lane in self.lanes:
-            lane.close()
-        self.lanes = []
+        for environment in self._environments:
+            environment.close()
+        self._environments = []
 
     def __enter__(self) -> Evaluator:
         return self
@@ -226,7 +230,7 @@ def evaluate(
     environments: int = 4,
     workers: int = 0,
 ) -> Evaluation:
-    """One evaluation in environments of its own; see `Evaluator`."""
+    """Evaluate an agent in environments made for this call; see `Evaluator`."""
     environments = min(environments, max(1, episodes))
     workers = min(workers, episodes)
     with Evaluator(factory, environments=environments, workers=workers) as evaluator:
@@ -235,33 +239,35 @@ def evaluate(
 
 @dataclass
 class _Episode:
+    """An episode being played: its number, the generator of its noise, its result so far."""
+
     index: int
     generator: torch.Generator
-    leg: ChunkResult
+    result: ChunkResult
 
 
 def _act(
     agent: Agent, playing: Mapping[int, _Episode], device: torch.device
 ) -> dict[int, np.ndarray]:
-    """A chunk (h, d_a) for every lane, episode i in row i mod BLOCK of some batch."""
+    """Choose a chunk (h, d_a) for every environment; episode i is in row i mod BLOCK of a batch."""
     blocks: list[dict[int, int]] = []
-    for number, episode in playing.items():
+    for place, episode in playing.items():
         row = episode.index % BLOCK
         block = next((block for block in blocks if row not in block), None)
         if block is None:
             block = {}
             blocks.append(block)
-        block[row] = number
+        block[row] = place
     chunks: dict[int, np.ndarray] = {}
     for block in blocks:
         observations = np.zeros((BLOCK, agent.observation_dim), dtype=np.float32)
         noise: dict[str, Tensor] = {}
-        for row, number in block.items():
-            observations[row] = playing[number].leg.observation
-            for name, value in agent.act_noise(1, playing[number].generator).items():
+        for row, place in block.items():
+            observations[row] = playing[place].result.observation
+            for name, value in agent.act_noise(1, playing[place].generator).items():
                 if name not in noise:
                     noise[name] = value.new_zeros(BLOCK, *value.shape[1:])
                 noise[name][row] = value[0]
         actions = agent.act(torch.from_numpy(observations).to(device), noise).cpu().numpy()
-        chunks |= {number: actions[row] for row, number in block.items()}
+        chunks |= {place: actions[row] for row, place in block.items()}
     return chunks

@@ -8,9 +8,9 @@ The uncertainty over seeds is a stratified bootstrap (same source, section 4.1).
 draws N_m seeds with replacement *within* each task m, so that no task is lost, and whole rows, so
 that a curve keeps its correlation along the steps; the interval is between percentiles of the
 statistic over the resamples.  For three seeds of one task a resample is the lowest seed alone with
-probability 1/27 > 2.5%, so that the 95% interval is simply from the lowest seed to the highest; it
-holds the median of the law of a seed with probability 1 - 2 (1/2)³ = 75% only.  Read an interval
-with the number of seeds beside it.
+probability 1/27 > 2.5%, so that the 95% interval simply runs from the lowest seed to the highest;
+it contains the median of the distribution over seeds with probability 1 - 2 (1/2)³ = 75% only.
+Read an interval together with the number of seeds.
 
 One run's success rate k/n has Wilson's interval (1927): all p for which |k/n - p| is at most
 z sqrt(p (1 - p)/n), which is
@@ -30,14 +30,14 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def mean(scores: np.ndarray) -> np.ndarray:
-    """Mean over the first axis: (n, ...) to (...)."""
+    """Return the mean over the first axis: (n, ...) to (...)."""
     return np.asarray(scores, dtype=np.float64).mean(0)
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
-    """Mean of the middle half along the first axis: (n, ...) to (...).
+    """Return the mean of the middle half along the first axis: (n, ...) to (...).
 
-    Fewer than four runs have no quarter to leave out: it is then their mean.
+    Fewer than four runs have no quarter to leave out; the result is then their mean.
     """
     x = np.sort(np.asarray(scores, dtype=np.float64), 0)
     cut = len(x) // 4
@@ -52,21 +52,22 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Stratified bootstrap interval of ``statistic`` over the seeds of one or several tasks.
+    """Return the stratified bootstrap interval of a statistic over the seeds of some tasks.
 
     Arguments:
-        tasks: For each task its scores (N_m, ...), a row per seed; trailing sizes are equal.
-        statistic: Maps pooled scores (n, ...) to (...), such as `mean` or `interquartile_mean`.
-        level: Probability between the two percentiles.
-        resamples: Number of resamples.
-        seed: Seed of the resampling.
+        tasks: for each task its scores (N_m, ...), a row per seed; trailing sizes are equal.
+        statistic: function that maps pooled scores (n, ...) to (...), such as `mean` or
+            `interquartile_mean`.
+        level: probability between the two percentiles.
+        resamples: number of resamples.
+        seed: seed of the resampling.
 
     Returns:
-        Lower and upper ends, each of the trailing shape (...).
+        lower and upper ends, each of the trailing shape (...).
 
     Raises:
-        ValueError: no task, a task without seeds, unequal trailing shapes, a score that is not
-            finite, or ``level`` or ``resamples`` out of range.
+        ValueError: there is no task, a task has no seeds, trailing shapes differ, a score is not
+            finite, or ``level`` or ``resamples`` is out of range.
     """
     scores = [np.asarray(s, dtype=np.float64) for s in tasks]
     if not scores or any(s.ndim == 0 or len(s) == 0 for s in scores):
@@ -92,15 +93,15 @@ def bootstrap_interval(
 
 
 def wilson_interval(successes: int, episodes: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a success rate.
+    """Return Wilson's interval of a success rate.
 
     Arguments:
-        successes: k, from 0 to ``episodes``.
-        episodes: n, at least 1.
-        level: Coverage.
+        successes: number k of successes, from 0 to ``episodes``.
+        episodes: number n of episodes, at least 1.
+        level: coverage.
 
     Returns:
-        Lower and upper end, within [0, 1].
+        lower and upper end, within [0, 1].
 
     Raises:
         ValueError: an argument is out of range.

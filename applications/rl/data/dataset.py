@@ -1,18 +1,18 @@
-"""Datasets of transitions: OGBench's, one's own, and Minari's.
+"""Datasets of transitions: published by OGBench, your own, or from Minari.
 
 A row is one transition (s, a, r, mask, terminal, s').  ``terminals`` marks the last transition of
-each trajectory, whatever ended it; ``masks`` is 0 only where the episode *truly* ended, so that
-nothing is bootstrapped from s'.  In OGBench's single tasks that is success alone: r and mask are
-functions of s (since OGBench 1.2.0).  Actions are clipped to ±(1 − 10⁻⁵) as in the published
+each trajectory, whatever ended it.  ``masks`` is 0 only where the episode *truly* ended, so that
+nothing is bootstrapped from s'.  In OGBench's single tasks only success ends an episode: r and mask
+are functions of s (since OGBench 1.2.0).  Actions are clipped to ±(1 − 10⁻⁵) as in the published
 protocol, and observations are not normalised.
 
-Data are looked for in a folder: the argument, ``$OGBENCH_DATA``, or ``~/.ogbench/data``, where
+Data are searched in a folder: the argument, ``$OGBENCH_DATA``, or ``~/.ogbench/data``, where
 OGBench puts them.  There, the dataset ``puzzle-4x4-play-v0`` is either one file,
 ``puzzle-4x4-play-v0.npz``, or a folder of shards: ``puzzle-4x4-play-v0/``,
 ``puzzle-4x4-play-100m-v0/``, or the given folder itself, with files like
-``puzzle-4x4-play-v0-000.npz``.  The 100M data are too large for memory, so that `load_shards`
-reads one shard at a time.  Where there are several of these, the first in this order is taken; but
-for the datasets in `LARGE`, whose published figures are of the 100M data, those come first.
+``puzzle-4x4-play-v0-000.npz``.  The 100M data are too large for memory, so that `load_shards` reads
+one shard at a time.  Where there are several of these, the first in this order is taken, except
+that for the datasets in `LARGE`, whose published figures used the 100M data, those come first.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from applications.rl.environments.wrappers import Standard
 CLIP = 1.0 - 1e-5
 """Dataset actions are clipped to ±CLIP."""
 LARGE = ("cube-quadruple-play-v0", "puzzle-4x4-play-v0")
-"""Datasets of which the published runs had the 100M shards."""
+"""Datasets for which the published runs used the 100M shards."""
 
 Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """N transitions; all arrays are float32.
+    """A table of N transitions; all arrays are float32.
 
     Attributes:
         observations, next_observations: (N, d).
@@ -54,8 +54,8 @@ class Dataset:
         rewards: (N,).
         masks: (N,); 0 where nothing may be bootstrapped from the next observation.
         terminals: (N,); 1 at the last transition of each trajectory.
-        source: where it comes from.
-        versions: versions of the packages that made it, as far as its manifest says.
+        source: file or name that the data come from.
+        versions: versions of the packages that made the data, as far as a manifest says.
     """
 
     observations: NDArray[np.float32]
@@ -72,23 +72,23 @@ class Dataset:
 
     @property
     def observation_dim(self) -> int:
-        """Components d of an observation."""
+        """Size d of an observation."""
         return self.observations.shape[1]
 
     @property
     def action_dim(self) -> int:
-        """Components d_a of an action."""
+        """Size d_a of an action."""
         return self.actions.shape[1]
 
 
 @dataclass(frozen=True)
 class ShardedDataset:
-    """A dataset in one or more files, of which one is in memory at a time.
+    """A dataset in one or more files (shards), which are loaded one at a time.
 
     ``len`` is the number of files; indexing loads one, and iterating loads one after the other.
 
     Attributes:
-        task: what the rewards are computed for.
+        task: task for which the rewards are computed.
         paths: the files, in order.
     """
 
@@ -106,25 +106,25 @@ class ShardedDataset:
 
 
 def data_folder(folder: Path | None = None) -> Path:
-    """``folder``, or where data are by default; see the module docstring."""
+    """Return ``folder``, or the default folder of data; see the module docstring."""
     return Path(folder or os.environ.get("OGBENCH_DATA") or "~/.ogbench/data").expanduser()
 
 
 def load_dataset(
     task: Task, *, folder: Path | None = None, download: bool = True, split: Split = "train"
 ) -> Dataset:
-    """The data of ``task``.
+    """Load the data of a task.
 
     Arguments:
-        task: from `applications.rl.environments.tasks.find_task`.
-        folder: where to look, see `data_folder`.
-        download: whether OGBench's data are downloaded if they are not there.
+        task: a task from `applications.rl.environments.tasks.find_task`.
+        folder: folder to search, see `data_folder`.
+        download: whether OGBench's data are downloaded if they are missing.
         split: training or validation data.
 
     Raises:
         DataError: there are no data (the message says where they would be, where they are
-            published, and how to make them); they are damaged; they are in several shards; or they
-            do not fit the environment.
+            published, and how to make them), the data are damaged, they are in several shards, or
+            they do not fit the environment.
     """
     shards = load_shards(task, folder=folder, download=download, split=split)
     if len(shards) > 1:
@@ -138,7 +138,7 @@ def load_dataset(
 def load_shards(
     task: Task, *, folder: Path | None = None, download: bool = True, split: Split = "train"
 ) -> ShardedDataset:
-    """The data of ``task`` as files to be loaded one at a time; see `load_dataset`.
+    """Find the data of a task as files that are loaded one at a time; see `load_dataset`.
 
     Raises:
         DataError: there are no data.
@@ -158,9 +158,9 @@ def load_shards(
 
 
 def find_files(task: Task, *, folder: Path | None = None, split: Split = "train") -> list[Path]:
-    """The files of a task's data that are in the folder, in order; empty if there are none.
+    """Find the files of a task's data in the folder, in order; empty if there are none.
 
-    Which ones are taken where there are several is said in the module docstring.
+    The module docstring says which files are taken where there are several.
     """
     place, name = data_folder(folder), task.dataset_name
     large = f"{name.replace('-v0', '-100m-v0')}/*.npz"
@@ -174,12 +174,12 @@ def find_files(task: Task, *, folder: Path | None = None, split: Split = "train"
 
 
 def load_file(task: Task, path: Path) -> Dataset:
-    """One file of data for ``task``: of OGBench's layout, with rewards and masks for the task.
+    """Load one file of data in OGBench's layout, with rewards and masks for ``task``.
 
-    For a ``gym:`` task it is a file for `load_npz`, and for ``minari:`` the path is ignored.
+    For a ``gym:`` task the file is one for `load_npz`; for a ``minari:`` task the path is ignored.
 
     Raises:
-        DataError: the file is damaged, is not what its manifest describes, or does not fit the
+        DataError: the file is damaged, differs from its manifest, or does not fit the
             environment.
         FileNotFoundError: there is no such file.
     """
@@ -198,13 +198,13 @@ def load_file(task: Task, path: Path) -> Dataset:
 
 
 def load_npz(path: Path) -> Dataset:
-    """One's own data: an npz file with observations, actions, rewards and terminals.
+    """Load your own data: an npz file with observations, actions, rewards and terminals.
 
-    With ``next_observations`` each row is a transition, and terminals mark the last of each
-    trajectory.  Without, the layout is OGBench's: the row with terminal 1 is the state that a
+    With ``next_observations`` each row is a transition, and terminals mark the last transition of
+    each trajectory.  Without, the layout is OGBench's: the row with terminal 1 is the state that a
     trajectory ends in, and its action and reward are ignored.  ``masks`` is 0 where an episode
-    truly ended; without it, every terminal counts as a true end, so give it if episodes are cut by
-    a time limit.  What is assumed for want of either is said on the standard error stream.
+    truly ended.  Without ``masks``, every terminal counts as a true end, so give it if a time limit
+    cuts episodes.  A line on the standard error stream says what was assumed in place of either.
 
     Arguments:
         path: the file.  Actions must be in [−1, 1]: rescale them as
@@ -212,7 +212,7 @@ def load_npz(path: Path) -> Dataset:
             environment's actions.
 
     Raises:
-        DataError: the file is damaged or does not hold this.
+        DataError: the file is damaged or does not hold these arrays.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -221,23 +221,23 @@ def load_npz(path: Path) -> Dataset:
 
 
 def load_minari(name: str) -> Dataset:
-    """A Minari dataset that is on this machine, by name.
+    """Load a Minari dataset of this machine by name.
 
-    Actions are mapped to [−1, 1] by the bounds of its action space; masks are 0 where an episode
-    terminated, and not where it was truncated.
+    The bounds of its action space map actions to [−1, 1]; masks are 0 where an episode terminated,
+    and 1 where it was truncated.
 
     Raises:
         DataError: the package or the dataset is missing, its spaces are not boxes of one
-            dimension, or its numbers are refused.
+            dimension, or its arrays fail `applications.rl.data.npz.check_arrays`.
     """
     return _dataset(minari_arrays(name), f"minari:{name}", {})
 
 
 def check_spaces(data: Dataset, env: gymnasium.Env) -> None:
-    """Check that the observations and actions of ``env`` have the shapes of those in ``data``.
+    """Check that the spaces of ``env`` have the sizes of the observations and actions in ``data``.
 
     Raises:
-        DataError: they have not.
+        DataError: a size differs.
     """
     for name, found, space in (
         ("observations", data.observation_dim, env.observation_space),
@@ -253,7 +253,7 @@ def check_spaces(data: Dataset, env: gymnasium.Env) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _environment(task: Task) -> Standard:
-    """The environment whose goal and spaces data are compared with: making it takes seconds."""
+    """Return the environment that data are checked against, made once: it takes seconds."""
     return make_environment(task)
 
 

@@ -1,4 +1,4 @@
-"""Downloading OGBench's published data: with a timeout and a progress bar, atomically."""
+"""Downloads of OGBench's published data: atomic, with a timeout and a progress bar."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from applications.rl.environments.tasks import Task
 from flows.training import replacing
 
 TIMEOUT = 20.0
-"""Seconds without an answer, or without a byte, after which a download is given up."""
+"""Seconds without an answer or a byte after which a download fails."""
 
 
 def obtain(task: Task, path: Path, *, allowed: bool = True) -> None:
-    """Download ``path``, a file of the task's data, from where OGBench publishes it.
+    """Download a file of a task's data from the server of OGBench.
 
     Arguments:
-        task: whose data they are.
-        path: the file; its name is the published one.
+        task: task of the data.
+        path: file to write; its name is the published one.
         allowed: whether to download at all.
 
     Raises:
-        DataError: it could not be downloaded, or was not allowed; the message says where it would
+        DataError: the download failed or was not allowed; the message says where the file would
             be, where it is published, and how to make it.
     """
     import_ogbench()
@@ -56,11 +56,11 @@ def obtain(task: Task, path: Path, *, allowed: bool = True) -> None:
 
 
 def fetch(url: str, path: Path, *, timeout: float = TIMEOUT) -> None:
-    """Save what is at ``url`` as ``path``, whole or not at all.
+    """Save the file at ``url`` as ``path``, whole or not at all.
 
     Raises:
-        OSError: no answer in time, an answer other than the file, a connection that broke off, or
-            a path that cannot be written.
+        OSError: there was no answer in time, the answer was an error, the connection broke off, or
+            the path cannot be written.
     """
     with urllib.request.urlopen(url, timeout=timeout) as response:
         total = int(response.headers.get("Content-Length") or 0) or None

@@ -1,8 +1,8 @@
-"""The parts of a dataset in the making: small files that are written once, by any process.
+"""Episode files: small files of a dataset in the making, each written once by any process.
 
-Episode i of a split is a function of (seed, split, i) alone, so that a part is the same whoever
-makes it and whenever.  Workers are spawned, not forked, and end with their parent even if it is
-killed.
+Episode i of a split is a function of (seed, split, i) alone, so that a file is the same whichever
+process makes it, and whenever.  Workers are spawned, not forked, and end with their parent even if
+it is killed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from applications.rl.environments.tasks import MANIPULATION, Task
 from applications.rl.errors import RunError
 from flows.training import replacing
 
-PART_TRANSITIONS = 2000
-"""Transitions of a part: what an interruption can cost each worker."""
+FILE_TRANSITIONS = 2000
+"""Transitions of a file: the work that an interruption can cost each worker."""
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class EpisodeFile:
-    """Episodes that one file holds.
+    """The plan of one file: which episodes it holds.
 
     Attributes:
         split: ``train`` or ``val``.
-        first: number of its first episode.
-        lengths: transitions of each of its episodes.
+        first: number of the first episode in the file.
+        lengths: number of transitions of each episode.
     """
 
     split: str
@@ -58,75 +58,79 @@ class EpisodeFile:
 
     @property
     def transitions(self) -> int:
-        """Transitions of all its episodes."""
+        """Number of transitions of all episodes in the file."""
         return sum(self.lengths)
 
 
-def make_parts(transitions: int, episode: int) -> Iterator[EpisodeFile]:
-    """The parts of a dataset whose episodes have ``episode`` transitions, the last one the rest.
+def plan_files(transitions: int, episode: int) -> Iterator[EpisodeFile]:
+    """Divide a dataset into files of episodes.
 
     The validation split has a tenth as many episodes, at least one.
+
+    Arguments:
+        transitions: number of transitions of the training split.
+        episode: number of transitions of an episode; the last episode has the rest.
     """
     whole, rest = divmod(transitions, episode)
     lengths = [episode] * whole + [rest] * (rest > 0)
     validation = [min(episode, transitions)] * max(1, len(lengths) // 10)
-    step = math.ceil(PART_TRANSITIONS / episode)
+    step = math.ceil(FILE_TRANSITIONS / episode)
     for split, all_lengths in zip(SPLITS, (lengths, validation), strict=True):
         for first in range(0, len(all_lengths), step):
             yield EpisodeFile(split, first, tuple(all_lengths[first : first + step]))
 
 
 def can_generate(task: Task) -> bool:
-    """Whether there is an expert here that can make the task's data."""
+    """Say whether there is an expert here that can make the task's data."""
     if task.environment.startswith("pointmaze"):
         return task.kind in ("navigate", "stitch")
     return task.environment.startswith(MANIPULATION) and task.kind in ("play", "noisy")
 
 
 def collector_class(task: Task) -> type[MazeCollector] | type[ManipulationCollector]:
-    """The expert for the task's data."""
+    """Return the class of the expert for the task's data."""
     return MazeCollector if task.environment.startswith("pointmaze") else ManipulationCollector
 
 
 def write_missing(
-    folder: Path, parts: Sequence[EpisodeFile], task: Task, *, seed: int, workers: int
+    folder: Path, files: Sequence[EpisodeFile], task: Task, *, seed: int, workers: int
 ) -> None:
-    """Write the parts that are not in ``folder`` yet, with a progress bar over transitions.
+    """Write the files that ``folder`` lacks, with a progress bar over transitions.
 
     Raises:
-        OSError: a part cannot be written; those before are kept.
-        RunError: a worker was killed; the parts before are kept.
+        OSError: a file cannot be written; earlier files are kept.
+        RunError: a worker was killed; earlier files are kept.
     """
-    missing = [part for part in parts if not (folder / part.name).exists()]
-    total = sum(part.transitions for part in parts)
+    missing = [file for file in files if not (folder / file.name).exists()]
+    total = sum(file.transitions for file in files)
     with tqdm(
         total=total,
-        initial=total - sum(part.transitions for part in missing),
+        initial=total - sum(file.transitions for file in missing),
         desc=task.dataset_name,
         unit=" transitions",
         file=sys.stderr,
         dynamic_ncols=True,
     ) as bar:
         if workers == 1 or len(missing) < 2:
-            for part in missing:
-                bar.update(write_part(folder, part, task, seed))
+            for file in missing:
+                bar.update(write_file(folder, file, task, seed))
         else:
-            _share(missing, folder, task, seed, min(workers, len(missing)), bar.update)
+            _write_in_workers(missing, folder, task, seed, min(workers, len(missing)), bar.update)
 
 
-def write_part(folder: Path, part: EpisodeFile, task: Task, seed: int) -> int:
-    """Write one part, atomically; the number of its transitions."""
-    split = SPLITS.index(part.split)
+def write_file(folder: Path, file: EpisodeFile, task: Task, seed: int) -> int:
+    """Play the episodes of one file and write it, atomically; return its transitions."""
+    split = SPLITS.index(file.split)
     episodes = [
-        _collector(task).episode(episode_seed(seed, split, part.first + index), length)
-        for index, length in enumerate(part.lengths)
+        _collector(task).episode(episode_seed(seed, split, file.first + index), length)
+        for index, length in enumerate(file.lengths)
     ]
-    save_arrays(folder / part.name, concatenate(episodes))
-    return part.transitions
+    save_arrays(folder / file.name, concatenate(episodes))
+    return file.transitions
 
 
 def concatenate(episodes: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """The rows of all episodes, in order, by name."""
+    """Join the rows of all episodes, in order, for each named array."""
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
 
 
@@ -136,7 +140,7 @@ def save_arrays(
     """Write an npz file, atomically; equal arrays give equal bytes.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     save: Callable[..., None] = np.savez_compressed if compressed else np.savez
     try:
@@ -151,11 +155,11 @@ def save_arrays(
 
 @functools.lru_cache(maxsize=1)
 def _collector(task: Task) -> MazeCollector | ManipulationCollector:
-    """The collector of a process: making its environment takes seconds."""
+    """Return the collector of this process, made once: its environment takes seconds."""
     return collector_class(task)(task)
 
 
-def _share(
+def _write_in_workers(
     missing: Sequence[EpisodeFile],
     folder: Path,
     task: Task,
@@ -163,12 +167,12 @@ def _share(
     workers: int,
     update: Callable[[int], object],
 ) -> None:
-    """Have ``workers`` processes write the parts."""
+    """Let ``workers`` processes write the files."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
     try:
         waiting: set[Future[int]] = {
-            pool.submit(write_part, folder, part, task, seed) for part in missing
+            pool.submit(write_file, folder, file, task, seed) for file in missing
         }
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -176,15 +180,15 @@ def _share(
                 update(future.result())
     except BrokenProcessPool as error:
         raise RunError(
-            f"a worker was killed, perhaps for want of memory; the parts made so far are in "
-            f"{folder}, and the same command continues"
+            "a worker process was killed, perhaps for want of memory; the episodes made so far are "
+            f"in {folder}, and the same command continues"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it, even by SIGKILL, rather than wait forever."""
+    """Leave Ctrl-C to the parent, and end when the parent ends, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

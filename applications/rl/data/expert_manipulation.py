@@ -1,16 +1,16 @@
-"""Experts for cubes, scene and puzzles, in the protocol of OGBench's published data.
+"""Experts for cubes, scene and puzzles, by the protocol of OGBench's published data.
 
-OGBench ships scripted experts ("oracles") that move one object to a target; the script that chains
-them is not in its package.  An episode of 1000 transitions chains targets: an expert for the kind
-of object runs until it is done, then the environment draws the next target.
+OGBench's package has scripted experts ("oracles") that move one object to a target, but not the
+script that chains them.  An episode of 1000 transitions chains targets: an expert for the kind of
+object runs until it is done, then the environment draws the next target.
 
 ``play``: experts follow a plan made in advance, with temporally correlated noise (0.1).
-``noisy``: closed-loop experts, with Gaussian noise on each action whose scale ξ ~ U(0, 0.1) is
+``noisy``: closed-loop experts act with Gaussian noise on each action, whose scale ξ ~ U(0, 0.1) is
 drawn per episode (three times larger for the yaw, ten times for the gripper), and a random action
 with probability 0.1 (puzzles 0.2).
 
 Cubes are stacked with a probability that is drawn per episode and grows with their number.  In the
-scene, an episode in which the cube leaves what the camera sees is thrown away and drawn anew.
+scene, an episode in which the cube leaves the view of the camera is discarded and drawn anew.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from applications.rl.environments.tasks import Task
 from applications.rl.errors import RunError
 
 NOISE = 0.1
-"""Noise of the plans, and largest scale ξ of the noisy experts."""
+"""Scale of the noise of the plans, and the largest scale ξ of the noisy experts."""
 MIN_NORM = 0.4
-"""Shortest step that a closed-loop expert asks for."""
+"""Length of the shortest step of a closed-loop expert."""
 STACKING = {
     "cube-single": (0.0, 0.0),
     "cube-double": (0.0, 0.25),
@@ -38,18 +38,18 @@ STACKING = {
     "cube-quadruple": (0.1, 0.5),
     "cube-octuple": (0.0, 0.35),
 }
-"""Range of an episode's probability that a cube's target is on top of another."""
+"""Range from which an episode draws the probability that a cube is put on another."""
 _NOISE_SCALES = np.array([1.0, 1.0, 1.0, 3.0, 10.0])
 _CUBE = slice(14, 17)
-"""Where the first cube's position is in qpos."""
+"""Position of the first cube in qpos."""
 _ATTEMPTS = 100
 
 
 class ManipulationCollector:
-    """Episodes of OGBench's own experts in one manipulation environment.
+    """Plays episodes of OGBench's own experts in one manipulation environment.
 
     Arguments:
-        task: names the environment and the kind of behaviour; its goal does not matter.
+        task: task with the environment and the kind of behaviour; its goal does not matter.
     """
 
     def __init__(self, task: Task) -> None:
@@ -66,7 +66,7 @@ class ManipulationCollector:
 
     @staticmethod
     def protocol(task: Task) -> dict[str, Any]:
-        """What the data depend on besides the seed; ``episode`` counts transitions."""
+        """Return the facts that determine the data; ``episode`` is a number of transitions."""
         random_actions = 0.2 if task.environment.startswith("puzzle") else 0.1
         return {
             "expert": "OGBench's " + ("closed-loop" if task.kind == "noisy" else "planning"),
@@ -76,15 +76,15 @@ class ManipulationCollector:
         }
 
     def episode(self, seed: int, transitions: int) -> dict[str, NDArray[Any]]:
-        """One episode, a function of ``seed``, in OGBench's layout.
+        """Play one episode, a function of ``seed``; return it in OGBench's layout.
 
         Returns:
             observations (T+1, d), actions (T+1, 5), terminals (T+1,), qpos, qvel and, if there are
             buttons, button_states, where the last row is the state after the T-th transition, with
-            an action that leads nowhere.
+            an action without a next state.
 
         Raises:
-            RunError: a hundred episodes in a row were thrown away.
+            RunError: a hundred episodes in a row were discarded.
         """
         for attempt in range(_ATTEMPTS):
             episode = self._attempt(episode_seed(seed, attempt), transitions)
@@ -123,7 +123,7 @@ class ManipulationCollector:
         return episode | {"terminals": np.arange(transitions + 1) == transitions}
 
     def _experts(self) -> dict[str, Any]:
-        """The expert of each kind of object, new for each episode."""
+        """Make the expert of each kind of object, anew for each episode."""
         kinds = {"cube": ["cube"], "puzzle": ["button"]}.get(
             self.environment.split("-")[0], ["cube", "button", "drawer", "window"]
         )
@@ -132,12 +132,12 @@ class ManipulationCollector:
     def _expert(self, kind: str) -> Any:
         import importlib
 
-        law = "markov" if self.noisy else "plan"
-        module = importlib.import_module(f"ogbench.manipspace.oracles.{law}.{kind}_{law}")
+        style = "markov" if self.noisy else "plan"
+        module = importlib.import_module(f"ogbench.manipspace.oracles.{style}.{kind}_{style}")
         options: dict[str, Any] = {"min_norm": MIN_NORM} if self.noisy else {"noise": NOISE}
         if kind == "button" and self.environment.startswith("puzzle"):
             options["gripper_always_closed"] = True
-        return getattr(module, f"{kind.title()}{law.title()}Oracle")(env=self.env, **options)
+        return getattr(module, f"{kind.title()}{style.title()}Oracle")(env=self.env, **options)
 
 
 def _append(
@@ -156,7 +156,7 @@ def _append(
 
 
 def _is_visible(positions: NDArray[Any]) -> bool:
-    """Whether the cube at (T, 3) is always in sight: in the drawer, or not too far to a side."""
+    """Say whether the camera always sees the cube at (T, 3): in the drawer, or near the middle."""
     y, z = positions[:, 1], positions[:, 2]
     beside_drawer = (y <= -0.3) & ((z < 0.06) | (z > 0.08))
     return not ((y >= 0.29) | beside_drawer).any()

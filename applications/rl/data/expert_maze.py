@@ -1,14 +1,14 @@
-"""An expert for point mazes: shortest paths with noise, as OGBench's published data were made.
+"""An expert for point mazes that follows shortest paths with noise, as in OGBench's data.
 
 The maze is a grid of cells.  A breadth-first search from every goal cell gives, for every other
 cell, the neighbour that is closest to it (the first of up, left, down, right among equals).  The
 expert's action is the unit vector to the centre of that neighbour plus Gaussian noise of standard
 deviation 0.5, clipped to [−1, 1].
 
-``navigate``: from a random cell to a random *vertex* (a cell that is not a corridor), and to
-another one as soon as that is reached, in episodes of 1000 transitions (2000 in the giant maze).
-``stitch``: from a random cell to one that is four cells away, in episodes of 200 transitions, so
-that the way to a task's goal has to be stitched together.
+``navigate``: the expert runs from a random cell to a random *vertex* (a cell that is not a
+corridor), and to another vertex as soon as it is there, in episodes of 1000 transitions (2000 in
+the giant maze).  ``stitch``: it runs from a random cell to a cell four cells away, in episodes of
+200 transitions, so that the way to a task's goal has to be stitched together.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _NEIGHBOURS = ((-1, 0), (0, -1), (1, 0), (0, 1))
 
 
 def open_cells(maze: NDArray[Any]) -> list[Cell]:
-    """The cells of ``maze`` (rows, columns; 0 is open) that are open, row by row."""
+    """List the open cells of ``maze`` (rows, columns; 0 is open), row by row."""
     return [(int(i), int(j)) for i, j in np.argwhere(maze == 0)]
 
 
 def vertices(maze: NDArray[Any]) -> list[Cell]:
-    """The open cells that are not corridors: ends, bends and crossings."""
+    """List the open cells that are not corridors: ends, bends and crossings."""
 
     def is_corridor(cell: Cell) -> bool:
         walls = tuple(bool(maze[cell[0] + di, cell[1] + dj]) for di, dj in _NEIGHBOURS)
@@ -49,7 +49,7 @@ def vertices(maze: NDArray[Any]) -> list[Cell]:
 
 
 def distances(maze: NDArray[Any], goal: Cell) -> dict[Cell, int]:
-    """Length of the shortest path to ``goal`` from every cell that has one."""
+    """Compute the length of the shortest path to ``goal`` from every connected cell."""
     found = {goal: 0}
     queue = deque([goal])
     while queue:
@@ -63,7 +63,7 @@ def distances(maze: NDArray[Any], goal: Cell) -> dict[Cell, int]:
 
 
 def next_cells(maze: NDArray[Any], goal: Cell) -> dict[Cell, Cell]:
-    """For every cell, the next one on a shortest path to ``goal``; itself where none is nearer."""
+    """Map every cell to the next cell on a shortest path to ``goal``, or to itself at the goal."""
     lengths = distances(maze, goal)
     table = {}
     for cell in open_cells(maze):
@@ -74,10 +74,10 @@ def next_cells(maze: NDArray[Any], goal: Cell) -> dict[Cell, Cell]:
 
 
 class MazeCollector:
-    """Episodes of the shortest-path expert in one point maze.
+    """Plays episodes of the shortest-path expert in one point maze.
 
     Arguments:
-        task: names the maze and the kind of behaviour; its goal does not matter.
+        task: task with the maze and the kind of behaviour; its goal does not matter.
     """
 
     def __init__(self, task: Task) -> None:
@@ -94,16 +94,16 @@ class MazeCollector:
 
     @staticmethod
     def protocol(task: Task) -> dict[str, Any]:
-        """What the data depend on besides the seed; ``episode`` counts transitions."""
+        """Return the facts that determine the data; ``episode`` is a number of transitions."""
         episode = 200 if task.kind == "stitch" else 2000 if "giant" in task.environment else 1000
         return {"expert": "shortest paths", "episode": episode, "noise": NOISE}
 
     def episode(self, seed: int, transitions: int) -> dict[str, NDArray[Any]]:
-        """One episode, a function of ``seed``, in OGBench's layout.
+        """Play one episode, a function of ``seed``; return it in OGBench's layout.
 
         Returns:
             observations (T+1, 2), actions (T+1, 2), terminals (T+1,), qpos and qvel, where the last
-            row is the state after the T-th transition, with an action that leads nowhere.
+            row is the state after the T-th transition, with an action without a next state.
         """
         rng = np.random.default_rng(seed)
         point = self.point

@@ -1,10 +1,10 @@
 """Making data: ``python -m applications.rl data --task NAME --transitions N --workers W``.
 
-The episodes are made in parts of about two thousand transitions, each in a file of its own in
-``NAME.parts``; see `applications.rl.data.episode_files`.  So a generation that was killed goes on
-with the parts that are missing, and the result is bitwise the same for any number of workers and
-any interruptions.  At the end the parts become ``NAME.npz`` and ``NAME-val.npz`` (a tenth as many
-episodes more) in OGBench's layout, with a manifest beside them.
+The episodes are written to files of about two thousand transitions each in the folder
+``NAME.parts``; see `applications.rl.data.episode_files`.  A generation that was killed therefore
+continues with the missing files, and the result is bitwise the same for any number of workers and
+any interruptions.  At the end the episode files are joined to ``NAME.npz`` and ``NAME-val.npz`` (a
+tenth as many episodes more) in OGBench's layout, with a manifest.
 
 More transitions with the same seed begin with the same episodes.
 """
@@ -25,7 +25,7 @@ from applications.rl.data.episode_files import (
     can_generate,
     collector_class,
     concatenate,
-    make_parts,
+    plan_files,
     save_arrays,
     write_missing,
 )
@@ -43,7 +43,7 @@ from applications.rl.environments.tasks import Task, find_task
 from flows.training import write_json
 
 ASSEMBLING = "assembling"
-"""File in the folder of parts that says that what bears the name of the data is made of them."""
+"""File in the folder of episode files that marks ``NAME.npz`` as made from them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DataConfig:
     """Make a dataset with OGBench's experts, or point-maze data with shortest paths."""
 
     task: str = "pointmaze-medium-navigate-singletask-task1-v0"
-    """Task to make data for; the goal and the reward do not matter, all tasks share the data."""
+    """Task to make data for; tasks that differ only in goal and reward share the data."""
     transitions: int = 1_000_000
     """Transitions of the training file; the validation file has a tenth as many episodes more."""
     workers: int = 1
@@ -59,16 +59,16 @@ class DataConfig:
     seed: int = 0
     """Seed of all episodes."""
     folder: Path | None = None
-    """Where the data go: by default $OGBENCH_DATA or ~/.ogbench/data, where training looks."""
+    """Folder to write to; $OGBENCH_DATA or ~/.ogbench/data, where training looks, if not given."""
     overwrite: bool = False
-    """Throw away finished or unfinished data of that name instead of refusing."""
+    """Delete finished or unfinished data of that name instead of refusing to write."""
 
 
 def run_data(config: DataConfig) -> None:
-    """Make the data and print what they are.
+    """Make the data and print a summary, as the command ``data``.
 
     Raises:
-        ValueError, OSError, RuntimeError: as `generate`.
+        ValueError, OSError, RunError: see `generate`.
     """
     data, manifest = generate(config)
     counts = ", ".join(f"{manifest['transitions'][split]} ({split})" for split in SPLITS)
@@ -80,17 +80,17 @@ def run_data(config: DataConfig) -> None:
 
 
 def generate(config: DataConfig) -> tuple[Path, dict[str, Any]]:
-    """Make the data that ``config`` describes, or find them made.
+    """Make the data that ``config`` describes, or find them finished.
 
     Returns:
         path of the training file, and the manifest.
 
     Raises:
-        ValueError: an unknown task, one without an expert here, or an option out of range.
+        ValueError: the task is unknown or has no expert here, or an option is out of range.
         DataError: the folder holds other data of that name and ``overwrite`` is not set, or
             finished data are damaged.
-        OSError: the folder cannot be written, or is full; what was made is kept.
-        RuntimeError: a worker was killed; what was made is kept.
+        OSError: the folder cannot be written, or is full; finished episodes are kept.
+        RunError: a worker was killed; finished episodes are kept.
     """
     task = find_task(config.task)
     _validate(config, task)
@@ -107,12 +107,12 @@ def generate(config: DataConfig) -> tuple[Path, dict[str, Any]]:
         _discard(data)
     elif (finished := _finished(data, plan)) is not None:
         return data, finished
-    parts = list(make_parts(config.transitions, plan["protocol"]["episode"]))
+    files = list(plan_files(config.transitions, plan["protocol"]["episode"]))
     _claim(folder, plan)
-    write_missing(folder, parts, task, seed=config.seed, workers=config.workers)
-    _refuse_others(data)  # which may have come meanwhile
+    write_missing(folder, files, task, seed=config.seed, workers=config.workers)
+    _refuse_others(data)  # another program may have written it meanwhile
     (folder / ASSEMBLING).touch()
-    manifest = _assemble(data, folder, parts, task, plan)
+    manifest = _assemble(data, folder, files, task, plan)
     shutil.rmtree(folder)
     return data, manifest
 
@@ -131,22 +131,22 @@ def _validate(config: DataConfig, task: Task) -> None:
 
 
 def _assemble(
-    data: Path, folder: Path, parts: Sequence[EpisodeFile], task: Task, plan: Mapping[str, Any]
+    data: Path, folder: Path, files: Sequence[EpisodeFile], task: Task, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Join the parts, then write the manifest, which says that the data are complete."""
+    """Join the episode files, then write the manifest, whose presence marks complete data."""
     names = ["observations", "actions", "terminals", "qvel", *positions(task)]
     fractions: dict[str, float] = {}
-    for split, path in zip(SPLITS, (data, _validation(data)), strict=True):
-        files = [folder / part.name for part in parts if part.split == split]
-        arrays = concatenate([read_arrays(file, names) for file in files])
+    for split, target in zip(SPLITS, (data, _validation(data)), strict=True):
+        paths = [folder / file.name for file in files if file.split == split]
+        arrays = concatenate([read_arrays(path, names) for path in paths])
         arrays["terminals"] = arrays["terminals"].astype(bool)
         if split == "train":
             fractions = success_fractions(task, arrays)
-        save_arrays(path, arrays, compressed=True)
+        save_arrays(target, arrays, compressed=True)
     content = {
         **plan,
-        "transitions": {s: sum(p.transitions for p in parts if p.split == s) for s in SPLITS},
-        "episodes": {s: sum(len(p.lengths) for p in parts if p.split == s) for s in SPLITS},
+        "transitions": {s: sum(f.transitions for f in files if f.split == s) for s in SPLITS},
+        "episodes": {s: sum(len(f.lengths) for f in files if f.split == s) for s in SPLITS},
         "success_fraction": fractions,
     }
     return write_manifest(data, content, [data, _validation(data)])
@@ -157,10 +157,10 @@ def _validation(data: Path) -> Path:
 
 
 def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Make the folder of parts, or check that the parts in it are of this plan.
+    """Make the folder of episode files, or check that its files belong to this plan.
 
     Raises:
-        DataError: they are of another one.
+        DataError: the files belong to another plan.
     """
     path = folder / "plan.json"
     if not path.exists():
@@ -172,13 +172,13 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
         difference = "its plan is unreadable"
     if difference:
         raise DataError(
-            f"{folder} holds parts of an unfinished dataset that was made with other options "
+            f"{folder} holds episodes of an unfinished dataset that was made with other options "
             f"({difference}); finish it, delete the folder, or use --overwrite"
         )
 
 
 def _finished(data: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of finished data of this plan; ``None`` if there are no data of that name.
+    """Return the manifest of finished data of this plan; ``None`` if there are no such data.
 
     Raises:
         DataError: there are other data of that name.
@@ -189,7 +189,7 @@ def _finished(data: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
     if manifest is None or not data.exists():
         return None
     found = {**manifest, "transitions": manifest.get("transitions", {}).get("train")}
-    found["versions"] = plan["versions"]  # finished data stay good; `verify` warns of other physics
+    found["versions"] = plan["versions"]  # `verify` warns of other physics, the data stay valid
     if difference := _difference(found, plan):
         raise DataError(
             f"{data} exists and was made with other options ({difference}); move it, or use "
@@ -205,7 +205,7 @@ def _refuse_others(data: Path) -> None:
     """Refuse to write over files without a manifest, unless a killed generation left them.
 
     Raises:
-        DataError: there are some.
+        DataError: there are such files.
     """
     if (data.with_suffix(".parts") / ASSEMBLING).exists():
         return

@@ -1,9 +1,9 @@
-"""The manifest beside a data file: where the data come from, and whether they are still the same.
+"""The manifest of a data file, which tells where the data come from and whether they changed.
 
-``NAME.json`` beside ``NAME.npz`` records the versions that made the data, the seed, the counts, the
-fraction of states that meet each task's goal, and the files' SHA-256.  Versions matter: MuJoCo 3.5
-changed the contact physics of cubes, scene, puzzles and ants, and an agent trained on data of one
-version meets another world in the other.
+``NAME.json`` next to ``NAME.npz`` records the versions that made the data, the seed, the counts,
+the fraction of states that meet each task's goal, and the files' SHA-256.  Versions matter: MuJoCo
+3.5 changed the contact physics of cubes, scene, puzzles and ants, and an agent trained on data of
+one version meets other dynamics in the other.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 from flows.training import write_json
 
 PACKAGES = ("ogbench", "mujoco", "gymnasium", "numpy")
-"""What the data depend on besides Python."""
+"""Packages that the data depend on."""
 PHYSICS = ("ogbench", "mujoco")
-"""Of these, what changes the environment itself."""
+"""Packages that determine the dynamics of the environments."""
 
 
 class DataError(ValueError):
-    """Data that are missing, damaged, or not what they should be."""
+    """Data are missing, damaged, or not as expected."""
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of `PACKAGES` and Python; ``absent`` for what is not installed."""
+    """Return the versions of Python and `PACKAGES`; ``absent`` where one is not installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -50,18 +50,18 @@ def checksum(path: Path) -> str:
 
 
 def manifest_path(data: Path) -> Path:
-    """The manifest of a data file; training and validation files share one."""
+    """Return the path of a data file's manifest; training and validation files share one."""
     return data.with_name(data.name.removesuffix(".npz").removesuffix("-val") + ".json")
 
 
 def write_manifest(data: Path, content: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
-    """Write the manifest of ``data``, with the versions running and the checksums of ``files``.
+    """Write the manifest of ``data``, with the installed versions and the checksums of ``files``.
 
     Returns:
-        what was written.
+        the content of the manifest.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the manifest cannot be written.
     """
     manifest = {
         **content,
@@ -73,10 +73,10 @@ def write_manifest(data: Path, content: Mapping[str, Any], files: Iterable[Path]
 
 
 def read_manifest(data: Path) -> dict[str, Any] | None:
-    """The manifest of ``data``; ``None`` if there is none, as for downloaded files.
+    """Read the manifest of ``data``; ``None`` if there is none, as for downloaded files.
 
     Raises:
-        DataError: it is not a manifest.
+        DataError: the file is not a manifest.
     """
     path = manifest_path(data)
     try:
@@ -94,13 +94,13 @@ def verify(data: Path) -> dict[str, str]:
     """Check ``data`` against its manifest, if it has one.
 
     Returns:
-        the versions that made the data; empty without a manifest.
+        the versions of the packages that made the data; empty without a manifest.
 
     Warns:
-        UserWarning: OGBench or MuJoCo have other versions than those that made the data.
+        UserWarning: the data were made with another version of OGBench or MuJoCo.
 
     Raises:
-        DataError: the file's checksum is another, or the manifest does not know the file.
+        DataError: the checksum of the file differs, or the manifest does not list the file.
     """
     manifest = read_manifest(data)
     if manifest is None:

@@ -1,13 +1,13 @@
-"""Reading npz files that come from outside: they are data, never code, and checked before use.
+"""Reading npz files from outside: as data, never as code, and checked before use.
 
-OGBench's layout has one row per *state*.  A trajectory of T transitions has T + 1 rows, whose last
-has terminal 1 and an action that leads nowhere:
+OGBench's layout has one row per *state*.  A trajectory of T transitions has T + 1 rows, of which
+the last has terminal 1 and an action without a next state:
 
     observations  s0 s1 s2 s3 s4 | s0 s1 ...
     actions       a0 a1 a2 a3 a4 | a0 a1 ...
     terminals      0  0  0  0  1 |  0  0 ...
 
-`transitions` makes it one row per transition, the terminal moving to the last of them.
+`transitions` converts it to one row per transition; the terminal moves to the last transition.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from applications.rl.data.manifest import DataError
 Arrays = dict[str, NDArray[Any]]
 
 ACTION_TOLERANCE = 1e-5
-"""By how much an action may leave [−1, 1] by rounding."""
+"""Largest distance of an action from [−1, 1] that counts as rounding."""
 _FLAGS = ("terminals", "masks")
 _WHOLE = "button_states"
 _MATRICES = ("observations", "next_observations", "actions", "qpos", "qvel", "button_states")
 
 
 def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Arrays:
-    """The named arrays of an npz file, checked and as float32 (``button_states`` as int64).
+    """Read named arrays of an npz file, checked, as float32 (``button_states`` as int64).
 
     Arguments:
         path: the file.
-        required: names that must be there.
-        optional: names that are read if they are there.
+        required: names of arrays that the file must hold.
+        optional: names of arrays that are read where the file holds them.
 
     Raises:
         DataError: the file is truncated, damaged or not npz; holds pickled objects; lacks an
@@ -77,15 +77,15 @@ def _read(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> NDArray[Any]:
 
 
 def check_arrays(arrays: Mapping[str, NDArray[Any]], source: str) -> Arrays:
-    """``arrays`` as float32 (``button_states`` as int64), after checking what they hold.
+    """Check arrays and return them as float32 (``button_states`` as int64).
 
     Arguments:
-        arrays: observations (N, d), actions (N, d_a) and others of N rows, by name.
-        source: where they come from, for messages.
+        arrays: observations (N, d), actions (N, d_a) and other arrays of N rows, by name.
+        source: file or name that the arrays come from, for messages.
 
     Raises:
-        DataError: other than numbers, other shapes, no rows, NaN or infinity, an action outside
-            [−1, 1], or terminals and masks other than 0 and 1.
+        DataError: an array does not hold numbers, has another shape, no rows, NaN or infinity; an
+            action is outside [−1, 1]; or terminals or masks are other than 0 and 1.
     """
     rows = len(arrays["observations"]) if arrays["observations"].ndim else 0
     if rows == 0:
@@ -122,11 +122,11 @@ def _check(name: str, array: NDArray[Any], rows: int, source: str) -> NDArray[An
 
 
 def transitions(arrays: Mapping[str, NDArray[Any]], source: str) -> Arrays:
-    """One row per transition from one row per state; see the module docstring.
+    """Convert one row per state to one row per transition; see the module docstring.
 
     Arguments:
-        arrays: observations, terminals and others in OGBench's layout.
-        source: where they come from, for messages.
+        arrays: observations, terminals and other arrays in OGBench's layout.
+        source: file or name that the arrays come from, for messages.
 
     Returns:
         the arrays without the last row of each trajectory, with next_observations added.
@@ -135,7 +135,7 @@ def transitions(arrays: Mapping[str, NDArray[Any]], source: str) -> Arrays:
         DataError: no trajectory has a transition.
     """
     ends = arrays["terminals"] > 0.5
-    # A last trajectory that is cut off ends at its last row all the same.
+    # The last row ends the last trajectory even if the file was cut off there.
     ends[-1] = True
     starts = ~ends
     if not starts.any():

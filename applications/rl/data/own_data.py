@@ -1,4 +1,4 @@
-"""Data of one's own, with rewards: npz files and Minari datasets, as checked arrays."""
+"""Checked arrays of your own data with rewards, from npz files and Minari datasets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from applications.rl.data.npz import Arrays, check_arrays, read_arrays, transiti
 
 
 def npz_arrays(path: Path) -> Arrays:
-    """The transitions of an npz file with rewards; see `applications.rl.data.dataset.load_npz`.
+    """Read the transitions of an npz file with rewards; see
+    `applications.rl.data.dataset.load_npz`.
 
-    What is assumed for want of an optional array is one line on the standard error stream.
+    A line on the standard error stream says what was assumed in place of a missing array.
 
     Raises:
-        DataError: the file is damaged or does not hold this.
+        DataError: the file is damaged or does not hold the required arrays.
         FileNotFoundError: there is no such file.
     """
     required = ("observations", "actions", "rewards", "terminals")
@@ -41,13 +42,13 @@ def npz_arrays(path: Path) -> Arrays:
         )
     if assumed:
         print(f"note: {path} has {'; '.join(assumed)}", file=sys.stderr)
-    # Whatever the last row says, the next transition of a replay is not its continuation.
+    # The transition after the last row, in a replay, never continues its trajectory.
     arrays["terminals"] = np.append(arrays["terminals"][:-1], np.float32(1.0))
     return arrays
 
 
 def minari_arrays(name: str) -> Arrays:
-    """The transitions of a Minari dataset; see `applications.rl.data.dataset.load_minari`.
+    """Read the transitions of a Minari dataset; see `applications.rl.data.dataset.load_minari`.
 
     Raises:
         DataError: the package or the dataset is missing, its spaces are not boxes of one

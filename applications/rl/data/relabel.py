@@ -1,7 +1,7 @@
-"""Rewards of a single task for data that were recorded without one.
+"""Rewards of a task for data that were recorded without rewards.
 
-OGBench's data hold positions, not rewards: those of a task follow from how far each recorded state
-is from the task's goal, by OGBench's own ``relabel_dataset``.
+OGBench's data hold positions, not rewards.  The rewards of a task follow from the distance of each
+recorded state to the goal of the task, by OGBench's own ``relabel_dataset``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from applications.rl.environments.tasks import TASK_NUMBERS, Task
 
 
 def positions(task: Task) -> list[str]:
-    """Names of the arrays that the task's rewards are computed from."""
+    """Return the names of the arrays that determine the task's rewards."""
     buttons = ["button_states"] if task.environment.startswith(("scene", "puzzle")) else []
     return ["qpos", *buttons]
 
 
 def task_rewards(task: Task, env: gymnasium.Env, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Rewards and masks (N,) of the transitions in ``arrays``, for the goal of ``env``.
+    """Compute rewards and masks (N,) of the transitions in ``arrays`` for the goal of ``env``.
 
-    Both are functions of the state before the step; the mask is 0 where it meets the goal.
+    Both are functions of the state before the step; the mask is 0 where the state meets the goal.
 
     Raises:
-        DataError: the recorded positions are not those of this environment.
+        DataError: the recorded positions have other sizes than the environment's.
     """
     from ogbench.relabel_utils import relabel_dataset
 
@@ -53,11 +53,14 @@ def task_rewards(task: Task, env: gymnasium.Env, arrays: Mapping[str, NDArray[An
 
 
 def success_fractions(task: Task, arrays: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Fraction of states that meet each goal of the task's environment, as ``{"task1": ...}``.
+    """Compute the fraction of states that meet each goal of the environment.
 
     Arguments:
-        task: names the environment; its own goal does not matter.
+        task: a task of the environment; its own goal does not matter.
         arrays: data in OGBench's layout.
+
+    Returns:
+        fractions as ``{"task1": ...}``.
     """
     import_ogbench()
     env = gymnasium.make(f"{task.environment}-singletask-v0", disable_env_checker=True)

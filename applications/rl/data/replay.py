@@ -1,7 +1,7 @@
-"""The replay: offline data followed by a ring of online transitions, sampled in chunks.
+"""The replay buffer: offline data followed by a ring of online transitions, sampled in windows.
 
-Rows.  Transition j is (s_j, a_j, r_j, mask_j, terminal_j, s'_j).  The rows are those of the offline
-data in their own order, then what came online from the oldest to the newest: ``size`` in all.  The
+Rows.  Transition j is (s_j, a_j, r_j, mask_j, terminal_j, s'_j).  The rows are the offline data in
+their own order, then the online transitions from the oldest to the newest: ``size`` in all.  The
 offline data are kept for good; the online part holds the newest ``capacity`` transitions.
 
 Windows.  A chunk of h actions is learned from h consecutive rows j, ..., j+h-1 whose first is
@@ -13,16 +13,16 @@ uniform in [0, size - h].  With valid_0 = 1 and valid_i = 1 - max(terminal befor
     w  = valid_{h-1}                     0 if the episode ends before the last action
     s' = the last valid next observation
 
-so a window that crosses the end of an episode has w = 0: it bears no loss, but it is counted in the
+so a window that crosses the end of an episode has w = 0: its loss is zero, but it counts in the
 mean over the batch, as published.  mask is 0 where a state was terminated (its value is 0), and
 terminal is 1 at the last row of an episode, however it ended.
 
-Seams.  The order above is that of time, not of memory: once the ring is full its oldest row lies at
-the write position, and windows run from there around to the newest row.  So no window joins a row
-to one written a whole ring earlier, and every start in [0, size - h] is admissible; if the oldest
-episode has lost its beginning, the rest of it is as good as any.  One join is not one of time, from
-the last offline row to the oldest online row.  That offline row is made terminal, for which the
-recording stopped there, so windows across it have w = 0.
+Seams.  The order above is the order of time, not of memory: once the ring is full, its oldest row
+is at the write position, and windows run from there around to the newest row.  So no window joins a
+row to one written a whole ring earlier, and every start in [0, size - h] is admissible; an oldest
+episode that has lost its beginning is as good as any.  One neighbourhood is not one of time: the
+oldest online row follows the last offline row.  That offline row is therefore made terminal (the
+recording stopped there), so windows across it have w = 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SCALARS = ("rewards", "masks", "terminals")
 
 
 class Batch(NamedTuple):
-    """Windows of h rows as the losses need them; see the module docstring.
+    """A batch of windows of h rows, reduced to the tensors of the losses; see the module docstring.
 
     Attributes:
         observations: first observations s (B, obs), float32.
@@ -61,16 +61,21 @@ class Batch(NamedTuple):
 
 
 class Replay:
-    """Offline rows and a ring of online rows on one device.
+    """A replay buffer of offline rows and a ring of online rows on one device.
 
     Arguments:
-        capacity: most online transitions kept; with 0 none can be added.
-        observation_dim: numbers in an observation.
-        action_dim: numbers d_a in one action.
-        device: where the rows lie and the batches come from.
+        capacity: largest number of online transitions; with 0 none can be added.
+        observation_dim: size of an observation.
+        action_dim: size d_a of one action.
+        device: device of the rows and the batches.
+
+    Attributes:
+        offline, online: numbers of offline and online rows.
+        position: write position in the ring.
+        widths: shape of a row of each named array.
 
     Raises:
-        ValueError: a negative capacity, or a dimension below 1.
+        ValueError: the capacity is negative, or a size is below 1.
     """
 
     def __init__(
@@ -104,10 +109,10 @@ class Replay:
     def from_dataset(
         cls, dataset: Dataset, capacity: int = 0, device: torch.device | str = "cpu"
     ) -> Replay:
-        """A replay whose offline rows are those of ``dataset``.
+        """Make a replay whose offline rows are the transitions of ``dataset``.
 
         Raises:
-            ValueError: no rows, or shapes that do not fit together.
+            ValueError: there are no rows, or shapes do not fit together.
         """
         for name in ("observations", "actions"):
             shape = getattr(dataset, name).shape
@@ -118,14 +123,14 @@ class Replay:
         return replay
 
     def __len__(self) -> int:
-        """Rows that can be drawn."""
+        """Return the number of rows, offline and online."""
         return self.offline + self.online
 
     def replace_offline(self, dataset: Dataset) -> None:
-        """Put the rows of ``dataset`` in place of the offline rows; the online rows stay.
+        """Replace the offline rows by the transitions of ``dataset``; the online rows stay.
 
         Raises:
-            ValueError: a field has another shape than the replay and the observations ask for.
+            ValueError: an array has another shape than its rows in the replay.
         """
         count = len(dataset.observations)
         new = {name: torch.as_tensor(getattr(dataset, name)) for name in self.widths}
@@ -157,12 +162,12 @@ class Replay:
         Arguments:
             observation, next_observation: (obs,).
             action: (d_a,).
-            reward: of this step.
+            reward: reward of the step.
             mask: 0 if the step terminated the state, else 1.
             terminal: 1 if the step ended the episode, else 0.
 
         Raises:
-            ValueError: a capacity of 0, a wrong shape, or a number that is not finite.
+            ValueError: the capacity is 0, a shape is wrong, or a number is not finite.
         """
         if not self.capacity:
             raise ValueError("no transition can be added to a replay of capacity 0")
@@ -184,15 +189,18 @@ class Replay:
     def sample(
         self, batch_size: int, *, horizon: int, discount: float, generator: torch.Generator
     ) -> Batch:
-        """``batch_size`` windows of ``horizon`` rows, drawn uniformly with replacement.
+        """Draw ``batch_size`` windows of ``horizon`` rows, uniformly with replacement.
 
         No step waits for the device.
 
         Arguments:
-            generator: on the device of the replay.
+            batch_size: number of windows.
+            horizon: number h of rows in a window.
+            discount: γ, per row.
+            generator: generator on the device of the replay.
 
         Raises:
-            ValueError: fewer rows than the horizon, or a horizon or batch size below 1.
+            ValueError: there are fewer rows than the horizon, or horizon or batch size is below 1.
         """
         if horizon < 1 or batch_size < 1:
             raise ValueError(
@@ -208,7 +216,7 @@ class Replay:
         return self.windows(starts, horizon=horizon, discount=discount)
 
     def windows(self, starts: Tensor, *, horizon: int, discount: float) -> Batch:
-        """The windows that begin at ``starts`` (B,), rows in [0, len(self) - horizon]."""
+        """Return the windows that begin at the rows ``starts`` (B,) in [0, len(self) - horizon]."""
         offsets = torch.arange(horizon, device=self.device)
         rows = self._memory(starts[:, None] + offsets)
         ended = self._rows["terminals"][rows[:, :-1]]
@@ -227,16 +235,16 @@ class Replay:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The online rows in the order of time; the offline rows are read from their data again."""
+        """Return the online rows in the order of time; the data hold the offline rows."""
         rows = torch.arange(self.offline, len(self), device=self.device)
         rows = self._memory(rows)
         return {name: values[rows] for name, values in self._rows.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave.
+        """Restore online rows from ``state_dict``.
 
         Raises:
-            ValueError: more rows than the capacity, or rows of another shape.
+            ValueError: there are more rows than the capacity, or rows have another shape.
         """
         count = len(state["rewards"])
         if count > self.capacity:
@@ -254,7 +262,7 @@ class Replay:
         self.position = count % max(1, self.capacity)
 
     def _memory(self, rows: Tensor) -> Tensor:
-        """Where rows in the order of time lie in memory."""
+        """Convert row numbers in the order of time to places in memory."""
         if self.online < self.capacity or not self.position:
             return rows
         in_ring = self.offline + (rows - self.offline + self.position) % self.capacity

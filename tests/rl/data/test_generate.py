@@ -17,7 +17,7 @@ import pytest
 from helpers.small_data import CUBE, POINTMAZE, make_pointmaze
 
 from applications.rl import DataConfig, DataError, RunError, find_task, generate, make_environment
-from applications.rl.data.episode_files import make_parts, write_missing
+from applications.rl.data.episode_files import plan_files, write_missing
 from applications.rl.data.expert_manipulation import ManipulationCollector, _is_visible
 from applications.rl.data.expert_maze import (
     MazeCollector,
@@ -260,18 +260,18 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("transitions", [1, 999, 1000, 1001, 25_300])
-def test_parts_cover_the_transitions_once(transitions):
-    parts = list(make_parts(transitions, 1000))
-    lengths = [length for part in parts if part.split == "train" for length in part.lengths]
-    validation = [length for part in parts if part.split == "val" for length in part.lengths]
+def test_files_cover_the_transitions_once(transitions):
+    files = list(plan_files(transitions, 1000))
+    lengths = [length for file in files if file.split == "train" for length in file.lengths]
+    validation = [length for file in files if file.split == "val" for length in file.lengths]
     assert sum(lengths) == transitions
     assert set(lengths[:-1]) <= {1000}
     assert len(validation) == max(1, len(lengths) // 10)
     for split in ("train", "val"):
         first = 0
-        for part in (part for part in parts if part.split == split):
-            assert part.first == first
-            first += len(part.lengths)
+        for file in (file for file in files if file.split == split):
+            assert file.first == first
+            first += len(file.lengths)
 
 
 MAZE = np.array(
@@ -373,7 +373,7 @@ def test_a_killed_worker_and_a_cube_out_of_sight_are_expected_failures(tmp_path,
     task = find_task(POINTMAZE)
     monkeypatch.setattr("applications.rl.data.episode_files.ProcessPoolExecutor.submit", broken)
     with pytest.raises(RunError, match=r"a worker was killed.*the same command continues"):
-        write_missing(tmp_path, [*make_parts(200_000, 1000)], task, seed=0, workers=2)
+        write_missing(tmp_path, [*plan_files(200_000, 1000)], task, seed=0, workers=2)
 
     collector = ManipulationCollector.__new__(ManipulationCollector)  # without its simulator
     collector.environment = "scene"

@@ -180,8 +180,8 @@ def _write_in_workers(
                 update(future.result())
     except BrokenProcessPool as error:
         raise RunError(
-            "a worker process was killed, perhaps for want of memory; the episodes made so far are "
-            f"in {folder}, and the same command continues"
+            "a worker was killed, perhaps for want of memory; the episodes made so far are in "
+            f"{folder}, and the same command continues"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,1 +1,1 @@
-"""Figures and tables of finished runs, beside the published ones."""
+"""Figures and tables of finished runs, compared with the published ones."""

@@ -1,7 +1,7 @@
-"""Picture of the actions at one state: of the behaviour, of its tilt, and what the critic prefers.
+"""Figure of the actions at one state: the behaviour, its tilt, and the critic's preference.
 
-Functions of arrays.  The law that the tilt of a behaviour b by a critic Q at one state s should
-have is
+The functions take arrays.  The tilt of a behaviour b by a critic Q at one state s should have the
+distribution
 
     p(A) ∝ b(A) exp(τ Q(s, A)),
 
@@ -48,22 +48,23 @@ def action_distribution(
     subtitle: str = "",
     shown: int = 1500,
 ) -> Path:
-    """Two-dimensional actions at one state: of the base, of the tilt, and what exp(τ Q) prefers.
+    """Draw two-dimensional actions at one state: the base, the tilt, and exp(τ Q).
 
     Arguments:
-        path: The PNG to write.
-        base: Actions (N, 2) of the behaviour.
-        tilted: Actions (M, 2) of the tilted policy.
+        path: the PNG to write.
+        base: actions (N, 2) of the behaviour.
+        tilted: actions (M, 2) of the tilted policy.
         landscape: τ Q (R, R) at the cell centres of the square [-1, 1]², first index the action's
             first component; see `action_grid`.
-        log_weights: τ Q of the chunks behind ``base`` (N,); adds the panel of the exact tilt.
-        maze: With ``position``, adds a panel with actions as arrows at that place.
-        position: Where the state is (2,).
-        goal: Marked there, if it is in sight.
-        names: Of the base and of the tilted policy.
-        title: Headline.
-        subtitle: Line below it.
-        shown: Samples drawn as dots, the first ones.
+        log_weights: τ Q of the chunks that begin with ``base`` (N,); adds the panel of the exact
+            tilt.
+        maze: with ``position``, adds a panel with actions as arrows at that place.
+        position: position of the state (2,).
+        goal: position of the goal, marked if it is in sight.
+        names: names of the base and the tilted policy.
+        title: headline.
+        subtitle: line below the headline.
+        shown: number of samples drawn as dots, the first ones.
 
     Raises:
         ValueError: a shape is wrong or a value not finite, or only one of ``maze`` and
@@ -107,9 +108,9 @@ def action_distribution(
 
 
 def action_grid(resolution: int) -> Tensor:
-    """Actions (R², 2) at the cell centres of [-1, 1]², the first component varying slowest.
+    """Return the actions (R², 2) at the cell centres of [-1, 1]², the first component slowest.
 
-    Values v (R²,) of them are the map ``v.reshape(R, R)`` that `action_distribution` takes.
+    Their values v (R²,) make the map ``v.reshape(R, R)`` that `action_distribution` takes.
     """
     axis = torch.from_numpy(style.cell_centres(resolution, 1.0)).float()
     return torch.cartesian_prod(axis, axis)
@@ -122,13 +123,16 @@ def repeated_action_values(
     horizon: int,
     resolution: int = 81,
 ) -> np.ndarray:
-    """Values (R, R) of the chunks that repeat one two-dimensional action ``horizon`` times.
+    """Evaluate the chunks that repeat one two-dimensional action ``horizon`` times.
 
     Arguments:
-        values: Maps observations (B, obs) and chunks (B, 2 h) to values (B,).
-        observation: The state (obs,).
-        horizon: h; with 1 the map is that of all actions.
-        resolution: R.
+        values: function of observations (B, obs) and chunks (B, 2 h) that returns values (B,).
+        observation: the state (obs,).
+        horizon: length h of a chunk; with 1 the map covers all chunks.
+        resolution: number R of cells along each component.
+
+    Returns:
+        values (R, R).
     """
     chunks = action_grid(resolution).repeat(1, horizon).to(observation)
     with torch.no_grad():
@@ -143,7 +147,7 @@ def _action_square(ax: Axes) -> None:
 
 
 def _draw_exact(ax: Axes, base: np.ndarray, log_weights: np.ndarray, top: float) -> None:
-    """The base weighted by its log-weights, on the colours of the tilted policy."""
+    """Draw the density of the base with its weights, in the colours of the tilted policy."""
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
     effective = 1 / float((weights**2).sum())
@@ -159,7 +163,7 @@ def _draw_exact(ax: Axes, base: np.ndarray, log_weights: np.ndarray, top: float)
 def _draw_place(
     ax: Axes, maze: Maze, at: np.ndarray, goal: Array | None, actions: Mapping[str, np.ndarray]
 ) -> None:
-    """The surroundings of ``at``, with the first actions as arrows from there."""
+    """Draw the surroundings of ``at``, with the first actions as arrows from there."""
     reach = 1.25 * maze.unit
     draw_maze(ax, maze, (at[0] - reach, at[0] + reach, at[1] - reach, at[1] + reach))
     style.heading(ax, "at this place")
@@ -186,6 +190,6 @@ def _draw_place(
 
 
 def _mean_height(landscape: np.ndarray, actions: np.ndarray) -> float:
-    """Mean of the map over actions (N, 2), bilinear between cell centres."""
+    """Compute the mean of the map over actions (N, 2), bilinear between cell centres."""
     places = (np.clip(actions, -1, 1) + 1) / 2 * len(landscape) - 0.5
     return float(map_coordinates(landscape, places.T, order=1, mode="nearest").mean())

@@ -1,8 +1,8 @@
-"""The report of runs: learning curves over the published ones, and the table of final results.
+"""The command ``report``: learning curves with the published ones, and the table of results.
 
-For every task a picture of all agents, mean success with its bootstrap interval over seeds, over
-the published curves of the same agents where the reward is the one they were run with; then the
-table of ``table``.
+For every task, a figure shows the mean success of all agents with bootstrap intervals over seeds,
+and the published curves of these agents where they were run with the same reward.  Then follows the
+table of `applications.rl.report.table`.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from flows.training import ensure_writable, replacing
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Draw learning curves of runs over the published ones, and print the table."""
+    """Draw learning curves of runs with the published ones, and print the table of results."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders, searched to any depth, or .json lists of rows; wildcards are allowed."""
     folder: Path = Path("outputs/report")
-    """Where pictures and tables are written."""
+    """Folder to write figures and tables to."""
     tasks: tuple[str, ...] = ()
-    """Only these tasks; all that were found unless given."""
+    """Tasks to report; all tasks that were found if not given."""
     by: tuple[str, ...] = ("agent",)
     """Settings that tell curves apart, such as `agent options.inverse_temperature`."""
     published: bool = True
-    """Draw the published curves of the same agents, where the task has them."""
+    """Draw the published curves of the reported agents, where the task has them."""
     methods: tuple[str, ...] = ()
-    """Published methods to draw in any case, such as ReBRAC."""
+    """Additional published methods to draw, such as ReBRAC."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report found and wrote.
+    """The contents of a report and the files written.
 
     Attributes:
-        lines: The table.
-        remarks: What was left out or could not be compared, and why.
-        files: The files written.
+        lines: lines of the table.
+        remarks: runs that were left out or could not be compared, and why.
+        files: the files written.
     """
 
     lines: tuple[Line, ...]
@@ -65,11 +65,11 @@ class Report:
 
 
 def run_report(config: ReportConfig) -> Report:
-    """Read the runs, write ``TASK.png``, ``curves.csv`` and ``table.csv``.
+    """Read the runs and write ``TASK.png``, ``curves.csv`` and ``table.csv``.
 
     Raises:
-        ValueError: no results, a malformed file, runs that cannot be told apart, or an unknown task
-            or method; one line.
+        ValueError: there are no results, a file is malformed, runs cannot be told apart, or a task
+            or method is unknown; the message is one line.
         OSError: a file cannot be read or written.
     """
     if not config.runs:
@@ -102,7 +102,7 @@ def run_report(config: ReportConfig) -> Report:
 
 
 def show_report(config: ReportConfig) -> None:
-    """`run_report`, printed."""
+    """Write the report and print its table, remarks and files, as the command ``report``."""
     report = run_report(config)
     print(format_table(report.lines))
     print("\n".join(["", *(f"note: {r}" for r in report.remarks)] if report.remarks else [""]))
@@ -112,7 +112,7 @@ def show_report(config: ReportConfig) -> None:
 def draw_task(
     path: Path, groups: Sequence[Group], config: ReportConfig, remarks: list[str]
 ) -> Path:
-    """The picture of one task's groups; appends to ``remarks`` what cannot be compared."""
+    """Draw the groups of one task; append to ``remarks`` what cannot be compared."""
     starts = {group.online_from for group in groups} - {None}
     online_from = starts.pop() if len(starts) == 1 else None
     if starts:

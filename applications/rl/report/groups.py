@@ -1,4 +1,4 @@
-"""Seeds of one setting put together, at the evaluations that all of them reached."""
+"""Groups of runs: the seeds of one setting, at the evaluations that all of them reached."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class Group:
     """The seeds of one setting on one task, at the steps that all of them reached.
 
     Attributes:
-        task, agent, label: What it is; the label is unique within the task.
-        preset: Presets of its runs, as a text.
-        seeds: (N,) in order.
-        steps: (T,), not decreasing.
-        phases: Name of the phase at each step (T,).
-        success: Rates (N, T) in [0, 1].
-        episodes: Episodes behind each of them (N, T).
-        returns: Mean returns (N, T), NaN where they were not recorded.
+        task, agent: task and agent of the runs.
+        label: name of the setting, unique within the task.
+        preset: presets of the runs, as a text.
+        seeds: seeds (N,) in order.
+        steps: steps (T,), not decreasing.
+        phases: name of the phase at each step (T,).
+        success: success rates (N, T) in [0, 1].
+        episodes: number of episodes of each rate (N, T).
+        returns: mean returns (N, T), NaN where they were not recorded.
     """
 
     task: str
@@ -42,14 +43,14 @@ class Group:
 
     @property
     def online_from(self) -> int | None:
-        """The last step before data were collected, or None if none were."""
+        """Last step before the online phase, or None if there is no online phase."""
         if "online" not in self.phases:
             return None
         offline = self.steps[np.array(self.phases) == "offline"]
         return int(offline[-1]) if len(offline) else 0
 
     def last(self, phase: str) -> int | None:
-        """Index of the last evaluation of ``phase``, or None."""
+        """Return the index of the last evaluation of ``phase``, or None."""
         places = [i for i, name in enumerate(self.phases) if name == phase]
         return places[-1] if places else None
 
@@ -57,15 +58,18 @@ class Group:
 def grouped(
     results: Sequence[Result], by: Sequence[str] = ("agent",)
 ) -> tuple[list[Group], list[str]]:
-    """Seeds put together, and remarks on what had to be left out.
+    """Group runs by task and setting.
 
     Arguments:
-        results: Of any tasks; those without evaluations are left out with a remark.
-        by: Settings whose values tell curves of one task apart; they make up the label.
+        results: runs of any tasks; runs without evaluations are left out with a remark.
+        by: settings whose values tell the curves of one task apart; they make up the label.
+
+    Returns:
+        the groups, and remarks on the runs and evaluations that were left out.
 
     Raises:
-        ValueError: two runs have equal task, label and seed, or the seeds of a group share no step,
-            or a run lacks a setting of ``by``.
+        ValueError: two runs have equal task, label and seed, the seeds of a group share no step, or
+            a run lacks a setting of ``by``.
     """
     members: dict[tuple[str, str], dict[int, Result]] = {}
     bare = [result.source for result in results if not result.rates]

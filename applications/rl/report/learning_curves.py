@@ -1,8 +1,8 @@
-"""Picture of learning: success against updates for several agents on one task.
+"""Learning curves: success against updates for several agents on one task.
 
-Every agent is a mean over its seeds in a bootstrap interval, with name and last value beside the
-end of its line; published curves are dashed, in the colour of the agent they belong to.  The online
-phase stands on a lighter ground.  Functions of arrays that write a PNG.
+A curve is the mean over the seeds of an agent within its bootstrap interval; name and last value
+stand at its end.  Published curves are dashed, in the colour of their agent.  The online phase has
+a lighter background.  The functions take arrays and write a PNG.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ HUES: Mapping[str, str] = {
     "ifql": "#b79cf7",
     "bam": "#f58fcb",
 }
-"""One colour an agent in every picture: amber the tilt, blue the behaviour it starts from."""
+"""Colour of each agent in every figure: amber for the tilt, blue for the behaviour."""
 SPARE = ("#e8ebf0", "#7fe0e8", "#c9b27c", "#8e98a8", "#a3d977", "#d98a6a")
 WIDTH, HEIGHT = 7.6, 4.1
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Success rates of one agent.
+    """The success rates of one agent.
 
     Arguments:
-        label: Its name; those of ``HUES`` have a fixed colour, also with words behind them.
-        steps: Updates (T,), increasing; offline and online counted together.
-        success: Success rates (N, T) in [0, 1], a row per seed.
+        label: name of the curve; a name of ``HUES``, also with words after it, has a fixed colour.
+        steps: steps (T,), increasing; offline and online counted together.
+        success: success rates (N, T) in [0, 1], a row per seed.
     """
 
     label: str
@@ -60,17 +60,17 @@ def learning_curves(
     """Draw mean success with 95% bootstrap intervals over seeds, published curves dashed.
 
     Arguments:
-        path: The PNG to write.
-        curves: The agents.
-        published: Curves to draw dashed, in the colour of the agent with the method's name; those
-            of other agents than ``curves`` have their name beside them too.
-        online_from: The step at which data began to be collected, where it did.
-        title: Headline.
-        subtitle: Line below it.
-        note: Small line at the foot.
+        path: the PNG to write.
+        curves: curves of the agents.
+        published: curves to draw dashed, in the colour of the agent with the method's name; a curve
+            of an agent that is not in ``curves`` also has its name at its end.
+        online_from: step at which the online phase began, or None.
+        title: headline.
+        subtitle: line below the headline.
+        note: small line at the foot.
 
     Raises:
-        ValueError: there is no curve, or sizes of one do not agree, or it holds no finite rates.
+        ValueError: there is no curve, or sizes of a curve do not agree, or a rate is not in [0, 1].
     """
     if not curves:
         raise ValueError("curves must hold at least one curve, got none")
@@ -117,7 +117,7 @@ def learning_curves(
 
 
 def colors(labels: Sequence[str]) -> list[str]:
-    """A colour for each label: its agent's own, or a spare one if that is taken or unknown."""
+    """Choose a colour for each label: its agent's, or a spare one if that is taken or unknown."""
     taken: list[str] = []
     for label in labels:
         own = HUES.get(_agent(label))
@@ -127,17 +127,17 @@ def colors(labels: Sequence[str]) -> list[str]:
 
 
 def counted(value: float) -> str:
-    """A number of updates in short: 0, 500, 20K, 1.5M."""
+    """Write a number of updates in short: 0, 500, 20K, 1.5M."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value / 1e3:g}K" if abs(value) >= 1e3 else f"{value:g}"
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Positions as near to ``values`` as their order and a distance of ``gap`` allow.
+    """Find positions near ``values``, in their order and at least ``gap`` apart.
 
-    The least-squares solution, by pooling neighbours that touch; then kept within [low, high] as
-    far as there is room.
+    They are the least-squares solution, found by pooling neighbours that touch, and are then moved
+    into [low, high] as far as there is room.
     """
     order = np.argsort(values, kind="stable")
     blocks: list[list[int]] = []
@@ -215,7 +215,7 @@ def _mark_phases(ax: Axes, online_from: int) -> None:
 
 @dataclass(frozen=True)
 class _End:
-    """Name, last point and colour of a line."""
+    """The name, last point and colour of a line."""
 
     name: str
     step: int
@@ -229,12 +229,12 @@ class _End:
 
     @property
     def width(self) -> float:
-        """About its width in inches."""
+        """Approximate width of the text in inches."""
         return (0.092 if self.bold else 0.072) * len(self.text)
 
 
 def _name_ends(ax: Axes, ends: Sequence[_End]) -> None:
-    """Names beside the ends of lines, kept apart, each on a thin leader."""
+    """Write names at the ends of lines, kept apart, each connected by a thin line."""
     bottom, top = ax.get_ylim()
     left, right = ax.get_xlim()
     line = 0.2 / HEIGHT * (top - bottom)  # height of a name
@@ -262,7 +262,7 @@ def _name_ends(ax: Axes, ends: Sequence[_End]) -> None:
 
 
 def _agent(label: str) -> str:
-    """The agent that a label begins with."""
+    """Return the agent that a label begins with."""
     return label.partition(" ")[0].lower()
 
 

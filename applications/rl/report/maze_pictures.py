@@ -1,7 +1,7 @@
-"""Pictures of a maze: its walls, and where policies go in it.
+"""Figures of a maze: its walls, and the trajectories of policies.
 
-Functions of arrays that write a PNG.  The behaviour is blue, the tilt amber, other agents have
-their own colour (`applications.rl.report.learning_curves.HUES`).
+The functions take arrays and write a PNG.  The behaviour is blue, the tilt amber; other agents have
+their colour in `applications.rl.report.learning_curves.HUES`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ WALL, EDGE = "#232b38", "#46536a"
 
 @dataclass(frozen=True, eq=False)
 class Maze:
-    """Walls on a grid of square cells.
+    """A maze of walls on a grid of square cells.
 
     Arguments:
-        walls: (rows, columns), true where a wall is; row i, column j is the cell around
+        walls: table (rows, columns), true at walls; row i, column j is the cell around
             (j unit - offset_x, i unit - offset_y).
-        unit: Side of a cell, in the units of positions.
-        offset: Position of the centre of the first cell, negated.
+        unit: side of a cell, in the units of positions.
+        offset: position of the centre of the first cell, negated.
 
     Raises:
         ValueError: ``walls`` is not a table, or ``unit`` is not positive.
@@ -52,7 +52,7 @@ class Maze:
 
     @classmethod
     def from_environment(cls, environment: Any) -> Maze:
-        """The maze of an OGBench environment, wrapped or not.
+        """Read the maze of an OGBench environment, wrapped or not.
 
         Raises:
             ValueError: the environment has no maze.
@@ -66,7 +66,7 @@ class Maze:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Window (left, right, bottom, top) over the maze with half a cell of its outer wall."""
+        """Window (left, right, bottom, top) of the maze with half a cell of its outer wall."""
         rows, columns = self.walls.shape
         x, y = self.offset
         return (-x, (columns - 1) * self.unit - x, -y, (rows - 1) * self.unit - y)
@@ -85,23 +85,24 @@ def trajectories(
     subtitle: str = "",
     shown: int = 25,
 ) -> Path:
-    """Trajectories of several policies side by side, with how many of them reach the goal.
+    """Draw trajectories of several policies side by side, and count how many reach the goal.
 
-    A trajectory reaches the goal if its last position is within ``goal_radius`` of it, for episodes
-    end there, unless ``reached`` knows better.  Those that do not end in a cross.  Time runs from
-    dark to bright.
+    Unless ``reached`` is given, a trajectory reaches the goal if its last position is within
+    ``goal_radius`` of it, because episodes end there.  Other trajectories end in a cross.  Time
+    runs from dark to bright.
 
     Arguments:
-        path: The PNG to write.
-        maze: The walls.
-        policies: Trajectories, each of positions (T, 2), by the name of the policy.
-        start: Where they begin (2,), about.
-        goal: Where they should end (2,).
-        goal_radius: Distance within which it is reached.
-        reached: Whether each trajectory did, by policy: the goals of episodes may differ a little.
-        title: Headline.
-        subtitle: Line below it.
-        shown: Trajectories drawn in each panel, the first ones; all are counted.
+        path: the PNG to write.
+        maze: the walls.
+        policies: trajectories, each of positions (T, 2), by the name of the policy.
+        start: approximate start of the trajectories (2,).
+        goal: position of the goal (2,).
+        goal_radius: distance within which the goal is reached.
+        reached: whether each trajectory reached its goal, by policy; the goals of episodes may
+            differ a little.
+        title: headline.
+        subtitle: line below the headline.
+        shown: number of trajectories drawn in each panel, the first ones; all are counted.
 
     Raises:
         ValueError: there is no policy, one has no trajectories, or a shape is wrong.
@@ -157,7 +158,7 @@ def draw_maze(ax: Axes, maze: Maze, box: tuple[float, float, float, float] | Non
 
 
 def _edges(maze: Maze) -> list[np.ndarray]:
-    """Segments (2, 2) between walls and floor."""
+    """List the segments (2, 2) between walls and floor."""
     unit, corner = maze.unit, -np.array(maze.offset) - maze.unit / 2
     lines = []
     for i, j in np.argwhere(maze.walls[:, 1:] != maze.walls[:, :-1]):

@@ -7,9 +7,9 @@ domain (QAM, QAM-E, QAM-F, BAM, FQL, ReBRAC), seventeen for the average over ``a
 Columns: task, method, step_k, mean, ci95_t (half-width of Student's interval), boot95_lo, boot95_hi
 (bootstrap interval), min_seed, max_seed.
 
-Names of tasks there say nothing of rewards: scene, puzzle-3x3 and puzzle-4x4 were run with the
-sparse reward, all others with the environment's own.  Hence the curves of ``scene-play-...`` belong
-beside runs of ``scene-sparse-play-...`` and not beside those of the dense task of the same name.
+Task names in the file do not tell the reward: scene, puzzle-3x3 and puzzle-4x4 were run with the
+sparse reward, all others with the environment's own.  Hence the curves of ``scene-play-...`` are
+comparable with runs of ``scene-sparse-play-...`` and not with runs of the dense task of that name.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from applications.rl.environments.tasks import find_task
 OFFLINE_STEPS = 1_000_000
 """The step at which the published runs go online."""
 SEEDS = 12
+"""Number of seeds of each published run."""
 PRESET = "published"
-"""The preset of the published runs, see `applications.rl.agents.presets`."""
+"""Name of the preset of the published runs, see `applications.rl.agents.presets`."""
 PUBLISHED = (
     *("QAM", "QAM-E", "QAM-F", "BAM", "FQL", "ReBRAC"),
     *("IFQL", "FEdit", "DSRL", "FAWAC", "FBRAC", "CGQL", "CGQL-M", "CGQL-L", "QSM", "DAC", "RLPD"),
 )
-"""All methods; those of the second line have their average over all tasks only."""
+"""Published methods; for the methods of the second line only the average is published."""
 SPARSE = ("scene", "puzzle-3x3", "puzzle-4x4")
-"""Environments that were run with the sparse reward."""
+"""Environments whose published runs have the sparse reward."""
 
 
 @dataclass(frozen=True, eq=False)
 class PublishedCurve:
-    """Success of one method on one task.
+    """The published success of one method on one task.
 
     Attributes:
-        task: The name in the file, such as ``scene-play-singletask-task1-v0``.
-        method: Such as ``QAM``.
-        steps: Updates (T,), offline and online together.
-        mean: Mean success over the seeds (T,), in [0, 1].
-        low, high: 95% bootstrap interval (T,).
+        task: name in the file, such as ``scene-play-singletask-task1-v0``.
+        method: name of the method, such as ``QAM``.
+        steps: steps (T,), offline and online counted together.
+        mean: mean success over the seeds (T,), in [0, 1].
+        low, high: ends of the 95% bootstrap interval (T,).
     """
 
     task: str
@@ -59,30 +60,30 @@ class PublishedCurve:
     high: np.ndarray
 
     def until(self, step: int) -> PublishedCurve:
-        """The part up to ``step``."""
+        """Return the curve up to ``step``."""
         keep = self.steps <= step
-        parts = (self.steps[keep], self.mean[keep], self.low[keep], self.high[keep])
-        return PublishedCurve(self.task, self.method, *parts)
+        columns = (self.steps[keep], self.mean[keep], self.low[keep], self.high[keep])
+        return PublishedCurve(self.task, self.method, *columns)
 
     def at(self, step: int, phase: str) -> float | None:
-        """The mean at ``step``, if there is one and the published runs were in ``phase`` then."""
+        """Return the mean at ``step`` if the curve has the step and it belongs to ``phase``."""
         online = step > OFFLINE_STEPS
         found = np.flatnonzero(self.steps == step)
         return float(self.mean[found[0]]) if len(found) and online == (phase == "online") else None
 
 
 def published_curves(task: str) -> dict[str, PublishedCurve]:
-    """The published curves of a task by method; empty where there are none.
+    """Return the published curves of a task by method; empty where there are none.
 
     Arguments:
-        task: The name of a task (`published_name` translates it), of a domain of the file such as
+        task: name of a task (`published_name` translates it), of a domain of the file such as
             ``scene-play``, or ``all``.
     """
     return _table().get(published_name(task), {})
 
 
 def published_name(task: str) -> str:
-    """What ``task`` is called in the file, or "" where no published run had its reward."""
+    """Return the name of a task in the file, or "" where no published run had its reward."""
     try:
         known = find_task(task)
     except ValueError:

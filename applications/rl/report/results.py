@@ -1,10 +1,10 @@
-"""What runs left behind: evaluations read from run folders and from lists of rows.
+"""Results of runs: evaluations read from run folders and from lists of rows.
 
 A run folder holds ``config.json`` (``agent``, ``task``, ``seed``, options) and ``evaluation.csv``
 (``step``, ``phase``, ``success``, ``episodes`` and more, one row an evaluation).  Steps count
-offline updates and online environment steps together.  A JSON file instead holds a list of flat
-rows with ``task``, ``agent``, ``seed``, ``step``, ``phase``, ``success``, ``episodes``, such as
-benchmarks write.  Both may have ``return``.
+offline updates and online environment steps together.  A JSON file holds a list of flat
+rows with ``task``, ``agent``, ``seed``, ``step``, ``phase``, ``success``, ``episodes``, as
+benchmarks write them.  Both may have ``return``.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import Any
 PHASES = ("offline", "online")
 NEEDED = ("step", "phase", "success", "episodes")
 Point = tuple[int, int]
-"""Step and place of the phase in `PHASES`, which sorts as the run went."""
+"""Step and index of the phase in `PHASES`; pairs sort in the order of the run."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One seed's evaluations.
+    """The evaluations of one run.
 
     Attributes:
-        source: The folder or file it was read from.
-        settings: Everything known of it, flat, with dotted names; has agent, task and seed.
-        rates: Success rate and number of episodes by (step, index of the phase).
-        returns: Mean return likewise, NaN where it was not recorded.
+        source: folder or file that the run was read from.
+        settings: all recorded facts, flat, with dotted names; has agent, task and seed.
+        rates: success rate and number of episodes by (step, index of the phase).
+        returns: mean return by the same key, NaN where it was not recorded.
     """
 
     source: str
@@ -43,13 +43,13 @@ class Result:
 
 
 def read_results(patterns: Sequence[str]) -> list[Result]:
-    """All runs that ``patterns`` lead to, each once; some may have no evaluation.
+    """Read all runs that match ``patterns``, each once; some may have no evaluation.
 
     Arguments:
-        patterns: Folders, searched to any depth, and JSON files of rows; wildcards are expanded.
+        patterns: folders, searched to any depth, and JSON files of rows; wildcards are expanded.
 
     Raises:
-        ValueError: nothing was found, or a file is not what it should be; the message names it.
+        ValueError: nothing was found, or a file is malformed; the message names it.
         OSError: a file cannot be read.
     """
     found: dict[Path, None] = {}
@@ -76,10 +76,10 @@ def read_results(patterns: Sequence[str]) -> list[Result]:
 
 
 def read_folder(folder: Path) -> Result:
-    """The run in ``folder``; a last line that is being written is left out.
+    """Read the run in ``folder``; a last line that is still being written is left out.
 
     Raises:
-        ValueError: a file is not what it should be; the message names file, line and value.
+        ValueError: a file is malformed; the message names file, line and value.
         OSError: a file cannot be read.
     """
     path = folder / "config.json"
@@ -101,10 +101,10 @@ def read_folder(folder: Path) -> Result:
 
 
 def read_rows(path: Path) -> list[Result]:
-    """The runs of a JSON list of rows, which are told apart by what does not vary along a run.
+    """Read the runs of a JSON list of rows; rows with equal settings belong to one run.
 
     Raises:
-        ValueError: it is not such a list; the message names the row.
+        ValueError: the file holds no such list; the message names the row.
         OSError: the file cannot be read.
     """
     rows = _json(path)
@@ -132,7 +132,7 @@ def _json(path: Path) -> Any:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether config.json is that of a run; other programs have files of that name."""
+    """Say whether the folder's config.json describes a run; other programs use that name too."""
     try:
         read_folder(folder)
     except (OSError, ValueError):
@@ -159,7 +159,7 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> None:
 
 
 def _evaluation(row: Mapping[str, Any], where: str) -> tuple[Point, tuple[float, int], float]:
-    """Place, rate and return of the evaluation in a row, whose values are numbers or their text."""
+    """Parse step, phase, rate and return of an evaluation; values are numbers or their text."""
 
     def number(name: str) -> float:
         try:

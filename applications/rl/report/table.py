@@ -1,10 +1,11 @@
-"""The table of final results, and the numbers behind the curves.
+"""The table of final results, and the numbers behind the learning curves.
 
-For every task, agent and phase a line at the last step that all seeds reached; where an agent was
-run on several tasks, a line for all of them together, by the stratified bootstrap of
-``statistics``.  One seed alone has no spread over seeds: its interval is Wilson's, over episodes.
-So is that of several tasks with one seed and as many episodes each, over all episodes together
-(too wide rather than too narrow where tasks differ); what that does not cover has no interval.
+Every task, agent and phase has a line at the last step that all seeds reached.  An agent that was
+run on several tasks has a line for all of them together, with the stratified bootstrap of
+`applications.rl.evaluation.statistics`.  One seed alone has no spread over seeds: its interval is
+Wilson's, over episodes.  Several tasks with one seed and as many episodes each have Wilson's
+interval over all episodes together (too wide rather than too narrow where tasks differ); in all
+other cases there is no interval.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ class Line:
     """One line of the table; success rates are in [0, 1], intervals cover 95%.
 
     Attributes:
-        task: Its name, or "N tasks".
-        agent: Label of the setting.
-        phase, step: When; the step is None where it differs between the tasks.
-        seeds: Seeds, of all tasks together.
-        episodes: Episodes behind the line, of all seeds together.
-        mean, mean_low, mean_high: Mean and its interval, None where there is none.
-        iqm, iqm_low, iqm_high: Interquartile mean and its interval, None where there is none.
-        mean_return, return_low, return_high: Mean return of one task and its interval over seeds,
+        task: name of the task, or "N tasks".
+        agent: label of the setting.
+        phase, step: place of the evaluation; the step is None where it differs between the tasks.
+        seeds: number of seeds, of all tasks together.
+        episodes: number of episodes, of all seeds together.
+        mean, mean_low, mean_high: mean and its interval, None where there is none.
+        iqm, iqm_low, iqm_high: interquartile mean and its interval, None where there is none.
+        mean_return, return_low, return_high: mean return of one task and its interval over seeds,
             None where it was not recorded or there is none.
-        over: What the intervals are over: seeds, or episodes where each task has a single seed.
-        preset: Presets of the runs; what is published is of
-        `applications.rl.report.published.PRESET`.
-        published: Published mean of the same agent at the same step, where there is one.
+        over: population of the intervals: seeds, or episodes where each task has a single seed.
+        preset: presets of the runs; published runs have the preset
+            `applications.rl.report.published.PRESET`.
+        published: published mean of the agent at this step, where there is one.
     """
 
     task: str
@@ -67,7 +68,7 @@ class Line:
 
 
 def table(groups: Sequence[Group]) -> list[Line]:
-    """Lines per task, agent and phase, then those of agents over several tasks."""
+    """Make the lines of each task, agent and phase, then the lines over several tasks."""
     lines = []
     at: dict[tuple[str, str], list[tuple[Group, int]]] = {}
     for group in groups:
@@ -81,7 +82,7 @@ def table(groups: Sequence[Group]) -> list[Line]:
 
 
 def curve_rows(groups: Sequence[Group]) -> list[dict[str, str | int | float | None]]:
-    """Everything drawn, a row per task, agent and step; intervals over seeds, None for one seed."""
+    """Make the rows of curves.csv: one per task, agent and step, intervals None for one seed."""
     rows: list[dict[str, str | int | float | None]] = []
     for group in groups:
         low, high = bootstrap_interval([group.success])
@@ -104,7 +105,7 @@ def curve_rows(groups: Sequence[Group]) -> list[dict[str, str | int | float | No
 
 
 def format_table(lines: Sequence[Line]) -> str:
-    """The table for a terminal, in percent."""
+    """Format the table for a terminal, in percent."""
 
     def interval(value: float | None, low: float | None, high: float | None, unit: float) -> str:
         if value is None:
@@ -144,7 +145,7 @@ def format_table(lines: Sequence[Line]) -> str:
         text.append("** one seed of each task: Wilson's interval over all episodes, where it holds")
     others = sorted({line.preset for line in lines if line.published is not None and _other(line)})
     if others:
-        text.append(f"+ of the preset {PRESET}, beside runs of: {', '.join(others)}")
+        text.append(f"+ published runs have the preset {PRESET}, these have: {', '.join(others)}")
     return "\n".join(text)
 
 
@@ -159,7 +160,7 @@ def _mark(line: Line) -> str:
 
 
 def _returns(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
-    """Mean of the returns of seeds, and its interval."""
+    """Compute the mean of the seeds' returns and its interval."""
     if not np.isfinite(values).all():
         return None, None, None
     if len(values) == 1:

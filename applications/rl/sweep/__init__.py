@@ -1,14 +1,14 @@
-"""Agents × tasks × seeds on one machine or many: ``python -m applications.rl sweep``.
+"""Sweeps: agents × tasks × seeds on one machine or many, ``python -m applications.rl sweep``.
 
     sweep --tasks published --agents qam --seeds 0-11 --online-steps 500000 --gpus 1 --dry-run
 
-says what the published table costs; without ``--dry-run`` it is made.  Every run is written where
-`train` would write it, so that the same command again leaves finished runs alone and continues the
-others, and `report` reads either the folder or ``results.json`` in it.
+says what the published table costs; without ``--dry-run`` the command makes it.  Every run is
+written where `train` would write it.  The same command again therefore leaves finished runs alone
+and continues the others, and `report` reads either the folder or its ``results.json``.
 
-A run fails alone: of a task that does not exist, for want of data, by a loss that became NaN, or
-by a worker that dies each time.  The others go on, and the status of the command tells that one
-failed.
+A run fails alone, whether its task does not exist, its data are missing, its loss became NaN, or
+its worker dies each time.  The other runs go on, and the exit status of the command tells of
+failures.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ __all__ = ["SweepConfig", "describe", "run_sweep", "show_sweep"]
 def run_sweep(
     config: SweepConfig, train: Train = train_task, *, poll: float = 2.0
 ) -> dict[Run, State]:
-    """Train what is not finished, and write the rows of what is; how each run ended.
+    """Train the unfinished runs, and write the rows of finished ones to ``results.json``.
 
     Arguments:
         config: the options.
-        train: what a job calls in its worker, such as a function of your own that trains in an
-            environment of your own; it is pickled, so it should be found by an import there.
+        train: function that a job calls in its worker; with a function of your own a sweep trains
+            in environments of your own.  It is pickled, so workers must be able to import it.
         poll: seconds between two looks at the runs.
 
+    Returns:
+        the state in which each run ended.
+
     Raises:
-        ValueError: a name or option that is refused before anything starts.
+        ValueError: a name or option is refused, before anything starts.
         ImportError: Ray is not installed.
-        RunError: no cluster, or an engine here that no job fits on.
+        RunError: there is no cluster, or no job fits on this machine.
         OSError: the folder cannot be written.
     """
     work = Work.of(config.plan)
@@ -89,10 +92,10 @@ def _executed(
 
 
 def show_sweep(config: SweepConfig) -> None:
-    """Say what there is to do, do it, and say how it ended.
+    """Print the plan of a sweep, run it, and print how it ended, as the command ``sweep``.
 
     Raises:
-        RunError: a run failed; see `run_sweep` for what else.
+        RunError: a run failed; see `run_sweep` for other errors.
     """
     print(describe(config))
     if config.dry_run:
@@ -112,7 +115,7 @@ def show_sweep(config: SweepConfig) -> None:
 
 
 def describe(config: SweepConfig) -> str:
-    """What there is to do and what it costs, in a few lines."""
+    """Describe the plan of a sweep and its cost in a few lines."""
     plan = config.plan
     work = Work.of(plan)
     tasks = {run.task for run in plan.runs} - {run.task for run in plan.refused}
@@ -140,13 +143,13 @@ def _cost(config: SweepConfig, left: Sequence[tuple[Job, int]]) -> list[str]:
     if given is not None:
         rates, source = dict.fromkeys(config.agents, given), "as given"
     elif config.measure:
-        firsts: dict[str, TrainConfig] = {}
+        examples: dict[str, TrainConfig] = {}
         for job, _ in left:
-            firsts.setdefault(job.config.agent, job.config)
-        rates = {agent: measure(one) for agent, one in firsts.items()}
+            examples.setdefault(job.config.agent, job.config)
+        rates = {agent: measure(example) for agent, example in examples.items()}
         source = "measured here, one seed alone"
     else:
-        return ["cost: give --updates-per-second of a job to know it, or --measure it here"]
-    told = ", ".join(f"{agent} {rate:.3g}" for agent, rate in rates.items())
+        return ["cost: give --updates-per-second of a job to compute it, or --measure it here"]
+    speeds = ", ".join(f"{agent} {rate:.3g}" for agent, rate in rates.items())
     text = cost(left, rates, cpus=config.cpus, gpus=config.gpus, devices=config.devices)
-    return [f"updates per second of a job, {source}: {told}", text]
+    return [f"updates per second of a job, {source}: {speeds}", text]

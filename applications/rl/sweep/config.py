@@ -18,7 +18,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Setting(TrainConfig):
-    """What all runs share: the options of `train` but those that a sweep decides."""
+    """The options of `train` that all runs of a sweep share."""
 
     task: tyro.conf.Suppress[str] = ""
     agent: tyro.conf.Suppress[str] = "qam"
@@ -36,35 +36,35 @@ class SweepConfig:
     """Train agents on tasks with seeds, on this machine or on a cluster of Ray."""
 
     tasks: tuple[str, ...]
-    """Tasks; `published` stands for the 50 of the published table."""
+    """Tasks; `published` stands for the 50 tasks of the published table."""
     agents: tuple[str, ...] = ("qam",)
-    """Agents."""
+    """Agents; `list` shows the names."""
     seeds: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--seed"])] = ("0-11",)
-    """Seeds, numbers or ranges."""
+    """Seeds, numbers or ranges such as 0-11."""
     seeds_per_job: int = 1
-    """Seeds of one agent and task that one worker trains."""
+    """Number of seeds of one agent and task that one worker trains."""
     cpus: float = 1.0
-    """CPUs that a job takes; as many threads."""
+    """CPUs of a job, and its number of threads."""
     gpus: float = 0.0
-    """GPUs that a job takes, at most 1; 0.25 has four jobs share one, 0 trains on CPUs."""
+    """GPUs of a job, at most 1; with 0.25 four jobs share a GPU, 0 trains on CPUs."""
     address: str | None = None
-    """Cluster of Ray to run on: HOST:PORT, ray://HOST:PORT, or auto for the one of this machine;
-    without, an engine of its own on this machine."""
+    """Cluster of Ray to run on: HOST:PORT, ray://HOST:PORT, or auto for the cluster of this
+    machine.  If not given, the sweep starts Ray on this machine for itself."""
     max_cpus: int | None = None
-    """CPUs of that engine; all of the machine if not given."""
+    """CPUs of the Ray that the sweep starts; all of the machine if not given."""
     retries: int = 3
-    """Times in a row that a job is begun again after its worker or node died without a new
+    """Number of times in a row that a job is restarted after its worker or node died without a new
     checkpoint."""
     folder: Path = Path("outputs/rl")
-    """Where the runs and results.json are written; the same folder on all machines."""
+    """Folder to write the runs and results.json to; the same folder on all machines."""
     dry_run: bool = False
-    """Say what there is to do and what it costs, and do nothing."""
+    """Print the plan and its cost, and start nothing."""
     updates_per_second: float | None = None
-    """Updates per second of a job, its seeds together, for the cost."""
+    """Updates per second of a job, of all its seeds together, to compute the cost from."""
     measure: bool = False
-    """Measure that by some updates here."""
+    """Measure the updates per second by some updates on this machine."""
     devices: tuple[int, ...] = (1, 8, 64)
-    """Numbers of GPUs, or of CPUs where a job takes no GPU, that the cost is told for."""
+    """Numbers of GPUs, or of CPUs where a job takes no GPU, to print the duration for."""
     setting: Annotated[Setting, tyro.conf.arg(name="")] = field(default_factory=Setting)
 
     def __post_init__(self) -> None:
@@ -91,15 +91,15 @@ class SweepConfig:
 
     @property
     def results(self) -> Path:
-        """File of the rows."""
+        """Path of the file of all results."""
         return self.folder / RESULTS
 
     @property
     def plan(self) -> Plan:
-        """The jobs.
+        """The runs and jobs of the sweep.
 
         Raises:
-            ValueError: as `make_plan`.
+            ValueError: see `make_plan`.
         """
         data = self.setting.data
         return make_plan(

@@ -1,7 +1,8 @@
-"""What a sweep will cost, before it starts.
+"""The cost of a sweep before it starts.
 
-The rate that everything follows from is either given or measured by some updates here, in training
-itself, on numbers of the task's shapes; evaluations are not in it.
+The cost follows from the updates per second of a job, which are given or measured by some updates
+of a training on this machine, on random numbers with the task's shapes.  Evaluations are not
+included.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from flows import Callback
 from flows.training.callbacks import Metrics, Training
 
 WARM = 5
-"""Updates before the clock starts."""
+"""Number of updates before the clock starts."""
 MOST = 500
-"""Updates at which a measurement ends."""
+"""Number of updates after which a measurement ends."""
 ROWS = 4096
+"""Number of random transitions to measure with."""
 
 
 class _Enough(Exception):  # noqa: N818  (no error: a measurement is complete)
@@ -51,17 +53,16 @@ class _Clock(Callback):
 
 
 def measure(config: TrainConfig, seconds: float = 10.0) -> float:
-    """Updates per second of one seed alone, as ``config`` trains it, on this machine.
+    """Measure the updates per second of one seed alone on this machine, trained by ``config``.
 
     Raises:
-        ValueError, ImportError: as `applications.rl.training.train.train`; and ValueError if it is
-        for a
-            GPU, and this machine has none.
+        ValueError: the training is for a GPU and this machine has none.
+        ValueError, ImportError: see `applications.rl.train`.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "measure: with gpus above 0 it times updates on a GPU, and this machine has none; give "
-            "--updates-per-second instead"
+            "measure: with gpus above 0 updates are timed on a GPU, and this machine has none; "
+            "give --updates-per-second instead"
         )
     environment = make_environment(find_task(config.task))
     spaces = spaces_of(environment)
@@ -95,13 +96,13 @@ def cost(
     gpus: float,
     devices: Sequence[int],
 ) -> str:
-    """Lines that say what jobs cost.
+    """Describe the cost of jobs in device-hours, and their duration on some numbers of devices.
 
     Arguments:
-        updates: jobs in order, and the updates that each one has to do.
+        updates: jobs in order, and the number of updates that each has to do.
         rates: updates per second of a job, by agent.
-        cpus, gpus: that a job takes.
-        devices: numbers of GPUs, or of CPUs where a job takes no GPU, to give the time for.
+        cpus, gpus: CPUs and GPUs of a job.
+        devices: numbers of GPUs, or of CPUs where a job takes no GPU.
     """
     name, share = ("GPU", gpus) if gpus else ("CPU", cpus)
     seconds = [number / rates[job.config.agent] for job, number in updates]

@@ -1,13 +1,13 @@
-"""What the folder of a run tells while a sweep goes on; also across machines that share it.
+"""The state of runs in a sweep, read from their folders, which machines may share.
 
-Beside the files of `applications.rl.run_folder`, a worker of a sweep writes
+In addition to the files of `applications.rl.run_folder`, a worker of a sweep writes
 
-    worker.json      the attempt, host, node and process that have the run, or had it last
-    finished.json    settings, updates and hours of a run that is done
-    error.txt        traceback of the last failure, until the run is done
+    worker.json      attempt, host, node and process of the worker that has the run, or had it last
+    finished.json    settings, updates and hours of a finished run
+    error.txt        traceback of the last failure, until the run is finished
 
-A run whose finished.json has the settings of the plan is left alone.  In any other case it is
-handed to training, which continues it, finds it done, or refuses it as one of other settings.
+A run whose finished.json has the settings of the plan is left alone.  Any other run is handed to
+training, which continues it, finds it finished, or refuses it because of other settings.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ WORKER = "worker.json"
 FINISHED = "finished.json"
 ERROR = "error.txt"
 TAIL = 8192
-"""Bytes at the end of a table that surely hold its last two lines."""
+"""Number of bytes at the end of a table that always contain its last two lines."""
 Row = dict[str, Any]
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """What a finished run must have in common with the plan, as JSON gives it back."""
+    """Return the settings that a finished run must share with the plan, as JSON reads them."""
     shared = {k: v for k, v in asdict(config).items() if k not in (*EXECUTION_OPTIONS, "seeds")}
     return json.loads(json.dumps(shared, default=str))
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is left of a plan.
+    """The remaining work of a plan.
 
     Attributes:
-        jobs: without the runs that are finished.
-        states: of the runs that are over before anything starts: finished, or refused.
-        configs: how each run is trained.
+        jobs: jobs without the finished runs.
+        states: states of the runs that end before anything starts: finished or refused ones.
+        configs: options of the training of each run.
     """
 
     jobs: tuple[Job, ...]
@@ -54,7 +54,7 @@ class Work:
 
     @classmethod
     def of(cls, plan: Plan) -> Work:
-        """What the folders say that is left."""
+        """Read the remaining work of ``plan`` from the folders of its runs."""
         configs = {run: job.config for job in plan.jobs for run in job.runs}
         states = {run: State("done") for run in configs if is_finished(run, configs[run])}
         states |= {run: State("failed", note) for run, note in plan.refused.items()}
@@ -63,42 +63,44 @@ class Work:
         return cls(tuple(job.only(runs) for job, runs in left if runs), states, configs)
 
     def updates(self, job: Job) -> int:
-        """Updates that a job has still to do."""
+        """Count the updates that a job still has to do."""
         whole = job.config.phases.updates
         return sum(max(0, whole - updates_done(run.folder)) for run in job.runs)
 
 
 def write_finished(folder: Path, config: TrainConfig, hours: float | None) -> None:
-    """Note that the run in ``folder`` is done.
+    """Write finished.json of a run.
 
     Arguments:
-        hours: of the process that trained it to its end; None if it was found done.
+        folder: folder of the run.
+        config: options of its training.
+        hours: wall time of the process that finished the run; None if it was found finished.
     """
     (folder / ERROR).unlink(missing_ok=True)
-    if hours is None:  # it may be known from before
+    if hours is None:  # an earlier process may have noted it
         hours = read_json(folder / FINISHED).get("hours")
     content = {"settings": settings(config), "updates": config.phases.updates, "hours": hours}
     write_json(folder / FINISHED, content)
 
 
 def is_finished(run: Run, config: TrainConfig) -> bool:
-    """Whether the run is done and was what it is to be."""
+    """Say whether the run is finished with the settings of ``config``."""
     return read_json(run.folder / FINISHED).get("settings") == settings(config)
 
 
 def started(run: Run, attempt: str) -> bool:
-    """Whether a worker has begun this attempt at the run."""
+    """Say whether a worker has begun this attempt at the run."""
     return read_json(run.folder / WORKER).get("attempt") == attempt
 
 
 def updates_done(folder: Path) -> int:
-    """Updates by the last row of the metrics, of which there is one in ``log_every``."""
+    """Return the number of updates in the last row of the metrics, at most ``log_every`` behind."""
     last = _last_line(folder / run_folder.METRICS).partition(",")[0]
     return int(last) if last.isdecimal() else 0
 
 
 def latest_success(folder: Path) -> float | None:
-    """Success of the last evaluation, None before the first."""
+    """Return the success rate of the last evaluation, None before the first."""
     cells = _last_line(folder / run_folder.EVALUATION).split(",")
     try:
         return float(cells[2])
@@ -107,13 +109,13 @@ def latest_success(folder: Path) -> float | None:
 
 
 def checkpoint_stamp(job: Job) -> tuple[int, ...]:
-    """Changes when a run of the job has written another checkpoint."""
+    """Return the times of the checkpoints of a job, which change with each new checkpoint."""
     paths = [run.folder / run_folder.CHECKPOINT for run in job.runs]
     return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
 
 def rows(run: Run) -> list[Row]:
-    """A row for each evaluation of a finished run, as benchmarks write them.
+    """Make a row for each evaluation of a finished run, in the format of the benchmarks.
 
     Raises:
         ValueError: a file of the run is damaged.
@@ -139,7 +141,7 @@ def rows(run: Run) -> list[Row]:
 
 
 def collect(path: Path, finished: Iterable[Run]) -> list[Row]:
-    """Write the rows of ``finished`` into ``path`` beside those of other runs that it has.
+    """Write the rows of finished runs into ``path``, and keep its rows of other runs.
 
     Raises:
         ValueError: ``path`` or a file of a run is damaged.
@@ -154,7 +156,7 @@ def collect(path: Path, finished: Iterable[Run]) -> list[Row]:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """The object in ``path``, empty if there is none or it cannot be read."""
+    """Read the JSON object in ``path``; empty if there is none or it cannot be read."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -179,7 +181,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _last_line(path: Path) -> str:
-    """The last complete line of a table that another process may be writing; '' if none."""
+    """Read the last complete line of a table that another process may be writing; '' if none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))

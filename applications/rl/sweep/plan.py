@@ -1,13 +1,13 @@
-"""The plan of a sweep: which runs there are, how they are packed into jobs, and what they cost.
+"""The plan of a sweep: its runs, how they are packed into jobs, and how long they take.
 
-A run is one seed of one agent on one task, and lies where `train` would write it,
-``FOLDER/TASK/AGENT/seedN``.  A job is what one worker trains: some seeds of one agent on one task.
+A run is one seed of one agent on one task; its folder is the one that `train` would write,
+``FOLDER/TASK/AGENT/seedN``.  A job is the work of one worker: some seeds of one agent on one task.
 Jobs are ordered by their seeds first, so that a sweep that is stopped half-way has some seeds of
 every task rather than every seed of some.
 
 Cost.  Where a job makes r updates a second and D devices hold D/g jobs at a time (each taking g of
-a device), jobs start in order, each as soon as there is room; the last one's end is the time of the
-sweep.  Device-hours count what jobs take of a device, idle rest excluded.
+a device), jobs start in order, each as soon as there is room; the sweep takes until the last job
+ends.  Device-hours count the shares of devices that jobs take, without idle time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from applications.rl.report.published import SPARSE
 from applications.rl.training.config import TrainConfig
 
 PUBLISHED = "published"
-"""The word that stands for the tasks of the published table."""
+"""Word that stands for the tasks of the published table."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Run:
     """One seed of an agent on a task.
 
     Attributes:
-        task, agent, seed: what it is.
-        folder: where it is written.
+        task, agent, seed: task, agent and seed of the run.
+        folder: folder of the run.
     """
 
     task: str
@@ -48,13 +48,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker trains: the seeds of ``config``."""
+    """The work of one worker: it trains the seeds of ``config``."""
 
     config: TrainConfig
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """A run for every seed."""
+        """The runs of the job, one for every seed."""
         config = self.config
         return tuple(
             Run(config.task, config.agent, seed, config.path / f"seed{seed}")
@@ -62,19 +62,19 @@ class Job:
         )
 
     def only(self, runs: Iterable[Run]) -> Job:
-        """Some of its runs as a job."""
+        """Return a job of some of the runs."""
         return Job(replace(self.config, seeds=tuple(run.seed for run in runs)))
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands.
+    """The state of a run in a sweep.
 
     Attributes:
-        name: ``submitted``, which it also is while it runs; ``done`` or ``failed``.
-        note: why it failed, one line.
-        attempt: that it is submitted as.
-        deaths: workers it has lost in this sweep.
+        name: ``submitted`` (also while it runs), ``done`` or ``failed``.
+        note: reason of a failure, one line.
+        attempt: identifier of the submission.
+        deaths: number of workers that the run has lost in this sweep.
     """
 
     name: str = "submitted"
@@ -85,11 +85,11 @@ class State:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is to be run.
+    """The jobs of a sweep, and the runs that cannot start.
 
     Attributes:
-        jobs: in the order in which they are started.
-        refused: runs of tasks that do not exist, and what is wrong with their names.
+        jobs: jobs in the order in which they start.
+        refused: runs of tasks that do not exist, with the error of the task's name.
     """
 
     jobs: tuple[Job, ...]
@@ -97,12 +97,12 @@ class Plan:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """All runs, those refused at the end."""
+        """All runs, with the refused ones at the end."""
         return (*(run for job in self.jobs for run in job.runs), *self.refused)
 
 
 def published_tasks() -> tuple[str, ...]:
-    """The 50 tasks of the published table: five goals in each of ten domains."""
+    """List the 50 tasks of the published table: five goals in each of ten domains."""
     return tuple(
         f"{domain}{'-sparse' * (domain in SPARSE)}-{ENVIRONMENTS[domain].kinds[0]}-singletask-"
         f"task{number}-v0"
@@ -120,16 +120,18 @@ def make_plan(
     seeds_per_job: int,
     folder: Path,
 ) -> Plan:
-    """All runs of agents × tasks × seeds.
+    """Plan the runs of agents × tasks × seeds.
 
     Arguments:
-        setting: what all of them share; its task, agent, seeds and folder are replaced.
-        tasks: names, among which ``published`` stands for `published_tasks`.
-        seeds_per_job: seeds of one (agent, task) that one worker trains.
-        folder: above that of the tasks.
+        setting: options that all runs share; its task, agent, seeds and folder are replaced.
+        tasks: names of tasks; ``published`` stands for `published_tasks`.
+        agents: names of agents.
+        seeds: seeds of each agent and task.
+        seeds_per_job: number of seeds of one (agent, task) that one worker trains.
+        folder: folder that holds the folders of the tasks.
 
     Raises:
-        ValueError: an unknown agent or preset, something twice, or no task that exists.
+        ValueError: an agent or preset is unknown, a name is there twice, or no task exists.
     """
     for name in agents:
         find_agent(name)
@@ -173,14 +175,14 @@ def make_plan(
 
 
 def slots(devices: float, share: float) -> int:
-    """How many jobs run at a time on ``devices``, of which each takes ``share``."""
+    """Count the jobs that run at a time on ``devices`` if each takes a ``share`` of a device."""
     if share >= 1:
         return int(devices // share)
     return int(devices) * int(1 / share + 1e-9)  # a job does not lie across two devices
 
 
 def makespan(seconds: Sequence[float], places: int) -> float:
-    """When the last job ends if they start in order, each in the place that is free first."""
+    """Compute when the last job ends if jobs start in order, each in the first free place."""
     ends = [0.0] * places
     for duration in seconds:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
@@ -188,7 +190,7 @@ def makespan(seconds: Sequence[float], places: int) -> float:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 42 s, 3 min 20 s, 5 h 10 min, 3 d 4 h."""
+    """Write a duration in two units: 42 s, 3 min 20 s, 5 h 10 min, 3 d 4 h."""
     seconds = round(seconds)
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
     for (name, size), (lower, small) in pairwise(units):

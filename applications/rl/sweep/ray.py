@@ -1,13 +1,13 @@
-"""Jobs on Ray: an engine of its own on this machine, or a cluster by its address.
+"""Jobs on Ray, which is started on this machine or found as a cluster by its address.
 
-A job is one task of Ray.  When its worker or node dies, it is submitted again, and training goes on
-from the last checkpoint, wherever Ray places it: the folder of the runs must be the same one on all
-nodes, as on a shared file system, and this package and the data must be there too.  A death counts
-only if there was no new checkpoint since the one before, so that a long run on machines that are
-taken away every hour is not given up, and one that kills its worker each time is.  (Ray's own
-retries count them all, or, where memory was short, none.)
+A job is one task of Ray.  When its worker or node dies, it is submitted again, and training
+continues from the last checkpoint on any node.  So all nodes must have the same folder of runs, as
+on a shared file system, and also this package and the data.  A death counts only if there was no
+new checkpoint since the death before.  A long run on machines that are taken away every hour is
+therefore kept, and a run that kills its worker each time is given up.  (Ray's own retries count all
+deaths, or none where memory was short.)
 
-Ray says much about each of this on its own; here it is told to be silent.
+Ray's own messages are switched off.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from applications.rl.sweep.worker import Train, one_line, work
 from flows.training import prepare_process
 
 PATIENCE = 5.0
-"""Seconds that an address has to answer."""
+"""Seconds to wait for an answer from an address."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # nothing of what nodes report is printed
@@ -36,23 +36,23 @@ QUIET = {
 }
 """Environment variables for Ray, read when it is imported; those set already are left alone."""
 OBJECTS = 80 * 2**20
-"""Bytes of Ray's store of objects, of which jobs use next to nothing."""
+"""Size in bytes of Ray's object store, which jobs hardly use."""
 
 
 @contextmanager
 def engine(address: str | None = None, cpus: int | None = None) -> Iterator[None]:
-    """Ray, running.
+    """Start Ray or connect to a cluster, for the duration of the context.
 
-    A Ray that this process is connected to already is used, and left as it is.
+    If this process is connected to Ray already, that connection is used and kept.
 
     Arguments:
-        address: of a cluster, ``HOST:PORT``, ``ray://HOST:PORT`` or ``auto`` for the one of this
-            machine; None starts an engine here, which ends with the context.
-        cpus: of that engine; all of the machine if not given.
+        address: address of a cluster: ``HOST:PORT``, ``ray://HOST:PORT``, or ``auto`` for the
+            cluster of this machine; None starts Ray here, which ends with the context.
+        cpus: number of CPUs of a Ray that is started; all of the machine if not given.
 
     Raises:
         ImportError: Ray is not installed.
-        RunError: no cluster at the address, or one that cannot be used; one line.
+        RunError: there is no cluster at the address, or it cannot be used; one line.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -82,13 +82,13 @@ def engine(address: str | None = None, cpus: int | None = None) -> Iterator[None
 
 
 def check_address(address: str) -> None:
-    """Refuse an address at which nothing like Ray answers, which Ray itself tries for minutes.
+    """Refuse an address without a Ray server at once; Ray itself would try it for minutes.
 
     Raises:
-        RunError: no connection within `PATIENCE`, or whoever answers does not speak HTTP/2, which
-            all of Ray's servers do.
+        RunError: there is no connection within `PATIENCE`, or the server does not speak HTTP/2, as
+            all servers of Ray do.
     """
-    if address in ("auto", "local"):  # found in a moment, or not
+    if address in ("auto", "local"):  # Ray finds these at once or fails at once
         return
     try:
         parts = urlsplit(address if "//" in address else f"//{address}")
@@ -99,19 +99,19 @@ def check_address(address: str) -> None:
         raise RunError(f"address must be HOST:PORT, ray://HOST:PORT or auto, got {address!r}")
     try:
         with socket.create_connection(place, PATIENCE) as connection:
-            if os.environ.get("RAY_USE_TLS") == "1":  # whose greeting is another
+            if os.environ.get("RAY_USE_TLS") == "1":  # with TLS the handshake differs
                 return
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, *[0] * 5]))
             answer = connection.recv(9)
     except OSError as error:
         reason = error.strerror or str(error)
         raise RunError(f"address: no Ray cluster answers at {address} ({reason})") from error
-    if answer[3:4] != b"\x04":  # settings, the first frame of a server
-        raise RunError(f"address: what answers at {address} is no Ray cluster")
+    if answer[3:4] != b"\x04":  # a SETTINGS frame, the first frame of an HTTP/2 server
+        raise RunError(f"address: the server at {address} is no Ray cluster")
 
 
 def room(cpus: float, gpus: float) -> int:
-    """How many jobs that take so much the nodes hold at a time, now."""
+    """Count the jobs with these CPUs and GPUs that the nodes can run at a time, now."""
     import ray
 
     fits = 0
@@ -131,13 +131,13 @@ def execute(
     retries: int,
     poll: float,
 ) -> Iterator[dict[Run, State]]:
-    """Train all jobs; gives the state of each run again and again until none is submitted.
+    """Train all jobs; yield the states of all runs repeatedly until every run has ended.
 
     Arguments:
-        jobs: with ``resume`` in their configurations.
-        train: what a job calls in its worker; picklable.
-        cpus, gpus: that a job takes.
-        retries: deaths in a row, each without a new checkpoint, that a job survives.
+        jobs: jobs whose configurations have ``resume`` set.
+        train: picklable function that a job calls in its worker.
+        cpus, gpus: CPUs and GPUs of a job.
+        retries: number of deaths in a row without a new checkpoint that a job survives.
         poll: seconds between two looks.
     """
     import ray
@@ -162,14 +162,14 @@ def execute(
             submit(job, 0, 0)
         while waiting:
             yield dict(states)
-            # Ray gives back the first ones at once, so all are asked for, to look once in `poll`.
+            # Waiting for fewer would return at once when one is ready; this looks once in `poll`.
             ready, _ = ray.wait([*waiting], num_returns=len(waiting), timeout=poll)
             for reference in ready:
                 attempt = waiting.pop(reference)
                 job, deaths = attempt.job, attempt.deaths
                 try:
                     notes = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:  # it could not even be begun
+                except ray.exceptions.RayTaskError as error:  # the task could not start
                     notes = dict.fromkeys(job.config.seeds, one_line(error.cause))
                 except ray.exceptions.RayError as error:
                     moved = folders.checkpoint_stamp(job) != attempt.stamp
@@ -185,12 +185,14 @@ def execute(
                     states[run] = State("failed" if note else "done", note, deaths=deaths)
         yield dict(states)
     finally:
-        for reference in waiting:  # of use where Ray outlives this
+        for reference in waiting:  # in a cluster, jobs would outlive this process
             ray.cancel(reference, force=True)
 
 
 @dataclass(frozen=True)
 class _Attempt:
+    """A submission of a job: the deaths before it, and the times of its checkpoints then."""
+
     job: Job
     deaths: int
     in_row: int

@@ -1,12 +1,11 @@
-"""The live table of a sweep: a row for every run that matters now, and a line that sums up.
+"""The live table of a sweep: a row for every run, and a summary line.
 
-What it shows is read from the folders of the runs.  On a terminal it is drawn again and again in
-place, with as many rows as there is room for: runs that train, those that failed, those that wait,
-those that are done.  Elsewhere, as in the log of a batch job, each change is a line, and the sum is
-one from time to time.
+The table is read from the folders of the runs.  On a terminal it is redrawn in place, with as many
+rows as there is room for: first runs that train, then failed, waiting and finished runs.
+Elsewhere, as in the log of a batch job, each change is a line, with a summary from time to time.
 
-Updates per second are those since this process first saw the run move, or any run for the sum; the
-time left is that of the updates left at this rate.
+Updates per second are measured since this process first saw the run advance (any run, for the
+summary); the time left is the number of remaining updates divided by this rate.
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ from applications.rl.sweep.plan import Run, State, duration
 from applications.rl.training.config import TrainConfig
 
 ORDER = ("training", "failed", "waiting", "done")
-"""Of the rows; also the names of what a run can be seen to do."""
+"""Names of the visible states of a run, in the order of the rows."""
 
 
 @dataclass
 class Seen:
-    """What was seen of a run.
+    """The visible progress of a run.
 
     Attributes:
-        name: of `ORDER`.
-        note: why it failed, or the workers it lost.
-        updates: done.
-        first, last: time and updates when it was first seen to move in its attempt, and last; what
-            goes before the first, such as loading the data, tells nothing of its rate.
-        success: of the latest evaluation.
+        name: visible state, one of `ORDER`.
+        note: reason of a failure, or the number of lost workers.
+        attempt: identifier of the submission.
+        updates: number of updates done.
+        first, last: time and updates when the run was first and last seen to advance in this
+            attempt; the time before, such as for loading the data, does not count for the rate.
+        success: success rate of the latest evaluation.
     """
 
     name: str = "waiting"
@@ -49,13 +49,13 @@ class Seen:
 
     @property
     def rate(self) -> float:
-        """Updates per second, 0 where they are not known."""
+        """Updates per second, 0 where unknown."""
         if self.first is None or self.last[0] <= self.first[0]:
             return 0.0
         return (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
 
     def look(self, run: Run, state: State, config: TrainConfig, now: float) -> None:
-        """See what has become of the run."""
+        """Read the progress of the run from its folder."""
         if self.name in ("done", "failed"):
             return
         if state.attempt != self.attempt:
@@ -78,13 +78,13 @@ class Seen:
 
 
 class Table:
-    """Shows states of runs.
+    """Shows the progress of runs on a terminal or in a log.
 
     Arguments:
-        configs: how each run is trained, in the order of the table.
-        states: of those that are over before the sweep starts.
-        out: where to.
-        every: seconds between two sums where ``out`` is no terminal.
+        configs: options of each run, in the order of the table.
+        states: states of the runs that ended before the sweep starts.
+        out: stream to write to; the standard error stream if not given.
+        every: seconds between two summaries where ``out`` is no terminal.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Table:
         self.live = self.out.isatty()
         self.seen = {run: Seen() for run in configs}
         self._drawn, self._shown = 0, False
-        self._summed = self._began = monotonic()
+        self._summarised = self._began = monotonic()
         for run, state in states.items():
             self.seen[run].look(run, state, configs[run], self._began)
         for run, seen in self.seen.items():
@@ -113,7 +113,7 @@ class Table:
         return sum(seen.updates for seen in self.seen.values())
 
     def show(self, states: Mapping[Run, State]) -> None:
-        """Look at the runs and draw, or write the lines that are new."""
+        """Read the progress of all runs, then redraw the table or write new lines."""
         now, self._shown = monotonic(), True
         changed = []
         for run, state in states.items():
@@ -128,57 +128,57 @@ class Table:
             self._draw(shutil.get_terminal_size())
             return
         lines = [self.row(run) for run in changed]
-        if now - self._summed >= self.every:
-            self._summed = now
-            lines.append(self.sum(now))
+        if now - self._summarised >= self.every:
+            self._summarised = now
+            lines.append(self.summary(now))
         self._write("".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
-        """Leave the last sum as a line, if anything was shown."""
+        """Write the last summary as a line, if anything was shown."""
         if not self._shown:
             return
         if self.live and self._drawn:
             self._write(f"\x1b[{self._drawn}F\x1b[J")
             self._drawn = 0
-        self._write(f"{self.sum(monotonic())}\n")
+        self._write(f"{self.summary(monotonic())}\n")
 
     def lines(self, height: int, now: float) -> list[str]:
-        """The table in at most ``height`` lines."""
+        """Format the table in at most ``height`` lines."""
         runs = sorted(self.seen, key=lambda run: ORDER.index(self.seen[run].name))  # stable
         room = max(0, height - 1)
         if len(runs) > room:
             runs = runs[: max(0, room - 1)]
         rows = [self.row(run) for run in runs]
         hidden = len(self.seen) - len(runs)
-        return [*rows, *([f"... and {hidden} more"] if hidden and room else []), self.sum(now)]
+        return [*rows, *([f"... and {hidden} more"] if hidden and room else []), self.summary(now)]
 
     def row(self, run: Run) -> str:
-        """The line of one run."""
+        """Format the row of one run."""
         seen, phases = self.seen[run], self.configs[run].phases
         text = f"{seen.name:<8}  {run.task}  {run.agent}  seed {run.seed}"
         if seen.name == "failed":
             return f"{text}: {seen.note}"
-        parts = [text]
+        words = [text]
         if seen.updates:
-            parts.append(f"step {phases.step(seen.updates)}/{phases.step(phases.updates)}")
+            words.append(f"step {phases.step(seen.updates)}/{phases.step(phases.updates)}")
         if seen.name == "training" and seen.rate:
             left = (phases.updates - seen.updates) / seen.rate
-            parts.append(f"{seen.rate:.3g} updates/s, {duration(left)} left")
+            words.append(f"{seen.rate:.3g} updates/s, {duration(left)} left")
         if seen.success is not None:
-            parts.append(f"success {seen.success:.0%}")
-        return ", ".join([*parts, *([seen.note] if seen.note else [])])
+            words.append(f"success {seen.success:.0%}")
+        return ", ".join([*words, *([seen.note] if seen.note else [])])
 
-    def sum(self, now: float) -> str:
-        """The line that sums up."""
+    def summary(self, now: float) -> str:
+        """Format the summary line."""
         count = dict.fromkeys(ORDER, 0)
         for seen in self.seen.values():
             count[seen.name] += 1
         states = ", ".join(f"{n} {name}" for name, n in count.items() if n)
-        over = ("done", "failed")
+        ended = ("done", "failed")
         left = sum(
             self.configs[run].phases.updates - seen.updates
             for run, seen in self.seen.items()
-            if seen.name not in over
+            if seen.name not in ended
         )
         text = f"{len(self.seen)} runs: {states}; {duration(now - self._began)}"
         since, updates = self._moved or (now, 0)

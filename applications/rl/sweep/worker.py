@@ -1,11 +1,11 @@
-"""What a job of a sweep does in its worker: train, and say in one line what went wrong.
+"""The work of a job in its worker: it trains, and reports a failure in one line.
 
-What fails for a reason of its own, such as missing data or a loss that became NaN, is not tried
-again.  Of a job of several seeds, each is then trained on its own, which those that caused no
-failure survive.
+A run that fails for a reason of its own, such as missing data or a loss that became NaN, is not
+tried again.  The seeds of a failed job of several seeds are then trained one by one, so that only
+the seeds that cause the failure fail.
 
-Locks keep two workers from one run, as where a sweep was started twice, and from downloading the
-same data at the same time.  The system takes them from a process that dies.
+File locks keep two workers from training one run, such as when a sweep was started twice, and from
+downloading the same data at the same time.  The system releases the locks of a process that dies.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ Train = Callable[[TrainConfig], list[Trained]]
 LOCK = ".lock"
 HOLDER = "another worker; does another sweep go on?"
 PATIENCE = 20.0
-"""Seconds to wait for a run that another worker has, which may be about to die."""
+"""Seconds to wait for a run that another worker holds, which may be about to die."""
 
 
 def work(job: Job, attempt: str, train: Train, node: str = "") -> dict[int, str]:
-    """Train the runs of a job, in a worker; why those failed that did, by seed.
+    """Train the runs of a job in a worker.
 
     Arguments:
-        job: what is to be done.
-        attempt: what the worker signs its presence with, beside its ``node``.
-        train: what does it.
+        job: the job.
+        attempt: identifier of the submission, which the worker notes in worker.json.
+        train: function that trains.
+        node: identifier of the node, noted likewise.
+
+    Returns:
+        the reason of each failure, one line by seed.
     """
     where = {"attempt": attempt, "host": socket.gethostname(), "node": node, "pid": os.getpid()}
     notes: dict[int, str] = {}
@@ -67,7 +71,7 @@ def work(job: Job, attempt: str, train: Train, node: str = "") -> dict[int, str]
 
 
 def train_task(config: TrainConfig) -> list[Trained]:
-    """Train as `applications.rl.train` does; data that are missing are downloaded once."""
+    """Train as `applications.rl.train` does; missing data are downloaded once for all workers."""
     task = find_task(config.task) if config.use_data else None
     own = config.data is not None and config.data.suffix == ".npz"
     if task is not None and task.environment in ENVIRONMENTS and not own:
@@ -80,7 +84,7 @@ def train_task(config: TrainConfig) -> list[Trained]:
 
 
 def one_line(error: BaseException | None) -> str:
-    """What went wrong; the type is named where the message was not written for the user."""
+    """Describe an error in one line, with its type if the message was not written for users."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") else lines[0]
     return text if text and isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"

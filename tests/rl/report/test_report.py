@@ -376,7 +376,7 @@ def test_published_figures_beside_runs_of_another_preset_are_marked(tmp_path, dr
     assert "+" not in format_table(same)
     rows = format_table(report.lines).splitlines()
     assert [row.endswith("+") for row in rows[1:3]] == [False, True]
-    assert rows[-1] == "+ of the preset published, beside runs of: small"
+    assert rows[-1] == "+ published runs have the preset published, these have: small"
     assert "runs of another preset" not in texts(drawn[0])
     assert "dashed: published QAM, QAM-F, 12 seeds; runs of another preset" in texts(drawn[1])
 

@@ -26,7 +26,7 @@ from applications.rl import (
     run_report,
 )
 from applications.rl import __main__ as cli
-from applications.rl.report import published as official
+from applications.rl.report import published
 from applications.rl.sweep import describe, folders, worker
 from applications.rl.sweep.cost import cost, measure
 from applications.rl.sweep.folders import Work
@@ -49,8 +49,8 @@ def test_the_published_tasks_are_those_of_the_published_curves():
     names = published_tasks()
     assert len(set(names)) == 50
     assert all({"QAM", "FQL"} <= set(official.published_curves(name)) for name in names)
-    tasks = {name for name in official._table() if "-task" in name}
-    assert {official.published_name(name) for name in names} == tasks
+    tasks = {name for name in published._table() if "-task" in name}
+    assert {published.published_name(name) for name in names} == tasks
 
 
 def test_seeds_are_numbers_and_ranges():

@@ -183,14 +183,18 @@ class WandbLogger(Callback):
         if iteration % self.every == 0 or iteration == trainer.config.iterations:
             sent = {name: float(value) for name, value in metrics.items()}
             self._run.log(sent, step=iteration)
+        self._send_evaluations()
+
+    def on_end(self, trainer: Training) -> None:
+        """Send an evaluation after a stop, and close the run."""
+        if self._run is not None:
+            self._send_evaluations()
+            self._run.finish()
+            self._run = None
+
+    def _send_evaluations(self) -> None:
         new = () if self.evaluations is None else self.evaluations.arrived[self._seen :]
         for place, evaluation in new:
             # At its own next step, which after a resume may lie beyond this iteration.
             self._run.log(evaluation_metrics(evaluation) | {EVALUATED: float(place)})
         self._seen += len(new)
-
-    def on_end(self, trainer: Training) -> None:
-        """Close the run."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None

@@ -32,6 +32,7 @@ EVALUATION_STREAM = 1
 class Evaluations(Callback):
     """Evaluates the agent every so many steps and at the end of each phase; writes a CSV file.
 
+    A training that a callback stops (`flows.training.StopTraining`) is evaluated where it stopped.
     An evaluation may be a `PendingEvaluation`, whose result arrives while training goes on.  Its
     weights are then kept in a file until its row is written, and a resumed run asks for it again.
     At most one is pending: the next evaluation, and the end of the training, wait for it.
@@ -117,6 +118,16 @@ class Evaluations(Callback):
         if iteration == self.phases.updates:
             self._wait()
 
+    def on_end(self, trainer: Training) -> None:
+        """Evaluate the last weights if a callback has stopped the training."""
+        if trainer.stopped is None:
+            return
+        self._wait()
+        place = [str(value) for value in self._place(trainer.iteration)]
+        if place not in (row[:2] for row in self._rows):
+            self._ask(cast(Agent, trainer.module), trainer.iteration)
+            self._wait()
+
     def _place(self, iteration: int) -> tuple[int, str]:
         return self.phases.step(iteration), self.phases.phase(iteration)
 
@@ -173,7 +184,8 @@ class EvaluationPoints(Callback):
         self._seen = len(self.evaluations.arrived)
 
     def on_end(self, trainer: Training) -> None:
-        """End the logger."""
+        """Log an evaluation after a stop, and end the logger."""
+        self.on_step(trainer, trainer.iteration, {})
         self.logger.on_end(trainer)
 
 

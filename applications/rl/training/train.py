@@ -61,6 +61,7 @@ class Trained:
         agent: the agent in evaluation mode.
         evaluation: the last evaluation, None if there was none in this process.
         seconds: wall time in this process, during which other seeds may have been trained too.
+        stopped: message of the callback that stopped the training, None if it ran to its end.
     """
 
     seed: int
@@ -68,6 +69,7 @@ class Trained:
     agent: Agent
     evaluation: Evaluation | None
     seconds: float
+    stopped: str | None = None
 
 
 def train(
@@ -89,7 +91,8 @@ def train(
             task's data are to be found.
         dataset: the data, in place of the task's own.
         callbacks: additional callbacks, see ``flows.training.callbacks``; they are called for every
-            seed.
+            seed.  One that raises `flows.training.StopTraining` ends the training of its seed with
+            a checkpoint and an evaluation.
 
     Returns:
         the runs in the order of the seeds.
@@ -236,7 +239,8 @@ class SeedRun:
         agent = trainer.module.eval()
         assert isinstance(agent, Agent)
         latest = None if self.evaluations is None else self.evaluations.latest
-        return Trained(self.seed, self.folder, agent, latest, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Trained(self.seed, self.folder, agent, latest, seconds, trainer.stopped)
 
     @contextmanager
     def _trainer(self) -> Iterator[Trainer]:

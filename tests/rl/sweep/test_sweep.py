@@ -48,7 +48,7 @@ SCENE = "scene-sparse-play-singletask-task1-v0"
 def test_the_published_tasks_are_those_of_the_published_curves():
     names = published_tasks()
     assert len(set(names)) == 50
-    assert all({"QAM", "FQL"} <= set(official.published_curves(name)) for name in names)
+    assert all({"QAM", "FQL"} <= set(published.published_curves(name)) for name in names)
     tasks = {name for name in published._table() if "-task" in name}
     assert {published.published_name(name) for name in names} == tasks
 

@@ -23,8 +23,7 @@ _FILES = {
     "evaluation.evaluator": "Evaluation Evaluator evaluate",
     "run_folder": "TrainedAgent load_agent",
     # Agents and their options
-    "agents": "AGENTS find_agent make_agent",
-    "agents.base": "Agent AgentConfig",
+    "agents.registry": "AGENTS agent_name find_agent make_agent",
     "agents.presets": "preset",
     "agents.bc": "BC BCConfig",
     "agents.qam": "QAM QAMConfig",
@@ -33,6 +32,15 @@ _FILES = {
     "agents.fql": "FQL FQLConfig",
     "agents.ifql": "IFQL IFQLConfig",
     "agents.bam": "BAM BAMConfig",
+    # An agent of one's own
+    "agents.base": "Agent Shapes Uniform follow",
+    "agents.options": "AgentConfig CriticOptions TiltOptions MatchingOptions Range above at_least "
+    "one_of option",
+    "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor ValueNetwork",
+    "agents.rollouts": "Noise FlowODE best_of candidates condition flow_action",
+    "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss edit_loss expectile_loss "
+    "one_step_loss td_target",
+    "agents.domains": "by_domain",
     # Tasks and their environments
     "environments.tasks": "Task find_task make_environment task_names",
     "environments.wrappers": "Standard standardise",
@@ -70,8 +78,7 @@ if TYPE_CHECKING:
     from applications.rl.run_folder import TrainedAgent, load_agent
 
     # Agents and their options
-    from applications.rl.agents import AGENTS, find_agent, make_agent
-    from applications.rl.agents.base import Agent, AgentConfig
+    from applications.rl.agents.registry import AGENTS, agent_name, find_agent, make_agent
     from applications.rl.agents.presets import preset
     from applications.rl.agents.bc import BC, BCConfig
     from applications.rl.agents.qam import QAM, QAMConfig
@@ -80,6 +87,47 @@ if TYPE_CHECKING:
     from applications.rl.agents.fql import FQL, FQLConfig
     from applications.rl.agents.ifql import IFQL, IFQLConfig
     from applications.rl.agents.bam import BAM, BAMConfig
+
+    # An agent of one's own
+    from applications.rl.agents.base import Agent, Shapes, Uniform, follow
+    from applications.rl.agents.options import (
+        AgentConfig,
+        CriticOptions,
+        MatchingOptions,
+        Range,
+        TiltOptions,
+        above,
+        at_least,
+        one_of,
+        option,
+    )
+    from applications.rl.agents.networks import (
+        Critics,
+        FlowActor,
+        OneStepActor,
+        TanhGaussianActor,
+        ValueNetwork,
+    )
+    from applications.rl.agents.rollouts import (
+        FlowODE,
+        Noise,
+        best_of,
+        candidates,
+        condition,
+        flow_action,
+    )
+    from applications.rl.agents.losses import (
+        Metrics,
+        Term,
+        behaviour_loss,
+        bootstrap,
+        critic_loss,
+        edit_loss,
+        expectile_loss,
+        one_step_loss,
+        td_target,
+    )
+    from applications.rl.agents.domains import by_domain
 
     # Tasks and their environments
     from applications.rl.environments.tasks import Task, find_task, make_environment, task_names

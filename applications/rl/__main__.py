@@ -54,9 +54,9 @@ def _check_options(default: Any, arguments: Sequence[str]) -> None:
     from applications.rl.agents import AGENTS
 
     owners: dict[str, list[str]] = {}
-    for agent, (config, _) in AGENTS.items():
-        for field in fields(config):
-            owners.setdefault(field.name, []).append(agent)
+    for name, agent in AGENTS.items():
+        for field in fields(agent.config_class):
+            owners.setdefault(field.name, []).append(name)
     for argument in arguments:
         option = argument.partition("=")[0]
         name = option.removeprefix("--").removeprefix("no-").replace("-", "_")

@@ -28,8 +28,9 @@ def show_list(_: ListConfig) -> None:
         "  gym:ID any environment of gymnasium, minari:NAME a Minari dataset with its environment"
     )
     print("\nagents, and options with their general defaults (`train --help` shows the preset's)")
-    for name, (config, agent) in AGENTS.items():
+    for name, agent in AGENTS.items():
         said = (inspect.getdoc(agent) or "").splitlines()[0].rstrip(".")
         print(f"  {name:<10}{said}")
-        own = [f"{field.name}={getattr(config(), field.name)}" for field in fields(config)]
+        config = agent.config_class()
+        own = [f"{field.name}={getattr(config, field.name)}" for field in fields(config)]
         print("\n".join(f"{'':<12}{option}" for option in own if own))

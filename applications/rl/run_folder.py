@@ -130,8 +130,8 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
             for key, value in identity.items()
             if key.startswith("options.")
         }
-        config = find_agent(name)[0](**options)
-        agent = make_agent(name, config, identity["observation_dim"], identity["action_dim"])
+        config = find_agent(name).config_class(**options)
+        agent = make_agent(config, identity["observation_dim"], identity["action_dim"])
         agent.load_state_dict(state["module"])
         trained = TrainedAgent(
             agent.to(device), name, identity["task"], state["iteration"], identity

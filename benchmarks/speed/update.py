@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from adjoint import Reward, adjoint_matching_loss, lean_adjoint, velocity_along
+from adjoint import adjoint_matching_loss, lean_adjoint, velocity_along
 from applications.rl import QAM, AgentLoss, Batch, Dataset, Phases, QAMConfig, Replay, make_agent
 from applications.rl.agents.base import Noise
-from applications.rl.agents.flow_policy import behaviour_loss, condition
+from applications.rl.agents.losses import behaviour_loss, chain_adjoint, critic_loss, td_target
+from applications.rl.agents.rollouts import condition
 from flows import Trainer, TrainerConfig
 from flows.training import StackedTrainers, UpdateGraph
 
@@ -122,7 +123,7 @@ def make_trainer(
     config = QAMConfig(
         hidden=sizes.hidden, critics=sizes.critics, flow_steps=sizes.steps, horizon=sizes.horizon
     )
-    agent = make_agent("qam", config, sizes.observation, sizes.action, seed=seed)
+    agent = make_agent(config, sizes.observation, sizes.action, seed=seed)
     endless = 10**9
     return Trainer(
         agent.to(replay.device),
@@ -148,22 +149,27 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
     assert isinstance(objective, AgentLoss)
     batch, noise = objective.sample(agent, generator)
     s, cond = batch.observations, condition(batch.observations)
-    chunks, kernel = agent.flatten(batch.actions), agent.kernel()
-    samples = agent.samples(batch, noise)
-    assert samples.chain is not None
-    xs, target = samples.chain.xs, agent.target(batch, samples)
-    adjoint = agent.adjoint(kernel, s, xs)
-    reward = Reward(agent.value, scale=agent.config.inverse_temperature)
+    config, flow, reward = agent.config, agent.flow, agent.reward
+    actions = agent.flatten(batch.actions)
+    next_actions, chain, _ = agent.rollouts(batch, noise)
+    xs, kernel = chain.xs, chain.kernel
+    adjoint = chain_adjoint(flow, chain, s, reward)
     terminal = adjoint.values[-1]
 
+    def target() -> Tensor:
+        critics, discount = agent.target_critic, config.window_discount
+        return td_target(critics, batch, next_actions, discount, config.rho)
+
+    y = target()
+
     def critic() -> None:
-        agent.critic_loss(batch, target)[0].backward()
+        critic_loss(agent.critic, s, actions, y, batch.valid)[0].backward()
 
     def behaviour() -> None:
-        behaviour_loss(agent.behaviour, s, chunks, batch.valid, noise).backward()
+        behaviour_loss(agent.behaviour, s, actions, batch.valid, noise)[0].backward()
 
     def matching() -> None:
-        v = velocity_along(agent.velocity, xs[:-1], kernel.t[:-1], cond)
+        v = velocity_along(flow.velocity, xs[:-1], kernel.t[:-1], cond)
         adjoint_matching_loss(v, adjoint, kernel)[0].backward()
 
     def afresh(part: Callable[[], None]) -> Callable[[], None]:
@@ -186,12 +192,12 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
 
     return {
         "sampling": lambda: objective.sample(agent, generator),
-        "chain and actions": lambda: agent.samples(batch, noise),
-        "target": lambda: agent.target(batch, samples),
+        "chain and actions": lambda: agent.rollouts(batch, noise),
+        "target": target,
         "critic loss": afresh(critic),
         "behaviour loss": afresh(behaviour),
         "terminal gradient": lambda: reward.value_and_gradient(xs[-1], cond),
-        "adjoint": lambda: lean_adjoint(agent.reference, kernel, xs, terminal, cond),
+        "adjoint": lambda: lean_adjoint(flow.reference, kernel, xs, terminal, cond),
         "matching loss": afresh(matching),
         "clip, step, target networks": step,
     }

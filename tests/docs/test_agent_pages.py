@@ -7,7 +7,7 @@ import pytest
 from helpers.agent_problems import batch, make, noise
 
 from applications.rl import AGENTS
-from applications.rl.agents.actor_critic import CriticConfig
+from applications.rl.agents.options import AgentConfig, CriticOptions
 
 DOCS = Path(__file__).parents[2] / "docs" / "agents"
 
@@ -22,15 +22,17 @@ def pages(name):
 def test_every_metric_and_option_is_explained(name):
     agent, text = make(name), pages(name)
     _, metrics = agent.loss(batch(), noise(agent))
-    options = {field.name for field in fields(AGENTS[name][0])}
+    options = {field.name for field in fields(AGENTS[name].config_class)}
     missing = {key for key in metrics.keys() | options if f"`{key}`" not in text}
     assert not missing
 
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_defaults_of_an_agents_own_options_are_those_said(name):
-    config = AGENTS[name][0]()
-    own = {field.name for field in fields(config)} - {field.name for field in fields(CriticConfig)}
+    config = AGENTS[name].config_class()
+    own = {field.name for field in fields(config)} - {
+        field.name for group in (AgentConfig, CriticOptions) for field in fields(group)
+    }
     said = {}
     for line in pages(name).splitlines():
         cells = [cell.strip() for cell in line.split("|")]

@@ -22,10 +22,10 @@ SHARED = {"hidden": (8, 7), "horizon": HORIZON, "flow_steps": 4, "critics": 3}
 
 def make(name, *, seed=0, dtype=torch.float64, shake=0.1, **options):
     """An agent whose target networks differ from their networks."""
-    config = AGENTS[name][0]()
+    config = AGENTS[name].config_class()
     options = SHARED | OPTIONS[name] | options
     config = replace(config, **{k: v for k, v in options.items() if hasattr(config, k)})
-    agent = make_agent(name, config, OBS, ACT, seed).to(dtype)
+    agent = make_agent(config, OBS, ACT, seed).to(dtype)
     generator = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         for parameter in agent.parameters():
@@ -55,3 +55,9 @@ def batch(seed=0, dtype=torch.float64, size=B):
 
 def noise(agent, seed=0, size=B):
     return agent.draw_noise(size, torch.Generator().manual_seed(seed))
+
+
+def measure(agent, data, eps):
+    """Take a batch into the running error of the kernel, as an update does."""
+    chunks, cond = agent.flatten(data.actions), {"observation": data.observations}
+    agent.kernel.measure(agent.flow.reference, eps["bc_x0"], chunks, data.valid, cond)

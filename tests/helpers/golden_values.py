@@ -82,8 +82,8 @@ class Case:
 
     def make(self) -> Agent:
         """Our agent with the case's initial parameters."""
-        config = find_agent(self.agent)[0](horizon=3, critics=3, **self.options)
-        agent = make_agent(self.agent, config, OBSERVATION_DIM, ACTION_DIM)
+        config = find_agent(self.agent).config_class(horizon=3, critics=3, **self.options)
+        agent = make_agent(config, OBSERVATION_DIM, ACTION_DIM)
         with torch.no_grad():
             for name, parameter in self.leaves(agent):
                 value = self.get(f"params0.modules_{name}")

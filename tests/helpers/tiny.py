@@ -13,7 +13,7 @@ SIZES = {"hidden": (16, 16), "critics": 2, "flow_steps": 3}
 
 def options(name, **changes):
     """Options of an agent of tiny networks."""
-    config = AGENTS[name][0]
+    config = AGENTS[name].config_class
     known = {key: value for key, value in SIZES.items() if hasattr(config(), key)}
     return config(**(known | changes))
 

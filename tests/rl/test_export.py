@@ -33,8 +33,8 @@ def make(name, **options):
     small = {"hidden": (16, 16), "horizon": HORIZON, "flow_steps": 4}
     if name != "bc":
         small["critics"] = 3
-    config = AGENTS[name][0](**(small | options))
-    agent = make_agent(name, config, OBSERVATION_DIM, ACTION_DIM, seed=1)
+    config = AGENTS[name].config_class(**(small | options))
+    agent = make_agent(config, OBSERVATION_DIM, ACTION_DIM, seed=1)
     return agent.eval().requires_grad_(False)
 
 

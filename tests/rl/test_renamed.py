@@ -20,7 +20,7 @@ def names(*configurations):
 
 
 def test_new_names_exist_and_old_ones_do_not():
-    known = names(TrainConfig, *(config for config, _ in AGENTS.values()))
+    known = names(TrainConfig, *(agent.config_class for agent in AGENTS.values()))
     assert set(RENAMED.values()) <= known
     assert not set(RENAMED) & known
 

@@ -1,12 +1,16 @@
 r"""BAM: the objective of QAM by backpropagation through the chain, its peer in cost and purpose.
 
-The chain of QAM's published kernel is run with gradient, and f minimises
+    L = L_Q + L_BC + L_path
 
-    -τ mean [mean Q(s, x_K) - ρ sd Q(s, x_K)] + mean_B Σ_{k<K-1} 2 ‖f - b̄‖² / σ_k²
+with `critic_loss` and `behaviour_loss` of `applications.rl.agents.losses`.  The chain of QAM's
+published kernel is run with gradient, and f minimises
+
+    L_path = -τ mean [mean Q(s, x_K) - ρ sd Q(s, x_K)] + mean_B Σ_{k<K-1} 2 ‖f - b̄‖² / σ_k²
 
 with the online critics, held constant, and x_K not clipped.  The second term is the path's
 Kullback-Leibler divergence but for the step 1/K, as published: so τ is K times that of QAM.  The
-last step follows b̄ and has no term.  The total adds L_Q + L_BC; the policy is the ODE of f.
+last step follows b̄ and has no term.  Without a target behaviour b̄ is b itself, its weights held
+constant.  The policy is the ODE of f.
 
 Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234), baseline.
 """
@@ -14,78 +18,188 @@ Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234), ba
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from adjoint import Kernel, velocity_along
-from applications.rl.agents.actor_critic import pessimistic
-from applications.rl.agents.base import Metrics, Noise
-from applications.rl.agents.flow_pair import FlowPair, FlowPairConfig
-from applications.rl.agents.flow_policy import behaviour_loss, condition
-from applications.rl.agents.samples import Samples
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.chain_kernel import ChainKernel
+from applications.rl.agents.domains import by_domain
+from applications.rl.agents.losses import (
+    Term,
+    behaviour_loss,
+    critic_loss,
+    pessimistic,
+    td_target,
+)
+from applications.rl.agents.networks import Critics
+from applications.rl.agents.options import (
+    AgentConfig,
+    CriticOptions,
+    TiltOptions,
+    above,
+    option,
+)
+from applications.rl.agents.rollouts import (
+    Noise,
+    PolicyFlow,
+    best_of,
+    candidates,
+    condition,
+    flow_action,
+    stop_weight_gradient,
+)
+from flows import frozen
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)
-class BAMConfig(FlowPairConfig):
+class BAMConfig(TiltOptions, CriticOptions, AgentConfig):
     """Options of BAM."""
 
-    inverse_temperature: float = 10.0
-    """τ; K times that of QAM."""
+    inverse_temperature: float = option(10.0, above(0))
+    """Inverse temperature τ, K times that of QAM."""
 
 
-class BAM(FlowPair):
-    """BAM: the objective of QAM by backpropagation through the chain."""
+class BAM(Agent):
+    """BAM: the objective of QAM by backpropagation through the chain.
+
+    Attributes:
+        critic, target_critic: `Critics`.
+        behaviour, target_behaviour, policy: `FlowActor`; the second is None if it is not used.
+        kernel: `ChainKernel` of the published chain.
+    """
 
     config: BAMConfig
+    config_class = BAMConfig
+    color = "#f58fcb"
+    page = "docs/agents/bam.md"
+    published = by_domain(inverse_temperature=(10, 10, 10, 30, 10, 30, 10, 30, 30, 30))
+    small: ClassVar[Options] = {"pointmaze-medium": {"inverse_temperature": 10.0}}
 
     def __init__(self, config: BAMConfig, observation_dim: int, action_dim: int) -> None:
-        super().__init__(config, observation_dim, action_dim, kernel="euler_published")
+        super().__init__(config, observation_dim, action_dim)
+        self.critic = Critics(
+            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
+        )
+        self.target_critic = frozen(self.critic)
+        self.behaviour = self.flow_actor()
+        self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
+        self.policy = self.flow_actor()
+        self.kernel = ChainKernel("euler_published", config.flow_steps)
 
-    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The ODE of the policy flow from ``noise``."""
-        return self.flow_action(observations, noise["noise"])
-
-    def trajectory(
-        self, kernel: Kernel, observations: Tensor, noise: Noise
-    ) -> tuple[Tensor, Tensor]:
-        """States (K+1, B, chunk_dim) and velocities of f (K-1, B, chunk_dim), with gradient."""
-        cond = condition(observations)
-        x, eps = noise["sde_x0"], noise["sde_eps"]
-        xs, vs = [x], []
-        last = kernel.steps - 1
-        for k in range(kernel.steps):
-            field = self.velocity if k < last else self.reference
-            v = field(x, kernel.t[k].to(x.dtype), cond)
-            x = kernel.mean_x[k] * x + kernel.mean_v[k] * v
-            if k < last:
-                x = x + kernel.std[k] * eps[k]
-                vs.append(v)
-            xs.append(x)
-        return torch.stack(xs), torch.stack(vs)
-
-    def path_loss(self, observations: Tensor, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The objective of f at observations (B, observation_dim), and metrics."""
-        kernel, cond = self.kernel(), condition(observations)
-        xs, vs = self.trajectory(kernel, observations, noise)
-        base = velocity_along(self.reference, xs[:-2], kernel.t[:-2], cond)
-        weight = 0.5 * kernel.residual_v[:-1].to(vs.dtype).square()  # 2 / σ²
-        penalty = (weight[:, None, None] * (vs - base).square()).sum((0, 2)).mean()
-        values = self.critic(observations, xs[-1], stop_weight_gradient=True)
-        q = pessimistic(values, self.config.rho).mean()
-        return penalty - self.config.inverse_temperature * q, {
-            "actor/path_penalty": penalty.detach(),
-            "actor/q": q.detach(),
+    def noise_shapes(self, batch_size: int) -> Shapes:
+        """Noise of the policy at the next observation, of the behaviour's path, of the chain."""
+        chunk = (batch_size, self.chunk_dim)
+        return {
+            "next_action_noise": (batch_size, self.config.best_of_n, self.chunk_dim),
+            "bc_x0": chunk,
+            "bc_t": Uniform((batch_size, 1)),
+            "sde_x0": chunk,
+            "sde_eps": (self.config.flow_steps, *chunk),
         }
 
-    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
-        """L_BC and the objective of f."""
-        chunks = self.flatten(batch.actions)
-        flow = behaviour_loss(self.behaviour, batch.observations, chunks, batch.valid, noise)
-        path, metrics = self.path_loss(batch.observations, noise)
-        own = {"actor/flow_loss": flow.detach(), "actor/path_loss": path.detach()}
-        return flow + path, {**own, **metrics}
+    def act_shapes(self, batch_size: int) -> Shapes:
+        """Start of the ODE for each candidate."""
+        return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
+
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """L_Q + L_BC + L_path."""
+        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
+        with torch.no_grad():
+            starts = {"noise": noise["next_action_noise"]}
+            next_actions = self.chunks(batch.next_observations, starts)
+        y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
+        return {
+            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
+            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
+            "path": path_loss(
+                self.flow,
+                self.kernel.on(s.device),
+                self.critic,
+                s,
+                noise,
+                inverse_temperature=config.inverse_temperature,
+                rho=config.rho,
+            ),
+        }
+
+    @property
+    def flow(self) -> PolicyFlow:
+        """The policy's velocity, in the chain and when it acts."""
+        residual = self.config.residual
+        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
+
+    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
+        """One candidate: the ODE of the policy flow."""
+        config, field, x = self.config, self.flow.acting_velocity, noise["noise"]
+        return flow_action(field, observations, x, config.flow_steps, config.solver)
+
+    def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
+        """The candidate that the critics rank first."""
+        rows, x = candidates(observations, noise["noise"])
+        return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
+
+    def update_targets(self) -> None:
+        """Move the target critics and the target behaviour."""
+        critics = (self.critic, self.target_critic)
+        behaviours = (self.behaviour, self.target_behaviour)
+        follow([critics, behaviours], self.config.target_rate)
+
+
+def differentiable_chain(
+    flow: PolicyFlow, kernel: Kernel, observations: Tensor, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """Run the chain with gradient: states (K+1, B, d) and velocities of f (K-1, B, d)."""
+    cond, reference = condition(observations), stop_weight_gradient(flow.reference)
+    x, eps = noise["sde_x0"], noise["sde_eps"]
+    xs, vs = [x], []
+    last = kernel.steps - 1
+    for k in range(kernel.steps):
+        field = flow.velocity if k < last else reference
+        v = field(x, kernel.t[k].to(x.dtype), cond)
+        x = kernel.mean_x[k] * x + kernel.mean_v[k] * v
+        if k < last:
+            x = x + kernel.std[k] * eps[k]
+            vs.append(v)
+        xs.append(x)
+    return torch.stack(xs), torch.stack(vs)
+
+
+def path_loss(
+    flow: PolicyFlow,
+    kernel: Kernel,
+    critic: Critics,
+    observations: Tensor,
+    noise: Noise,
+    *,
+    inverse_temperature: float,
+    rho: float,
+) -> Term:
+    """Cost of the policy's path, minus the value of its end.
+
+    Arguments:
+        flow: the policy that is trained, and the behaviour it is compared with.
+        kernel: the published kernel.
+        critic: the online critics.
+        observations: (B, observation_dim).
+        noise: ``sde_x0`` (B, chunk_dim) and ``sde_eps`` (K, B, chunk_dim).
+        inverse_temperature: τ.
+        rho: pessimism ρ of the value.
+    """
+    xs, vs = differentiable_chain(flow, kernel, observations, noise)
+    reference = stop_weight_gradient(flow.reference)
+    base = velocity_along(reference, xs[:-2], kernel.t[:-2], condition(observations))
+    weight = 0.5 * kernel.residual_v[:-1].to(vs.dtype).square()  # 2 / σ²
+    penalty = (weight[:, None, None] * (vs - base).square()).sum((0, 2)).mean()
+    q = pessimistic(critic(observations, xs[-1], stop_weight_gradient=True), rho).mean()
+    loss = penalty - inverse_temperature * q
+    return loss, {
+        "actor/path_loss": loss.detach(),
+        "actor/path_penalty": penalty.detach(),
+        "actor/q": q.detach(),
+    }

@@ -1,13 +1,17 @@
-r"""What every agent is: options, seeded noise, one summed loss, actions as a pure function.
+r"""The base class of the agents: seeded noise, a sum of losses, and actions as a pure function.
 
 A chunk is h actions flattened time-major, A (B, chunk_dim); s is the first observation of the
-window, w = valid[h-1].  An update minimises one sum of losses by one optimiser.  In each term the
-networks it does not train are held constant: targets, rollouts and the actions to imitate are made
-without gradient, and a critic that is to be maximised is called with ``stop_weight_gradient=True``.
+window, w = valid[h-1].  An update minimises one sum of losses (`applications.rl.agents.losses`) by
+one optimiser.  In each term the networks it does not train are held constant: targets, rollouts and
+the actions to imitate are made without gradient, and a critic that is to be maximised is called
+with ``stop_weight_gradient=True``.
 
 No random number is drawn here but by `Agent.draw_noise` and `Agent.act_noise`: `Agent.loss` and
 `Agent.act` are functions of the weights, their inputs and a dictionary of noise.  Nothing waits for
 the device.
+
+An agent of one's own is a subclass of `Agent` with a configuration of its own, in any file;
+`applications.rl.agents.testing.check_agent` tests it.
 
 Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234) and its released code;
 chunks after Li et al., "Reinforcement learning with action chunking" (arXiv 2507.07969).
@@ -15,88 +19,37 @@ chunks after Li et al., "Reinforcement learning with action chunking" (arXiv 250
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from applications.rl.agents.flow_policy import Solver
+from applications.rl.agents.losses import Metrics, Term
 from applications.rl.agents.networks import FlowActor, OneStepActor
+from applications.rl.agents.options import AgentConfig, require
+from applications.rl.agents.rollouts import Noise
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
 
-Noise = Mapping[str, Tensor]
-Metrics = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
-
-UNIFORM = ("bc_t",)
-"""Noises that are uniform on [0, 1); all others are standard normal."""
-
-
-@dataclass(frozen=True)
-class AgentConfig:
-    """Options that every agent has."""
-
-    hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Widths of the hidden layers of every network."""
-    actor_layer_norm: bool = False
-    """Layer norm in the flow and one-step actors."""
-    horizon: int = 5
-    """Steps h of a window: the length of a chunk of actions and of the n-step return."""
-    observation_scale: float = 0.0
-    """Standardise observations by the data's mean and deviation, then multiply by this; 0 leaves
-    them as they are, as published.  Small networks resolve a maze only if it is several wide.
-    Without data, so for learning online alone, mean 0 and deviation 1 are taken: it then multiplies
-    the observations as they come."""
-    action_chunking: bool = True
-    """Act in chunks of h actions; otherwise in single actions, with returns over h steps."""
-    discount: float = 0.99
-    """γ, per environment step."""
-    flow_steps: int = 10
-    """Steps K of the flow, when acting and in the training chain."""
-    solver: Solver = "euler"
-    """Of the flow's ODE: "euler" as published, or "ab2", of second order at the same cost."""
-    lr: float = 3e-4
-    """Learning rate of Adam."""
-    grad_clip: float = 0.0
-    """Largest norm of the gradient over all networks; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            ValueError: naming the option, its value and what was expected.
-        """
-        widths = bool(self.hidden) and min(self.hidden) >= 1
-        require(widths, "hidden", self.hidden, "one or more positive widths")
-        require(self.horizon >= 1, "horizon", self.horizon, "at least 1")
-        scale = self.observation_scale
-        require(0 <= scale < math.inf, "observation_scale", scale, "finite, at least 0")
-        require(0 < self.discount <= 1, "discount", self.discount, "in (0, 1]")
-        require(self.flow_steps >= 1, "flow_steps", self.flow_steps, "at least 1")
-        require(self.solver in ("euler", "ab2"), "solver", self.solver, "'euler' or 'ab2'")
-        require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
-        require(0 <= self.grad_clip < math.inf, "grad_clip", self.grad_clip, "finite, at least 0")
-
-    @property
-    def chunk_length(self) -> int:
-        """Actions the policy emits at once."""
-        return self.horizon if self.action_chunking else 1
+Options = Mapping[str, Mapping[str, Any]]
+"""Values of options by domain, such as ``{"scene": {"inverse_temperature": 1.0}}``."""
 
 
-def require(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raise a ValueError that names an option, its value and what was expected, unless it holds."""
-    if not holds:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+class Uniform(tuple[int, ...]):
+    """A shape of noise that is uniform on [0, 1); noise of a plain shape is standard normal."""
 
 
 class Agent(nn.Module, ABC):
-    """A policy over chunks of actions and the loss that trains it.
+    """A policy over chunks of actions and the losses that train it.
+
+    A subclass says which noises it needs, what its losses are, how it acts, and how its target
+    networks follow; nothing else is overridden.
 
     Arguments:
         config: options.
@@ -104,6 +57,11 @@ class Agent(nn.Module, ABC):
         action_dim: size d_a of one action.
 
     Attributes:
+        config_class: the class of its options; each agent has one of its own.
+        published, small: values of its options by domain that the presets of these names take
+            (`applications.rl.agents.presets`).
+        color: colour of its curve in pictures, such as "#ffb14e"; one is chosen if empty.
+        page: its page of documentation, a path or an address.
         chunk_length: actions the policy emits at once.
         chunk_dim: size of a flattened chunk.
         observation_mean, observation_deviation: (observation_dim,), see `fit_normalizer`.
@@ -112,8 +70,32 @@ class Agent(nn.Module, ABC):
         ValueError: a size is not positive.
     """
 
+    config_class: ClassVar[type[AgentConfig]]
+    published: ClassVar[Options] = {}
+    small: ClassVar[Options] = {}
+    color: ClassVar[str] = ""
+    page: ClassVar[str] = ""
+
     observation_mean: Tensor
     observation_deviation: Tensor
+
+    def __init_subclass__(cls) -> None:
+        """Tell the configuration which agent it belongs to.
+
+        Raises:
+            TypeError: ``config_class`` is missing, or is that of another agent.
+        """
+        super().__init_subclass__()
+        config_class = cls.__dict__.get("config_class")
+        if not (isinstance(config_class, type) and issubclass(config_class, AgentConfig)):
+            raise TypeError(f"{cls.__name__}.config_class must be a subclass of AgentConfig")
+        other = config_class.__dict__.get("agent_class")
+        if config_class is AgentConfig or (other and other.__qualname__ != cls.__qualname__):
+            raise TypeError(
+                f"{cls.__name__}.config_class must be a class of its own, "
+                f"got {config_class.__name__}{f' of {other.__name__}' if other else ''}"
+            )
+        config_class.agent_class = cls
 
     def __init__(self, config: AgentConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__()
@@ -126,17 +108,22 @@ class Agent(nn.Module, ABC):
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_deviation", torch.ones(observation_dim))
 
+    # ----- what an agent says of itself ------------------------------------------------------
+
     @abstractmethod
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Name and shape of every random number of one update."""
+        """Name and shape of every random number of one update, in the order they are drawn."""
 
     @abstractmethod
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Name and shape of every random number of acting at ``batch_size`` observations."""
+        """Name and shape (B, ...) of the normal random numbers of acting at B observations."""
 
     @abstractmethod
-    def total_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """`loss` of a batch whose observations are normalised."""
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """The losses by name, each with its metrics, of a batch whose observations are normalised.
+
+        Their sum is minimised.
+        """
 
     @abstractmethod
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
@@ -144,29 +131,14 @@ class Agent(nn.Module, ABC):
 
     @abstractmethod
     def update_targets(self) -> None:
-        """Target networks follow their networks one step; call before the optimiser's step."""
+        """Move the target networks a step, see `follow`; called before the optimiser's step."""
 
-    @torch.no_grad()
-    def fit_normalizer(self, observations: Tensor) -> None:
-        """Take mean and deviation, by which observations are normalised, from data (N, obs).
+    # ----- what every agent does -------------------------------------------------------------
 
-        A component that does not vary keeps its own scale.
-        """
-        data = observations.to(torch.float64)
-        deviation = data.std(0, correction=0)
-        self.observation_mean.copy_(data.mean(0))
-        self.observation_deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
-
-    def normalize(self, observations: Tensor) -> Tensor:
-        """Observations (B, observation_dim) as the networks see them."""
-        scale = self.config.observation_scale
-        if not scale:
-            return observations
-        return scale * (observations - self.observation_mean) / self.observation_deviation
-
+    @final
     def loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The scalar to minimise and detached scalar metrics, for a batch and its noise."""
-        encoded = type(batch)(  # PyTorch 2.6 does not compile `_replace`
+        """Return the scalar to minimise and detached scalar metrics, for a batch and its noise."""
+        normalised = type(batch)(  # PyTorch 2.6 does not compile `_replace`
             self.normalize(batch.observations),
             batch.actions,
             batch.rewards,
@@ -174,16 +146,11 @@ class Agent(nn.Module, ABC):
             batch.valid,
             self.normalize(batch.next_observations),
         )
-        return self.total_loss(encoded, noise)
+        terms = self.losses(normalised, noise)
+        metrics = {name: value for _, own in terms.values() for name, value in own.items()}
+        return reduce(add, [loss for loss, _ in terms.values()]), metrics
 
-    def draw_noise(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Every random number of one update, on the device of the agent and the generator."""
-        return self._draw(self.noise_shapes(batch_size), generator)
-
-    def act_noise(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Every random number of acting once at ``batch_size`` observations."""
-        return self._draw(self.act_shapes(batch_size), generator)
-
+    @final
     @torch.no_grad()
     def act(self, observations: Tensor, noise: Noise | torch.Generator) -> Tensor:
         """Chunks of actions (B, chunk_length, action_dim) in [-1, 1], a pure function of the noise.
@@ -211,35 +178,80 @@ class Agent(nn.Module, ABC):
         chunks = self.chunks(self.normalize(observations), noise)
         return chunks.reshape(batch_size, self.chunk_length, self.action_dim)
 
+    @final
+    def draw_noise(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw every random number of one update, on the device of the agent and the generator."""
+        return self._draw(self.noise_shapes(batch_size), generator)
+
+    @final
+    def act_noise(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw every random number of acting once at ``batch_size`` observations."""
+        return self._draw(self.act_shapes(batch_size), generator)
+
+    @final
+    @torch.no_grad()
+    def fit_normalizer(self, observations: Tensor) -> None:
+        """Take mean and deviation, by which observations are normalised, from data (N, obs).
+
+        A component that does not vary keeps its own scale.
+        """
+        data = observations.to(torch.float64)
+        deviation = data.std(0, correction=0)
+        self.observation_mean.copy_(data.mean(0))
+        self.observation_deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
+
+    @final
+    def normalize(self, observations: Tensor) -> Tensor:
+        """Scale observations (B, observation_dim) to what the networks see."""
+        scale = self.config.observation_scale
+        if not scale:
+            return observations
+        return scale * (observations - self.observation_mean) / self.observation_deviation
+
+    @final
+    def flatten(self, actions: Tensor) -> Tensor:
+        """Flatten (B, h, d_a) to the chunk (B, chunk_dim), time-major, that the policy emits."""
+        return actions[:, : self.chunk_length].flatten(1)
+
+    @final
     def flow_actor(self) -> FlowActor:
-        """A new flow over the agent's chunks."""
-        config = self.config
+        """Make a new flow over the agent's chunks."""
         return FlowActor(
             self.observation_dim,
             self.chunk_dim,
-            hidden=config.hidden,
-            layer_norm=config.actor_layer_norm,
+            hidden=self.config.hidden,
+            layer_norm=self.config.actor_layer_norm,
         )
 
+    @final
     def one_step_actor(self) -> OneStepActor:
-        """A new one-step policy over the agent's chunks."""
-        config = self.config
+        """Make a new one-step policy over the agent's chunks."""
         return OneStepActor(
             self.observation_dim,
             self.chunk_dim,
-            hidden=config.hidden,
-            layer_norm=config.actor_layer_norm,
+            hidden=self.config.hidden,
+            layer_norm=self.config.actor_layer_norm,
         )
-
-    def flatten(self, actions: Tensor) -> Tensor:
-        """The chunk (B, chunk_dim), time-major, that the policy should emit, of (B, h, d_a)."""
-        return actions[:, : self.chunk_length].flatten(1)
 
     def _draw(self, shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
         like = next(self.parameters())
         return {
-            name: (torch.rand if name in UNIFORM else torch.randn)(
-                shape, generator=generator, dtype=like.dtype, device=like.device
+            name: (torch.rand if isinstance(shape, Uniform) else torch.randn)(
+                tuple(shape), generator=generator, dtype=like.dtype, device=like.device
             )
             for name, shape in shapes.items()
         }
+
+
+@torch.no_grad()
+def follow(pairs: Iterable[tuple[nn.Module, nn.Module | None]], rate: float) -> None:
+    """Move target networks toward their networks: θ̄ <- rate θ + (1 - rate) θ̄.
+
+    Arguments:
+        pairs: of a network and its target network, or None where there is none.
+        rate: the share of the network.
+    """
+    present = [(network, target) for network, target in pairs if target is not None]
+    targets: list[Tensor] = [p for _, target in present for p in target.parameters()]
+    online: list[Tensor] = [p for network, _ in present for p in network.parameters()]
+    torch._foreach_lerp_(targets, online, rate)

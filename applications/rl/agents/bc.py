@@ -1,6 +1,10 @@
 """BC: a flow fitted to the actions of the data, without critics; the baseline of the others.
 
-The loss is L_BC of `applications.rl.agents.flow_policy`, the policy its ODE.
+    L = L_BC
+
+with `applications.rl.agents.losses.behaviour_loss`.  The policy is the flow's ODE.
+
+Source: Lipman et al., "Flow matching for generative modeling" (arXiv 2210.02747).
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from applications.rl.agents.base import Agent, AgentConfig, Metrics, Noise, Shapes
-from applications.rl.agents.flow_policy import behaviour_loss, flow_action
+from applications.rl.agents.base import Agent, Shapes, Uniform
+from applications.rl.agents.losses import Term, behaviour_loss
+from applications.rl.agents.options import AgentConfig
+from applications.rl.agents.rollouts import Noise, flow_action
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
@@ -26,10 +32,13 @@ class BC(Agent):
     """BC: a flow fitted to the actions of the data, without critics.
 
     Attributes:
-        base: `FlowActor`.
+        behaviour: `FlowActor`.
     """
 
     config: BCConfig
+    config_class = BCConfig
+    color = "#58b4f5"
+    page = "docs/agents/bc.md"
 
     def __init__(self, config: BCConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
@@ -37,24 +46,21 @@ class BC(Agent):
 
     def noise_shapes(self, batch_size: int) -> Shapes:
         """Start and time of the flow's path."""
-        return {"bc_x0": (batch_size, self.chunk_dim), "bc_t": (batch_size, 1)}
+        return {"bc_x0": (batch_size, self.chunk_dim), "bc_t": Uniform((batch_size, 1))}
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Start of the flow; the middle axis is that of the candidates of other agents."""
+        """Start of the flow; the middle axis counts candidates, as for other agents."""
         return {"noise": (batch_size, 1, self.chunk_dim)}
 
-    def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The ODE of the flow."""
-        x = noise["noise"].squeeze(1)
-        return flow_action(
-            self.behaviour, observations, x, self.config.flow_steps, self.config.solver
-        )
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """L_BC."""
+        s, actions = batch.observations, self.flatten(batch.actions)
+        return {"behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise)}
 
-    def total_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """L_BC, and itself as ``actor/flow_loss``."""
-        chunks = self.flatten(batch.actions)
-        loss = behaviour_loss(self.behaviour, batch.observations, chunks, batch.valid, noise)
-        return loss, {"actor/flow_loss": loss.detach()}
+    def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
+        """Run the ODE of the flow."""
+        config, x = self.config, noise["noise"].squeeze(1)
+        return flow_action(self.behaviour, observations, x, config.flow_steps, config.solver)
 
     def update_targets(self) -> None:
-        """Nothing: there are no target networks."""
+        """Do nothing: there are no target networks."""

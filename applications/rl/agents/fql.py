@@ -1,8 +1,10 @@
 r"""FQL: a behaviour flow, and a one-step policy that imitates it and climbs the critics.
 
-The total is L_Q + L_BC + the loss of `applications.rl.agents.one_step`, in which the flow imitated
-is that of the behaviour.  The agent acts, and bootstraps, by clip g(s, z).  Gradients are not
-clipped, and only the critics have target networks.
+    L = L_Q + L_BC + L_g
+
+with `critic_loss`, `behaviour_loss` and `one_step_loss` of `applications.rl.agents.losses`, the
+last imitating the behaviour flow.  The agent acts, and bootstraps, by clip g(s, z).  Gradients are
+not clipped, and only the critics have target networks.
 
 Source: Park et al., "Flow Q-learning" (arXiv 2502.02538), with chunks and an ensemble of critics as
 in Li and Levine (arXiv 2601.14234).
@@ -10,78 +12,110 @@ in Li and Levine (arXiv 2601.14234).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from applications.rl.agents.actor_critic import ActorCritic, CriticConfig
-from applications.rl.agents.base import Metrics, Noise, Shapes, require
-from applications.rl.agents.flow_policy import behaviour_loss, flow_action
-from applications.rl.agents.one_step import one_step_loss
-from applications.rl.agents.samples import Samples
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.domains import by_domain
+from applications.rl.agents.losses import (
+    Term,
+    behaviour_loss,
+    critic_loss,
+    one_step_loss,
+    td_target,
+)
+from applications.rl.agents.networks import Critics
+from applications.rl.agents.options import AgentConfig, CriticOptions, at_least, option
+from applications.rl.agents.rollouts import Noise, best_of, candidates, flow_action
+from flows import frozen
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)
-class FQLConfig(CriticConfig):
+class FQLConfig(CriticOptions, AgentConfig):
     """Options of FQL."""
 
-    alpha: float = 100.0
-    """α, weight of the imitation."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range; see `AgentConfig`."""
-        super().__post_init__()
-        require(0 <= self.alpha < math.inf, "alpha", self.alpha, "finite, at least 0")
+    alpha: float = option(100.0, at_least(0.0))
+    """Weight α of the imitation."""
 
 
-class FQL(ActorCritic):
+class FQL(Agent):
     """FQL: a one-step policy that imitates a behaviour flow and climbs the critics.
 
     Attributes:
-        base: `FlowActor` of the behaviour.
+        critic, target_critic: `Critics`.
+        behaviour: `FlowActor`.
         one_step: `OneStepActor`, the policy.
     """
 
     config: FQLConfig
+    config_class = FQLConfig
+    color = "#4fd1a5"
+    page = "docs/agents/fql.md"
+    published = by_domain(alpha=(300, 300, 300, 3, 30, 30, 100, 1, 3, 30))
+    small: ClassVar[Options] = {
+        "pointmaze-medium": {"alpha": 10.0},
+        "cube-single": {"alpha": 300.0},
+    }
 
     def __init__(self, config: FQLConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
+        self.critic = Critics(
+            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
+        )
+        self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.one_step = self.one_step_actor()
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Besides the noises of every agent with critics, the noise z of the imitation."""
-        shape = (batch_size, self.chunk_dim)
-        return super().noise_shapes(batch_size) | {"distill_noise": shape}
+        """Noise of the policy at the next observation, of the flow's path, and of the imitation."""
+        chunk = (batch_size, self.chunk_dim)
+        return {
+            "next_action_noise": (batch_size, self.config.best_of_n, self.chunk_dim),
+            "bc_x0": chunk,
+            "bc_t": Uniform((batch_size, 1)),
+            "distill_noise": chunk,
+        }
 
-    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """clip g(s, z)."""
-        return self.one_step(observations, noise["noise"]).clamp(-1, 1)
+    def act_shapes(self, batch_size: int) -> Shapes:
+        """Noise z of each candidate."""
+        return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
+
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """L_Q + L_BC + L_g."""
+        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
+        next_actions, flow_actions = self.rollouts(batch, noise)
+        y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
+        z = noise["distill_noise"]
+        return {
+            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
+            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
+            "one_step": one_step_loss(self.one_step, self.critic, s, z, flow_actions, config.alpha),
+        }
 
     @torch.no_grad()
-    def samples(self, batch: Batch, noise: Noise) -> Samples:
-        """The policy's chunks, and those of the behaviour flow from noise z."""
-        z, config = noise["distill_noise"], self.config
-        return Samples(
-            next_chunks=self.next_chunks(batch, noise),
-            flow_chunks=flow_action(
-                self.behaviour, batch.observations, z, config.flow_steps, config.solver
-            ),
+    def rollouts(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Actions of the policy at the next observations, and of the flow from noise z."""
+        config, z = self.config, noise["distill_noise"]
+        next_actions = self.chunks(batch.next_observations, {"noise": noise["next_action_noise"]})
+        return next_actions, flow_action(
+            self.behaviour, batch.observations, z, config.flow_steps, config.solver
         )
 
-    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
-        """L_BC and the loss of the one-step policy."""
-        observations, z = batch.observations, noise["distill_noise"]
-        chunks = self.flatten(batch.actions)
-        flow = behaviour_loss(self.behaviour, observations, chunks, batch.valid, noise)
-        assert samples.flow_chunks is not None
-        own, metrics = one_step_loss(
-            self.one_step, self.critic, observations, z, samples.flow_chunks, self.config.alpha
-        )
-        return flow + own, {"actor/flow_loss": flow.detach(), **metrics}
+    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
+        """One candidate: clip g(s, z)."""
+        return self.one_step(observations, noise["noise"]).clamp(-1, 1)
+
+    def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
+        """The candidate that the critics rank first."""
+        rows, z = candidates(observations, noise["noise"])
+        return best_of(self.critic, rows, self.propose(rows, {"noise": z}), self.config.best_of_n)
+
+    def update_targets(self) -> None:
+        """Move the target critics."""
+        follow([(self.critic, self.target_critic)], self.config.target_rate)

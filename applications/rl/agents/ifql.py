@@ -1,12 +1,12 @@
 r"""IFQL: implicit Q-learning with a behaviour flow, acting by the best of many samples of it.
 
-A value network is fitted to an upper expectile of the target critics on the data's actions,
-
+    L   = L_Q + L_V + L_BC,
     L_V = mean |κ - 1[d < 0]| d²,     d = mean Q̄(s, A) - ρ sd Q̄(s, A) - V(s),
+    y   = R + γ^h m V(s')
 
-and the critics to y = R + γ^h m V(s').  The total is L_Q + L_V + L_BC; L_V does not weight windows.
-The agent acts by that of ``best_of_n`` samples of the flow of which the least online critic is
-greatest.  Gradients are not clipped.
+with `critic_loss`, `expectile_loss` and `behaviour_loss` of `applications.rl.agents.losses`; L_V
+does not weight windows.  The agent acts by that of ``best_of_n`` samples of the flow of which the
+least online critic is greatest.  Gradients are not clipped.
 
 Source: Park et al., "Flow Q-learning" (arXiv 2502.02538), section on baselines, after Kostrikov et
 al., "Offline reinforcement learning with implicit Q-learning" (arXiv 2110.06169).
@@ -20,87 +20,96 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from applications.rl.agents.actor_critic import ActorCritic, CriticConfig, pessimistic
-from applications.rl.agents.base import Metrics, Noise, Shapes, require
-from applications.rl.agents.flow_policy import behaviour_loss, flow_action
-from applications.rl.agents.networks import ValueNetwork
-from applications.rl.agents.samples import Samples
+from applications.rl.agents.base import Agent, Shapes, Uniform, follow
+from applications.rl.agents.domains import by_domain
+from applications.rl.agents.losses import (
+    Term,
+    behaviour_loss,
+    bootstrap,
+    critic_loss,
+    expectile_loss,
+    pessimistic,
+)
+from applications.rl.agents.networks import Critics, ValueNetwork
+from applications.rl.agents.options import AgentConfig, CriticOptions, Range, at_least, option
+from applications.rl.agents.rollouts import (
+    Noise,
+    best_of,
+    candidates,
+    ensemble_minimum,
+    flow_action,
+)
+from flows import frozen
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)
-class IFQLConfig(CriticConfig):
+class IFQLConfig(CriticOptions, AgentConfig):
     """Options of IFQL."""
 
-    expectile: float = 0.9
-    """κ: above 1/2 the value leans to the best actions of the data."""
-    best_of_n: int = 32
+    expectile: float = option(0.9, Range("in (0, 1)", lambda value: 0 < value < 1))
+    """Expectile κ: above 1/2 the value leans to the best actions of the data."""
+    best_of_n: int = option(32, at_least(1))
     """Samples of the flow of which the critics choose an action when acting."""
 
-    def __post_init__(self) -> None:
-        """Refuse values out of range; see `AgentConfig`."""
-        super().__post_init__()
-        require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")
 
-
-class IFQL(ActorCritic):
+class IFQL(Agent):
     """IFQL: implicit Q-learning that acts by the best of many samples of a behaviour flow.
 
     Attributes:
-        base: `FlowActor` of the behaviour.
+        critic, target_critic: `Critics`.
+        behaviour: `FlowActor`.
         value: `ValueNetwork`.
     """
 
     config: IFQLConfig
+    config_class = IFQLConfig
+    color = "#b79cf7"
+    page = "docs/agents/ifql.md"
+    published = by_domain(expectile=(0.95, 0.9, 0.9, 0.9, 0.7, 0.95, 0.95, 0.9, 0.8, 0.8))
 
     def __init__(self, config: IFQLConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
+        self.critic = Critics(
+            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
+        )
+        self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.value = ValueNetwork(observation_dim, hidden=config.hidden)
 
     def noise_shapes(self, batch_size: int) -> Shapes:
         """Start and time of the flow's path; targets need no action."""
-        return {"bc_x0": (batch_size, self.chunk_dim), "bc_t": (batch_size, 1)}
+        return {"bc_x0": (batch_size, self.chunk_dim), "bc_t": Uniform((batch_size, 1))}
 
-    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """A sample of the behaviour flow."""
-        config = self.config
-        return flow_action(
-            self.behaviour, observations, noise["noise"], config.flow_steps, config.solver
-        )
+    def act_shapes(self, batch_size: int) -> Shapes:
+        """Start of the flow for each candidate."""
+        return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
-    def rank(self, values: Tensor) -> Tensor:
-        """The least of the critics: (E, M) -> (M,)."""
-        return values.amin(0)
-
-    def samples(self, batch: Batch, noise: Noise) -> Samples:
-        """Nothing: the policy is not asked."""
-        return Samples()
-
-    @torch.no_grad()
-    def next_value(self, batch: Batch, samples: Samples) -> Tensor:
-        """V(s') (B,)."""
-        return self.value(batch.next_observations)
-
-    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
-        """L_BC + L_V."""
-        observations, chunks = batch.observations, self.flatten(batch.actions)
-        flow = behaviour_loss(self.behaviour, observations, chunks, batch.valid, noise)
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """L_Q + L_BC + L_V."""
+        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
         with torch.no_grad():
-            q = pessimistic(self.target_critic(observations, chunks), self.config.rho)
-        v = self.value(observations)
-        loss = expectile_loss(q - v, self.config.expectile)
-        return flow + loss, {
-            "actor/flow_loss": flow.detach(),
-            "value/loss": loss.detach(),
-            "value/v_mean": v.detach().mean(),
-            "value/advantage": (q - v.detach()).mean(),
+            y = bootstrap(batch, self.value(batch.next_observations), config.window_discount)
+            q = pessimistic(self.target_critic(s, actions), config.rho)
+        return {
+            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
+            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
+            "value": expectile_loss(self.value(s), q, config.expectile),
         }
 
+    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
+        """One candidate: the ODE of the behaviour flow."""
+        config, x = self.config, noise["noise"]
+        return flow_action(self.behaviour, observations, x, config.flow_steps, config.solver)
 
-def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
-    """Mean of κ d² where d >= 0 and of (1 - κ) d² elsewhere, for d (B,)."""
-    squares = difference.square()
-    return torch.where(difference >= 0, expectile * squares, (1 - expectile) * squares).mean()
+    def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
+        """The candidate whose least critic is greatest."""
+        rows, x = candidates(observations, noise["noise"])
+        actions = self.propose(rows, {"noise": x})
+        return best_of(self.critic, rows, actions, self.config.best_of_n, ensemble_minimum)
+
+    def update_targets(self) -> None:
+        """Move the target critics."""
+        follow([(self.critic, self.target_critic)], self.config.target_rate)

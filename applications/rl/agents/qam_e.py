@@ -1,15 +1,16 @@
 r"""QAM-E: QAM whose action is edited by a small Gaussian step that climbs the critics.
 
-Besides the losses of QAM, an editor e ~ tanh-Gaussian on [s, u] is trained on u, the clipped action
-of the policy flow, which is held constant:
+    L = L_Q + L_BC + L_AM + L_edit
+
+with `edit_loss` of `applications.rl.agents.losses` beside the losses of QAM.  The editor, a
+tanh-Gaussian e on [s, u], is trained on u, the clipped action of the policy flow, which is held
+constant:
 
     a = clip(u + scale e),
-    L_edit = -mean Q(s, a) + α mean log p(e),     α = exp(p) not differentiated,
-    L_α    = exp(p) (-mean log p(e) - H),         H = -d/2, log p not differentiated,
+    L_edit = -mean Q(s, a) + α mean log p(e) + exp(log α) (-mean log p(e) - H),     H = -d/2.
 
-as in soft actor-critic.  The critics are the online ones and are held constant, log p(e) is not
-corrected for the scale, and windows are not weighted.  The agent acts, and bootstraps, by a sample
-of e.  With scale 0 there is no editor, and the agent is QAM.
+The agent acts, and bootstraps, by a sample of e.  With scale 0 there is no editor, and the agent is
+QAM.
 
 Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234); Haarnoja et al.,
 "Soft actor-critic algorithms and applications" (arXiv 1812.05905) for the temperature.
@@ -17,51 +18,97 @@ Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234); Ha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from applications.rl.agents.base import Metrics, Noise, Shapes, require
-from applications.rl.agents.networks import TanhGaussianActor
-from applications.rl.agents.qam import AdjointMatching, AdjointMatchingConfig
-from applications.rl.agents.samples import Samples
+from adjoint import Reward
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.chain_kernel import ChainKernel
+from applications.rl.agents.domains import by_domain
+from applications.rl.agents.losses import (
+    Term,
+    behaviour_loss,
+    critic_loss,
+    critic_reward,
+    edit_loss,
+    edited,
+    matching_loss,
+    td_target,
+)
+from applications.rl.agents.networks import Critics, TanhGaussianActor
+from applications.rl.agents.options import (
+    FINITE,
+    AgentConfig,
+    CriticOptions,
+    MatchingOptions,
+    Range,
+    TiltOptions,
+    option,
+)
+from applications.rl.agents.rollouts import (
+    FlowODE,
+    Noise,
+    PolicyFlow,
+    Rollouts,
+    best_of,
+    candidates,
+    chain_and_actions,
+    condition,
+    flow_action,
+)
+from flows import frozen
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)
-class QAMEConfig(AdjointMatchingConfig):
+class QAMEConfig(MatchingOptions, TiltOptions, CriticOptions, AgentConfig):
     """Options of QAM-E."""
 
-    edit_scale: float = 0.1
+    edit_scale: float = option(0.1, Range("in [0, 2]", lambda scale: 0 <= scale <= 2))
     """Largest edit of each action; 0 leaves the editor out."""
-    target_entropy: float = -0.5
-    """Entropy of the editor's e that its temperature aims at, nats per dimension."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range; see `AgentConfig`."""
-        super().__post_init__()
-        require(0 <= self.edit_scale <= 2, "edit_scale", self.edit_scale, "in [0, 2]")
-        finite = math.isfinite(self.target_entropy)
-        require(finite, "target_entropy", self.target_entropy, "finite")
+    target_entropy: float = option(-0.5, FINITE)
+    """Entropy of the editor's e that its temperature aims at, in nats per dimension."""
 
 
-class QAME(AdjointMatching):
+class QAME(Agent):
     """QAM-E: QAM whose action is edited by a small Gaussian step that climbs the critics.
 
     Attributes:
+        critic, target_critic: `Critics`.
+        behaviour, target_behaviour, policy: `FlowActor`; the second is None if it is not used.
+        kernel: `ChainKernel` of the memoryless chain.
         editor: `TanhGaussianActor` on [s, u], or None where the scale is 0.
-        log_alpha: p, a scalar.
+        log_alpha: logarithm of the temperature of its entropy, a scalar.
     """
 
     config: QAMEConfig
+    config_class = QAMEConfig
+    color = "#f4e06d"
+    page = "docs/agents/qam-e.md"
+    published = by_domain(
+        inverse_temperature=(1, 1, 1, 1, 3, 3, 3, 0.1, 10, 3),
+        edit_scale=(0.1, 0, 0, 0.1, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1),
+    )
+    small: ClassVar[Options] = {
+        "pointmaze-medium": {"inverse_temperature": 1.0},
+        "cube-single": {"inverse_temperature": 1.0},
+    }
 
     def __init__(self, config: QAMEConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
+        self.critic = Critics(
+            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
+        )
+        self.target_critic = frozen(self.critic)
+        self.behaviour = self.flow_actor()
+        self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
+        self.policy = self.flow_actor()
+        self.kernel = ChainKernel(config.kernel, config.flow_steps)
         self.editor: TanhGaussianActor | None = None
         if config.edit_scale:
             self.editor = TanhGaussianActor(
@@ -69,66 +116,102 @@ class QAME(AdjointMatching):
             )
             self.log_alpha = nn.Parameter(torch.zeros(()))
 
-    def policy_noises(self) -> dict[str, str]:
-        """Start of the flow and noise of the edit."""
-        names = super().policy_noises()
-        return names if self.editor is None else names | {"edit_eps": "next_edit_eps"}
-
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Those of QAM, and the noises of the flow's action and of its edit."""
-        shapes = super().noise_shapes(batch_size)
-        if self.editor is not None:
-            shape = (batch_size, self.chunk_dim)
-            shapes |= {"extra_base_noise": shape, "edit_eps": shape}
-        return shapes
+        """Noise of the policy at the next observation, of the behaviour's path, chain and edit."""
+        chunk = (batch_size, self.chunk_dim)
+        candidate = (batch_size, self.config.best_of_n, self.chunk_dim)
+        edits = self.editor is not None
+        return {
+            "next_action_noise": candidate,
+            **({"next_edit_eps": candidate} if edits else {}),
+            "bc_x0": chunk,
+            "bc_t": Uniform((batch_size, 1)),
+            "sde_x0": chunk,
+            "sde_eps": (self.config.flow_steps, *chunk),
+            **({"extra_base_noise": chunk, "edit_eps": chunk} if edits else {}),
+        }
 
-    def edit(self, observations: Tensor, chunks: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """clip(u + scale e) (B, chunk_dim) and log p(e) (B,) for u ``chunks``, by noise ``eps``."""
-        assert self.editor is not None
-        edit, log_prob = self.editor.sample(torch.cat([observations, chunks], dim=1), eps)
-        return (chunks + self.config.edit_scale * edit).clamp(-1, 1), log_prob
+    def act_shapes(self, batch_size: int) -> Shapes:
+        """Start of the ODE and noise of the edit for each candidate."""
+        names = ["noise"] if self.editor is None else ["noise", "edit_eps"]
+        return dict.fromkeys(names, (batch_size, self.config.best_of_n, self.chunk_dim))
 
-    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The edited action of the policy flow."""
-        chunks = self.flow_action(observations, noise["noise"])
-        if self.editor is None:
-            return chunks
-        return self.edit(observations, chunks, noise["edit_eps"])[0]
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """L_Q + L_BC + L_AM + L_edit."""
+        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
+        x0, cond = noise["bc_x0"], condition(s)
+        self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
+        next_actions, chain, flow_actions = self.rollouts(batch, noise)
+        y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
+        terms = {
+            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
+            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
+            "matching": matching_loss(self.flow, chain, s, self.reward),
+        }
+        if self.editor is not None and flow_actions is not None:
+            terms["edit"] = edit_loss(
+                self.editor,
+                self.log_alpha,
+                self.critic,
+                s,
+                flow_actions,
+                noise["edit_eps"],
+                scale=config.edit_scale,
+                target_entropy=config.target_entropy * self.chunk_dim,
+            )
+        return terms
+
+    @property
+    def flow(self) -> PolicyFlow:
+        """The policy's velocity, in the chain and when it acts."""
+        residual = self.config.residual
+        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
+
+    @property
+    def reward(self) -> Reward:
+        """The reward of the tilt, τ Q."""
+        config = self.config
+        critic = self.target_critic if config.target_gradient else self.critic
+        return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
 
     @torch.no_grad()
-    def samples(self, batch: Batch, noise: Noise) -> Samples:
-        """Those of QAM, edited, and the flow's chunks u at the observations."""
-        if self.editor is None:
-            return super().samples(batch, noise)
-        rows, own = self.rows(batch.next_observations, self.next_noise(noise))
-        observations = torch.cat([rows, batch.observations])
-        x = torch.cat([own["noise"], noise["extra_base_noise"]])
-        chain, chunks = self.run(batch, noise, observations, x)
-        proposals, flow_chunks = chunks.split([len(rows), len(batch.observations)])
-        edited, _ = self.edit(rows, proposals, own["edit_eps"])
-        return Samples(self.best(rows, edited), flow_chunks, chain)
+    def rollouts(self, batch: Batch, noise: Noise) -> Rollouts:
+        """Run the ODE at both observations and the chain at the first together, and edit."""
+        config, s, kernel = self.config, batch.observations, self.kernel.on(batch.actions.device)
+        rows, x = candidates(batch.next_observations, noise["next_action_noise"])
+        starts = (x,) if self.editor is None else (x, noise["extra_base_noise"])
+        at = rows if self.editor is None else torch.cat([rows, s])
+        ode = FlowODE(at, torch.cat(starts), config.flow_steps, config.solver)
+        chain, actions = chain_and_actions(self.flow, kernel, s, noise, ode)
+        flow_actions = None
+        if self.editor is not None:
+            actions, flow_actions = actions.split([len(rows), len(s)])
+            actions = self.edit(rows, actions, noise["next_edit_eps"].flatten(0, 1))
+        return Rollouts(best_of(self.critic, rows, actions, config.best_of_n), chain, flow_actions)
 
-    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
-        """L_BC + L_AM + L_edit + L_α."""
-        loss, metrics = self.tilt_loss(batch, noise, samples)
-        if self.editor is None:
-            return loss, metrics
-        assert samples.flow_chunks is not None
-        own, others = self.edit_loss(batch.observations, samples.flow_chunks, noise["edit_eps"])
-        return loss + own, {**metrics, **others}
+    def edit(self, observations: Tensor, actions: Tensor, eps: Tensor) -> Tensor:
+        """The edited actions (B, chunk_dim) of the flow's ``actions``, by noise ``eps``."""
+        assert self.editor is not None
+        return edited(self.editor, observations, actions, eps, self.config.edit_scale)[0]
 
-    def edit_loss(
-        self, observations: Tensor, chunks: Tensor, eps: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        """L_edit + L_α of the edit of u ``chunks`` by noise ``eps``, and metrics."""
-        edited, log_prob = self.edit(observations, chunks, eps)
-        q = self.critic(observations, edited, stop_weight_gradient=True).mean()
-        negentropy = log_prob.mean()
-        alpha = self.log_alpha.exp()
-        excess = -negentropy.detach() - self.config.target_entropy * self.chunk_dim
-        loss = -q + alpha.detach() * negentropy + alpha * excess
-        return loss, {
-            "actor/q_loss": -q.detach(),
-            "actor/edit_entropy": -negentropy.detach(),
-            "actor/edit_alpha": alpha.detach(),
-        }
+    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
+        """One candidate: the edited ODE of the policy flow."""
+        config, field, x = self.config, self.flow.acting_velocity, noise["noise"]
+        actions = flow_action(field, observations, x, config.flow_steps, config.solver)
+        return (
+            actions if self.editor is None else self.edit(observations, actions, noise["edit_eps"])
+        )
+
+    def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
+        """The candidate that the critics rank first."""
+        rows, _ = candidates(observations, noise["noise"])
+        flat = {name: noise[name].flatten(0, 1) for name in self.act_shapes(1)}
+        return best_of(self.critic, rows, self.propose(rows, flat), self.config.best_of_n)
+
+    def update_targets(self) -> None:
+        """Move the target critics and the target behaviour."""
+        critics, behaviours = (
+            (self.critic, self.target_critic),
+            (self.behaviour, self.target_behaviour),
+        )
+        follow([critics, behaviours], self.config.target_rate)

@@ -1,92 +1,182 @@
 r"""QAM-F: QAM whose policy flow is imitated by a one-step policy that climbs the critics.
 
-Besides the losses of QAM, g(s, z) is trained by `applications.rl.agents.one_step` on the action of
-the tilted flow from the same z.  The agent acts, and bootstraps, by clip g(s, z).  With α = 0 there
-is no g, and the agent is QAM.
+    L = L_Q + L_BC + L_AM + L_g
+
+with `one_step_loss` of `applications.rl.agents.losses` beside the losses of QAM: g(s, z) is trained
+on the action of the tilted flow from the same z.  The agent acts, and bootstraps, by clip g(s, z).
+With α = 0 there is no g, and the agent is QAM.
 
 Source: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from applications.rl.agents.base import Metrics, Noise, Shapes, require
-from applications.rl.agents.networks import OneStepActor
-from applications.rl.agents.one_step import one_step_loss
-from applications.rl.agents.qam import AdjointMatching, AdjointMatchingConfig
-from applications.rl.agents.samples import Samples
+from adjoint import Reward
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.chain_kernel import ChainKernel
+from applications.rl.agents.domains import by_domain
+from applications.rl.agents.losses import (
+    Term,
+    behaviour_loss,
+    critic_loss,
+    critic_reward,
+    matching_loss,
+    one_step_loss,
+    td_target,
+)
+from applications.rl.agents.networks import Critics, OneStepActor
+from applications.rl.agents.options import (
+    AgentConfig,
+    CriticOptions,
+    MatchingOptions,
+    TiltOptions,
+    at_least,
+    option,
+)
+from applications.rl.agents.rollouts import (
+    FlowODE,
+    Noise,
+    PolicyFlow,
+    Rollouts,
+    best_of,
+    candidates,
+    chain_and_actions,
+    condition,
+    flow_action,
+)
+from flows import frozen
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
 
 
 @dataclass(frozen=True)
-class QAMFConfig(AdjointMatchingConfig):
+class QAMFConfig(MatchingOptions, TiltOptions, CriticOptions, AgentConfig):
     """Options of QAM-F."""
 
-    alpha: float = 30.0
-    """α, weight of the imitation; 0 leaves the one-step policy out."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range; see `AgentConfig`."""
-        super().__post_init__()
-        require(0 <= self.alpha < math.inf, "alpha", self.alpha, "finite, at least 0")
+    alpha: float = option(30.0, at_least(0.0))
+    """Weight α of the imitation; 0 leaves the one-step policy out."""
 
 
-class QAMF(AdjointMatching):
+class QAMF(Agent):
     """QAM-F: QAM whose flow is imitated by a one-step policy that climbs the critics.
 
     Attributes:
+        critic, target_critic: `Critics`.
+        behaviour, target_behaviour, policy: `FlowActor`; the second is None if it is not used.
+        kernel: `ChainKernel` of the memoryless chain.
         one_step: `OneStepActor`, or None where α = 0.
     """
 
     config: QAMFConfig
+    config_class = QAMFConfig
+    color = "#ff6f61"
+    page = "docs/agents/qam-f.md"
+    published = by_domain(
+        inverse_temperature=(3, 1, 1, 3, 1, 10, 0.3, 3, 3, 0.3),
+        alpha=(0, 300, 0, 30, 30, 300, 30, 3, 30, 30),
+    )
+    small: ClassVar[Options] = {
+        "pointmaze-medium": {"inverse_temperature": 1.0, "alpha": 10.0},
+        "cube-single": {"inverse_temperature": 1.0, "alpha": 300.0},
+    }
 
     def __init__(self, config: QAMFConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.one_step: OneStepActor | None = None
-        if config.alpha:
-            self.one_step = self.one_step_actor()
+        self.critic = Critics(
+            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
+        )
+        self.target_critic = frozen(self.critic)
+        self.behaviour = self.flow_actor()
+        self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
+        self.policy = self.flow_actor()
+        self.kernel = ChainKernel(config.kernel, config.flow_steps)
+        self.one_step: OneStepActor | None = self.one_step_actor() if config.alpha else None
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Those of QAM, and the noise z of the imitation."""
-        shapes = super().noise_shapes(batch_size)
-        if self.one_step is not None:
-            shapes["extra_base_noise"] = (batch_size, self.chunk_dim)
-        return shapes
+        """Noise of the policy at the next observation, the behaviour's path, chain, imitation."""
+        chunk = (batch_size, self.chunk_dim)
+        return {
+            "next_action_noise": (batch_size, self.config.best_of_n, self.chunk_dim),
+            "bc_x0": chunk,
+            "bc_t": Uniform((batch_size, 1)),
+            "sde_x0": chunk,
+            "sde_eps": (self.config.flow_steps, *chunk),
+            **({"extra_base_noise": chunk} if self.one_step is not None else {}),
+        }
 
-    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """clip g(s, z)."""
-        if self.one_step is None:
-            return self.flow_action(observations, noise["noise"])
-        return self.one_step(observations, noise["noise"]).clamp(-1, 1)
+    def act_shapes(self, batch_size: int) -> Shapes:
+        """Noise z, or start of the ODE where there is no g, for each candidate."""
+        return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
+
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """L_Q + L_BC + L_AM + L_g."""
+        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
+        x0, cond = noise["bc_x0"], condition(s)
+        self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
+        next_actions, chain, flow_actions = self.rollouts(batch, noise)
+        y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
+        terms = {
+            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
+            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
+            "matching": matching_loss(self.flow, chain, s, self.reward),
+        }
+        if self.one_step is not None and flow_actions is not None:
+            z = noise["extra_base_noise"]
+            terms["one_step"] = one_step_loss(
+                self.one_step, self.critic, s, z, flow_actions, config.alpha
+            )
+        return terms
+
+    @property
+    def flow(self) -> PolicyFlow:
+        """The policy's velocity, in the chain and when it acts."""
+        residual = self.config.residual
+        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
+
+    @property
+    def reward(self) -> Reward:
+        """The reward of the tilt, τ Q."""
+        config = self.config
+        critic = self.target_critic if config.target_gradient else self.critic
+        return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
 
     @torch.no_grad()
-    def samples(self, batch: Batch, noise: Noise) -> Samples:
-        """Those of QAM without g; else the chain, the flow's chunks from z, and g's."""
+    def rollouts(self, batch: Batch, noise: Noise) -> Rollouts:
+        """Run the ODE that g imitates, or that of the next observations, and the chain together."""
+        config, s, kernel = self.config, batch.observations, self.kernel.on(batch.actions.device)
+        next_s, next_noise = batch.next_observations, noise["next_action_noise"]
         if self.one_step is None:
-            return super().samples(batch, noise)
-        chain, chunks = self.run(batch, noise, batch.observations, noise["extra_base_noise"])
-        return Samples(self.next_chunks(batch, noise), chunks, chain)
+            rows, x = candidates(next_s, next_noise)
+            ode = FlowODE(rows, x, config.flow_steps, config.solver)
+            chain, actions = chain_and_actions(self.flow, kernel, s, noise, ode)
+            return Rollouts(best_of(self.critic, rows, actions, config.best_of_n), chain)
+        ode = FlowODE(s, noise["extra_base_noise"], config.flow_steps, config.solver)
+        chain, flow_actions = chain_and_actions(self.flow, kernel, s, noise, ode)
+        return Rollouts(self.chunks(next_s, {"noise": next_noise}), chain, flow_actions)
 
-    def actor_loss(self, batch: Batch, noise: Noise, samples: Samples) -> tuple[Tensor, Metrics]:
-        """L_BC + L_AM and the loss of the one-step policy."""
-        loss, metrics = self.tilt_loss(batch, noise, samples)
-        if self.one_step is None:
-            return loss, metrics
-        assert samples.flow_chunks is not None
-        own, others = one_step_loss(
-            self.one_step,
-            self.critic,
-            batch.observations,
-            noise["extra_base_noise"],
-            samples.flow_chunks,
-            self.config.alpha,
+    def propose(self, observations: Tensor, noise: Noise) -> Tensor:
+        """One candidate: clip g(s, z), or the ODE of the policy flow where there is no g."""
+        if self.one_step is not None:
+            return self.one_step(observations, noise["noise"]).clamp(-1, 1)
+        config, field, x = self.config, self.flow.acting_velocity, noise["noise"]
+        return flow_action(field, observations, x, config.flow_steps, config.solver)
+
+    def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
+        """The candidate that the critics rank first."""
+        rows, x = candidates(observations, noise["noise"])
+        return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
+
+    def update_targets(self) -> None:
+        """Move the target critics and the target behaviour."""
+        critics, behaviours = (
+            (self.critic, self.target_critic),
+            (self.behaviour, self.target_behaviour),
         )
-        return loss + own, {**metrics, **others}
+        follow([critics, behaviours], self.config.target_rate)

@@ -15,18 +15,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from applications.common.pictures import style
+from applications.rl.agents import AGENTS
 from applications.rl.evaluation.statistics import bootstrap_interval
 from applications.rl.report.published import PublishedCurve
 
-HUES: Mapping[str, str] = {
-    "qam": style.TILTED,
-    "bc": style.BASE,
-    "qam-f": "#ff6f61",
-    "qam-e": "#f4e06d",
-    "fql": "#4fd1a5",
-    "ifql": "#b79cf7",
-    "bam": "#f58fcb",
-}
+HUES: Mapping[str, str] = {name: agent.color for name, agent in AGENTS.items()}
 """Colour of each agent in every figure: amber for the tilt, blue for the behaviour."""
 SPARE = ("#e8ebf0", "#7fe0e8", "#c9b27c", "#8e98a8", "#a3d977", "#d98a6a")
 WIDTH, HEIGHT = 7.6, 4.1

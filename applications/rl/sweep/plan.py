@@ -19,7 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from applications.rl.agents import find_agent
-from applications.rl.agents.presets import DOMAINS, preset
+from applications.rl.agents.domains import DOMAINS
+from applications.rl.agents.presets import preset
 from applications.rl.environments.tasks import ENVIRONMENTS, TASK_NUMBERS, find_task
 from applications.rl.report.published import SPARSE
 from applications.rl.training.config import TrainConfig

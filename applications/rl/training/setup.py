@@ -130,7 +130,7 @@ def resolve(
             fewer than a window needs.
         ImportError: a package that the task needs is not installed.
     """
-    expected = find_agent(config.agent)[0]
+    expected = find_agent(config.agent).config_class
     options = config.options
     if environment is None:
         task = find_task(config.task)

@@ -268,7 +268,7 @@ class SeedRun:
 
     def _make_trainer(self, spaces: Spaces, episodes: Episodes | None) -> Trainer:
         setup, config, options = self.setup, self.setup.config, self.setup.options
-        agent = make_agent(config.agent, options, *spaces, seed=self.seed).to(setup.device)
+        agent = make_agent(options, *spaces, seed=self.seed).to(setup.device)
         if setup.first is not None:
             agent.fit_normalizer(torch.as_tensor(setup.first.observations))
         replay = setup.make_replay(spaces)

@@ -16,7 +16,13 @@ import torch
 from helpers.golden_values import ALT, BAM, CASES, FQL, IFQL, QAM, QAM_E, QAM_F, RESIDUAL, ours
 
 from applications.rl.agents import make_agent
-from applications.rl.agents.actor_critic import pessimistic
+from applications.rl.agents.bam import differentiable_chain
+from applications.rl.agents.losses import (
+    bootstrap,
+    chain_adjoint,
+    pessimistic,
+    td_target,
+)
 from flows.training.config import TrainerConfig
 from flows.training.loss import SplitLoss
 from flows.training.stacked import StackedTrainers, draw
@@ -151,9 +157,9 @@ def test_every_parameter_of_the_agent_is_compared(case):
 @pytest.mark.parametrize("case", [QAM, ALT, RESIDUAL, QAM_F, QAM_E], ids=str)
 def test_trajectory_and_adjoint(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
-    xs = agent.samples(batch, noise).chain.xs
-    check(xs[:-1], case.get("u0.out.xs"), "states")
-    adjoint = agent.adjoint(agent.kernel(), batch.observations, xs).values
+    chain = agent.rollouts(batch, noise).chain
+    check(chain.xs[:-1], case.get("u0.out.xs"), "states")
+    adjoint = chain_adjoint(agent.flow, chain, batch.observations, agent.reward).values
     check(adjoint[:-1], case.get("u0.out.adjs"), "adjoints")
     terminal = adjoint[-1].abs()
     prefix = "u0.out" if case.has("u0.out.adj_max") else "u0.out.info.actor"
@@ -165,15 +171,18 @@ def test_trajectory_and_adjoint(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c is not IFQL], ids=str)
 def test_next_actions_and_values(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
-    samples = agent.samples(batch, noise)
-    chunks = samples.next_chunks
+    if case is BAM:
+        chunks = agent.chunks(batch.next_observations, {"noise": noise["next_action_noise"]})
+    else:
+        chunks = agent.rollouts(batch, noise)[0]
     check(chunks, case.get("u0.out.next_actions"), "next actions")
     values = agent.target_critic(batch.next_observations, chunks)
     check(values, case.get("u0.out.next_qs"), "values of the next actions")
     discount = 0.99**3
     next_value = pessimistic(case.get("u0.out.next_qs"), agent.config.rho)
     expected = batch.rewards + discount * batch.masks * next_value
-    target = agent.target(batch, samples)
+    config = agent.config
+    target = td_target(agent.target_critic, batch, chunks, config.window_discount, config.rho)
     check(target, expected, "target")
     if case.has("u0.out.target_q"):
         check(target, case.get("u0.out.target_q"), "target")
@@ -199,7 +208,7 @@ def test_actions_after_three_updates(case, kind):
         observations, noise = observations[None], {name: n[None] for name, n in noise.items()}
     if kind == "bon4":
         four = replace(agent.config, best_of_n=4)
-        state, agent = agent.state_dict(), make_agent(case.agent, four, 6, 2)
+        state, agent = agent.state_dict(), make_agent(four, 6, 2)
         agent.load_state_dict(state)
     actions = agent.act(observations, noise)
     assert actions.shape == (len(observations), 3, 2)
@@ -209,7 +218,7 @@ def test_actions_after_three_updates(case, kind):
 def test_parts_of_qam_e():
     agent, batch, noise = QAM_E.make(), QAM_E.batch(0), QAM_E.noise(0)
     s = batch.observations
-    flow = agent.samples(batch, noise).flow_chunks
+    flow = agent.rollouts(batch, noise).flow_actions
     check(flow, QAM_E.get("u0.out.flow_actions"), "flow actions")
     inputs = torch.cat([s, flow], dim=1)
     mean, log_std = agent.editor(inputs)
@@ -218,7 +227,7 @@ def test_parts_of_qam_e():
     edit, log_prob = agent.editor.sample(inputs, noise["edit_eps"])
     check(edit, QAM_E.get("u0.out.edit"), "edit")
     check(log_prob, QAM_E.get("u0.out.edit_log_probs"), "log-probability of the edit")
-    _, metrics = agent.edit_loss(s, flow, noise["edit_eps"])
+    _, metrics = agent.losses(batch, noise)["edit"]
     alpha, entropy = metrics["actor/edit_alpha"], metrics["actor/edit_entropy"]
     check(-alpha * entropy, QAM_E.get("u0.out.info.actor/edit_entropy_loss"), "entropy loss")
     check(alpha * (entropy + 3), QAM_E.get("u0.out.info.actor/edit_alpha_loss"), "α's loss")
@@ -227,7 +236,7 @@ def test_parts_of_qam_e():
 def test_parts_of_fql():
     agent, batch, noise = FQL.make(), FQL.batch(0), FQL.noise(0)
     z = noise["distill_noise"]
-    flow = agent.samples(batch, noise).flow_chunks
+    _, flow = agent.rollouts(batch, noise)
     check(flow, FQL.get("u0.out.flow_actions"), "flow actions")
     g = agent.one_step(batch.observations, z)
     check(g, FQL.get("u0.out.onestep_actions"), "one-step actions")
@@ -236,16 +245,21 @@ def test_parts_of_fql():
 def test_parts_of_ifql():
     agent, batch, noise = IFQL.make(), IFQL.batch(0), IFQL.noise(0)
     check(agent.value(batch.observations), IFQL.get("u0.out.v"), "value")
-    samples = agent.samples(batch, noise)
-    check(agent.next_value(batch, samples), IFQL.get("u0.out.next_v"), "next value")
-    check(agent.target(batch, samples), IFQL.get("u0.out.target_q"), "target")
+    next_value = agent.value(batch.next_observations)
+    check(next_value, IFQL.get("u0.out.next_v"), "next value")
+    check(
+        bootstrap(batch, next_value, agent.config.window_discount),
+        IFQL.get("u0.out.target_q"),
+        "target",
+    )
     _, metrics = agent.loss(batch, noise)
     check(metrics["actor/flow_loss"], IFQL.get("u0.out.info.actor/actor_loss"), "actor loss")
 
 
 def test_parts_of_bam():
     agent, batch, noise = BAM.make(), BAM.batch(0), BAM.noise(0)
-    xs, _ = agent.trajectory(agent.kernel(), batch.observations, noise)
+    kernel = agent.kernel.on(torch.device("cpu"))
+    xs, _ = differentiable_chain(agent.flow, kernel, batch.observations, noise)
     check(xs, BAM.get("u0.out.sde_xs"), "states")
     values = agent.critic(batch.observations, xs[-1])
     check(values, BAM.get("u0.out.bam_qs"), "values of the end")

@@ -6,16 +6,18 @@ mmse(t) = S² (1-t)² / (t² S² + (1-t)²).
 
 import pytest
 import torch
-from helpers.agent_problems import HORIZON, OPTIONS, batch, make, noise
+from helpers.agent_problems import HORIZON, OPTIONS, batch, make, measure, noise
 from torch import nn
 
 from adjoint.chain.kernels import make_kernel, measure_mmse, own_time_kernel
-from applications.rl.agents.base_error import FLOOR, BaseError
-from applications.rl.agents.flow_pair import AGENT_KERNELS
-from applications.rl.agents.flow_policy import condition
+from applications.rl.agents.chain_kernel import FLOOR, DenoiserError
+from applications.rl.agents.losses import chain_adjoint, matching_loss
+from applications.rl.agents.options import AGENT_KERNELS
+from applications.rl.agents.rollouts import condition
 from applications.rl.data.replay import Batch
 from flows import grid as grids
 
+CPU = torch.device("cpu")
 M, S2, SLOPE, TAU = 0.5, 0.49, 1.25, 0.8
 
 
@@ -77,20 +79,20 @@ def test_running_error_is_the_mmse_of_the_base():
     size = 80_000
     data, eps = gaussian_batch(size), {}
     eps["bc_x0"] = torch.randn(size, 6, generator=gen(1), dtype=torch.float64)
-    agent.measure_error(data, eps)
+    measure(agent, data, eps)
     t = grids.uniform(8)[:-1]
     # 10 000 rows of 6 dimensions a time: relative deviation √(2 / 60 000).
-    torch.testing.assert_close(agent.error.mmse(), mmse(t), rtol=0.025, atol=0)
-    measured = measure_mmse(agent.reference, grids.uniform(8), data.actions.flatten(1))
-    torch.testing.assert_close(agent.error.mmse(), measured, rtol=0.03, atol=0)
+    torch.testing.assert_close(agent.kernel.error.mmse(), mmse(t), rtol=0.025, atol=0)
+    measured = measure_mmse(agent.flow.reference, grids.uniform(8), data.actions.flatten(1))
+    torch.testing.assert_close(agent.kernel.error.mmse(), measured, rtol=0.03, atol=0)
     torch.testing.assert_close(
-        agent.kernel().std,
-        make_kernel("moment_matched", grids.uniform(8), mmse=agent.error.mmse()).std,
+        agent.kernel.on(CPU).std,
+        make_kernel("moment_matched", grids.uniform(8), mmse=agent.kernel.error.mmse()).std,
     )
 
 
 def test_running_error_is_an_average_that_forgets_its_start():
-    error = BaseError(grids.uniform(2))
+    error = DenoiserError(grids.uniform(2))
     torch.testing.assert_close(error.mmse(), torch.tensor([1.0, 0.25], dtype=torch.float64))
 
     def update(value, valid):
@@ -109,7 +111,7 @@ def test_running_error_is_an_average_that_forgets_its_start():
 
 
 def test_running_error_with_a_batch_smaller_than_the_grid():
-    error = BaseError(grids.uniform(5))
+    error = DenoiserError(grids.uniform(5))
     x1 = torch.tensor([[1.0], [2.0]])
     error.update(lambda x, t, c: 0 * x, 0 * x1, x1, torch.ones(2), {"observation": x1})
     # rows 0 .. 5 are data 0 1 0 1 0 1 at times 0 1 2 3 4 0
@@ -123,15 +125,20 @@ def test_running_error_is_part_of_the_state():
     for _ in range(3):
         agent.loss(batch(), eps)
     other.load_state_dict(agent.state_dict())
-    assert torch.equal(agent.kernel().std, other.kernel().std)
-    assert not torch.equal(agent.kernel().std, make("qam", kernel="moment_matched").kernel().std)
+    assert torch.equal(agent.kernel.on(CPU).std, other.kernel.on(CPU).std)
+    assert not torch.equal(
+        agent.kernel.on(CPU).std, make("qam", kernel="moment_matched").kernel.on(CPU).std
+    )
     assert torch.equal(agent.loss(batch(), eps)[0], other.loss(batch(), eps)[0])
-    assert make("qam").error is None
+    assert make("qam").kernel.error is None
 
 
 @pytest.mark.parametrize("kernel", [k for k in AGENT_KERNELS if k != "moment_matched"])
 def test_constant_kernels_are_the_core_tables(kernel):
-    table, expected = make("qam", kernel=kernel).kernel(), make_kernel(kernel, grids.uniform(4))
+    table, expected = (
+        make("qam", kernel=kernel).kernel.on(CPU),
+        make_kernel(kernel, grids.uniform(4)),
+    )
     for column in (
         "t",
         "mean_x",
@@ -148,8 +155,8 @@ def test_constant_kernels_are_the_core_tables(kernel):
 def exact_error(agent, size=80_000):
     """Set the running error to what it is for the Gaussian."""
     t = grids.uniform(agent.config.flow_steps)[:-1]
-    agent.error.total.copy_(mmse(t) / (1 - t) ** 2)
-    agent.error.weight.fill_(1.0)
+    agent.kernel.error.total.copy_(mmse(t) / (1 - t) ** 2)
+    agent.kernel.error.weight.fill_(1.0)
 
 
 @pytest.mark.parametrize("steps", [5, 10])
@@ -162,7 +169,7 @@ def test_moment_matched_rollout_of_the_tilt_has_its_mean_and_variance(steps):
         "sde_eps": torch.randn(steps, size, 6, generator=gen(1), dtype=torch.float64),
         "next_action_noise": torch.zeros(size, 1, 6, dtype=torch.float64),
     }
-    end = agent.samples(gaussian_batch(size), eps).chain.xs[-1]
+    end = agent.rollouts(gaussian_batch(size), eps).chain.xs[-1]
     # 240 000 numbers: deviations .0014 of the mean and .0014 of the variance.
     assert end.mean().item() == pytest.approx(M + TAU * SLOPE * S2, abs=0.006)
     assert end.var().item() == pytest.approx(S2, abs=0.006)
@@ -173,9 +180,9 @@ def test_moment_matched_has_the_exact_tilt_as_its_fixed_point(steps):
     agent = gaussian_agent("moment_matched", steps)
     exact_error(agent)
     eps = noise(agent)
-    s, chain = batch().observations, agent.samples(batch(), eps).chain
+    s, chain = batch().observations, agent.rollouts(batch(), eps).chain
     kernel, xs = chain.kernel, chain.xs
-    adjoint = agent.adjoint(kernel, s, xs)
+    adjoint = chain_adjoint(agent.flow, chain, s, agent.reward)
     cond = condition(s)
     for k in range(steps):
         target = adjoint.v_base[k] - (1 - kernel.t[k]) * adjoint.values[k]
@@ -186,16 +193,17 @@ def test_moment_matched_has_the_exact_tilt_as_its_fixed_point(steps):
     wrong = gaussian_agent("moment_matched", steps)
     exact_error(wrong)
     wrong.config = wrong.config.__class__(**{**vars(wrong.config), "inverse_temperature": 10 * TAU})
-    assert wrong.matching_loss(s, chain)[0] > 100 * agent.matching_loss(s, chain)[0]
+    errors = [matching_loss(a.flow, chain, s, a.reward)[0] for a in (wrong, agent)]
+    assert errors[0] > 100 * errors[1]
 
 
 def test_the_published_kernel_does_not_have_it_as_its_fixed_point():
     """Negative control: at few steps the published pair's target is off where ours is exact."""
     agent = gaussian_agent("euler_published", 5)
     eps, s = noise(agent), batch().observations
-    chain = agent.samples(batch(), eps).chain
+    chain = agent.rollouts(batch(), eps).chain
     kernel, xs = chain.kernel, chain.xs
-    adjoint = agent.adjoint(kernel, s, xs)
+    adjoint = chain_adjoint(agent.flow, chain, s, agent.reward)
     ratio = (kernel.residual_a / kernel.residual_v)[:, None, None]
     target = adjoint.v_base - ratio * adjoint.values[:-1]
     exact = torch.stack([agent.policy(xs[k], kernel.t[k]) for k in range(5)])

@@ -5,12 +5,15 @@ writes out activation, norm and log-probability, and marks by `detach` what a te
 So equal gradients also show that no term trains another's network.
 """
 
+import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.agent_problems import ACT, HORIZON, OPTIONS, batch, make, noise
+
+from applications.rl.agents.losses import chain_adjoint, td_target
 
 D = HORIZON * ACT
 
@@ -201,9 +204,11 @@ def ifql(agent, data, eps):
 
 
 def bam(agent, data, eps):
-    policy, acting = agent.policy, agent.policy
+    policy, acting, reference = agent.policy, agent.policy, agent.target_behaviour
+    if reference is None:  # the behaviour itself, its weights held constant
+        reference = copy.deepcopy(agent.behaviour).requires_grad_(False)
     if agent.config.residual:
-        policy, acting = (agent.policy, agent.target_behaviour), (agent.policy, agent.behaviour)
+        policy, acting = (agent.policy, reference), (agent.policy, agent.behaviour)
     a = euler(acting, data.next_observations, eps["next_action_noise"][:, 0], 4)
     critic = critic_term(agent, data, policy_value(agent, data, a))
     K, s, x = 4, data.observations, eps["sde_x0"]
@@ -211,11 +216,11 @@ def bam(agent, data, eps):
     for k in range(K - 1):
         t = k * h
         variance = 2 * (1 - t + h) / (t + h)
-        v, base = flow(policy, s, x, t), flow(agent.target_behaviour, s, x, t)
+        v, base = flow(policy, s, x, t), flow(reference, s, x, t)
         penalty = penalty + 2 * ((v - base) ** 2).sum(1) / variance
         noise = math.sqrt(h * variance) * eps["sde_eps"][k]
         x = x + h * (2 * v - x / (t + h)) + noise
-    x = x + h * flow(agent.target_behaviour, s, x, 1 - h)
+    x = x + h * flow(reference, s, x, 1 - h)
     q = lower(critics(agent.critic, s, x, constant=True), agent.config.rho)
     own = penalty.mean() - agent.config.inverse_temperature * q.mean()
     return critic + behaviour_term(agent, data, eps) + own
@@ -240,7 +245,13 @@ def gradients(loss, agent):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in REFERENCES), ("bam", {"residual": True})]
+    ("name", "options"),
+    [
+        *((name, {}) for name in REFERENCES),
+        ("bam", {"residual": True}),
+        ("bam", {"target_behaviour": False}),
+        ("bam", {"target_behaviour": False, "residual": True}),
+    ],
 )
 def test_loss_and_gradient_are_those_of_the_formulas(name, options, seed):
     agent, data = make(name, seed=seed, **options), batch(seed)
@@ -265,9 +276,9 @@ def test_loss_and_gradient_are_those_of_the_formulas(name, options, seed):
 def test_losses_of_actors_leave_critics_alone_and_the_reverse(name):
     agent, data = make(name), batch()
     eps = noise(agent)
-    samples = agent.samples(data, eps)
-    actor, _ = agent.actor_loss(data, eps, samples)
-    critic, _ = agent.critic_loss(data, agent.target(data, samples))
+    terms = agent.losses(data, eps)
+    critic, _ = terms.pop("critic")
+    actor = sum(loss for loss, _ in terms.values())
     of_actor, of_critic = gradients(actor, agent), gradients(critic, agent)
     for parameter in of_actor:
         trained_by_critic = parameter.startswith("critic.")
@@ -304,7 +315,10 @@ def test_pessimism_lowers_the_target(rho):
     a = euler(agent.policy, data.next_observations, eps["next_action_noise"][:, 0], 4)
     q = critics(agent.target_critic, data.next_observations, a)
     expected = q.mean(0) - rho * q.std(0, correction=0)
-    torch.testing.assert_close(agent.next_value(data, agent.samples(data, eps)), expected)
+    next_actions = agent.rollouts(data, eps).next_actions
+    found = td_target(agent.target_critic, data, next_actions, agent.config.window_discount, rho)
+    discount = agent.config.discount**HORIZON
+    torch.testing.assert_close(found, data.rewards + discount * data.masks * expected)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +343,9 @@ def test_options_of_adjoint_matching_change_what_they_say():
     def terminal(**options):
         other = make("qam", shake=0.5)
         other.config = replace(other.config, **options)
-        xs = other.samples(data, eps).chain.xs
-        return xs[-1], other.adjoint(other.kernel(), s, xs).values[-1], other
+        chain = other.rollouts(data, eps).chain
+        adjoint = chain_adjoint(other.flow, chain, s, other.reward)
+        return chain.xs[-1], adjoint.values[-1], other
 
     end, published, _ = terminal()
     outside = end.abs() > 1
@@ -354,10 +369,10 @@ def test_residual_policy_adds_the_behaviour():
     cond = {"observation": s}
     own = flow(agent.policy, s, x, 0.3)
     torch.testing.assert_close(
-        agent.velocity(x, t, cond), own + flow(agent.target_behaviour, s, x, 0.3)
+        agent.flow.velocity(x, t, cond), own + flow(agent.target_behaviour, s, x, 0.3)
     )
     torch.testing.assert_close(
-        agent.acting_velocity(x, t, cond), own + flow(agent.behaviour, s, x, 0.3)
+        agent.flow.acting_velocity(x, t, cond), own + flow(agent.behaviour, s, x, 0.3)
     )
 
 

@@ -46,14 +46,14 @@ def ids(pair):
 @pytest.mark.parametrize("pair", AGENTS_AND_KERNELS, ids=ids)
 def test_an_update(pair):
     name, changes = pair
-    agent = make_agent(name, options(name, **changes), OBS, ACT).to("meta")
+    agent = make_agent(options(name, **changes), OBS, ACT).to("meta")
     h = agent.config.horizon
     batch = Batch(
         *(randn(B, OBS), randn(B, h, ACT)), *(randn(B), randn(B), randn(B)), randn(B, OBS)
     )
     noise = {name: randn(*shape) for name, shape in agent.noise_shapes(B).items()}
     if hasattr(agent, "kernel"):
-        agent.kernel()  # is sent once
+        agent.kernel.on(torch.device("meta"))  # is sent once
     with Transfers() as transfers:
         loss, metrics = agent.loss(batch, noise)
         loss.backward()

@@ -7,10 +7,11 @@ import itertools
 
 import pytest
 import torch
-from helpers.agent_problems import B, batch, make, noise
+from helpers.agent_problems import B, batch, make, measure, noise
 
 from adjoint.chain.rollout import rollout
-from applications.rl.agents.flow_policy import condition
+from applications.rl.agents.losses import matching_loss
+from applications.rl.agents.rollouts import condition
 from flows.sampling import sample
 
 CASES = list(
@@ -29,22 +30,29 @@ def make_case(case, **options):
     options |= {"solver": solver, "kernel": kernel, "best_of_n": best_of_n, "residual": residual}
     agent = make(name, shake=0.4, flow_steps=5, **own, **options)
     data, eps = batch(), noise(agent)
-    agent.measure_error(data, eps)
+    measure(agent, data, eps)
     return agent, data, eps
 
 
 def flow(agent, s, x):
     solver = agent.config.solver
-    return sample(agent.acting_velocity, x, grid=5, method=solver, cond=condition(s)).clamp(-1, 1)
+    return sample(agent.flow.acting_velocity, x, grid=5, method=solver, cond=condition(s)).clamp(
+        -1, 1
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_pass_gives_what_separate_ones_do(case):
     agent, data, eps = make_case(case)
-    found = agent.samples(data, eps)
-    table, s = agent.kernel(), data.observations
+    found = agent.rollouts(data, eps)
+    table, s = agent.kernel.on(torch.device("cpu")), data.observations
     alone = rollout(
-        agent.velocity, agent.reference, table, eps["sde_x0"], eps["sde_eps"], condition(s)
+        agent.flow.velocity,
+        agent.flow.reference,
+        table,
+        eps["sde_x0"],
+        eps["sde_eps"],
+        condition(s),
     )
     close = {"rtol": 1e-12, "atol": 1e-12}
     assert torch.equal(found.chain.kernel.std, table.std)
@@ -59,21 +67,21 @@ def test_one_pass_gives_what_separate_ones_do(case):
         if not imitated:  # by hand, for `propose` runs the ODE by the same object
             by_sampler = flow(agent, data.next_observations, own["noise"])
             if edited:
-                by_sampler, _ = agent.edit(data.next_observations, by_sampler, own["edit_eps"])
+                by_sampler = agent.edit(data.next_observations, by_sampler, own["edit_eps"])
             torch.testing.assert_close(chunks, by_sampler, **close)
         proposals.append(chunks)
     values = [agent.critic(data.next_observations, chunks).mean(0) for chunks in proposals]
     first = torch.stack(values).argmax(0)
     best = torch.stack(proposals)[first, torch.arange(B)]
-    torch.testing.assert_close(found.next_chunks, best, **close)
+    torch.testing.assert_close(found.next_actions, best, **close)
 
     if edited or imitated:
         torch.testing.assert_close(
-            found.flow_chunks, flow(agent, s, eps["extra_base_noise"]), **close
+            found.flow_actions, flow(agent, s, eps["extra_base_noise"]), **close
         )
     else:
-        assert found.flow_chunks is None
-    for tensor in (found.chain.xs, found.next_chunks, found.flow_chunks):
+        assert found.flow_actions is None
+    for tensor in (found.chain.xs, found.next_actions, found.flow_actions):
         assert tensor is None or not tensor.requires_grad
 
 
@@ -103,9 +111,9 @@ def test_chain_and_ode_have_the_same_times(steps, dtype):
     data, eps = batch(dtype=dtype), noise(agent)
     seen = []
     agent.policy.register_forward_hook(lambda module, args, out: seen.append(args[1]))
-    agent.samples(data, eps)
+    agent.rollouts(data, eps)
     together, seen[:] = torch.stack(seen), []
-    agent.next_chunks(data, eps)
+    agent.chunks(data.next_observations, {"noise": eps["next_action_noise"]})
     assert torch.equal(together, torch.stack(seen))
 
 
@@ -113,7 +121,7 @@ def test_the_chain_of_an_update_is_by_the_error_its_batch_is_part_of():
     agent, other = (make("qam", kernel="moment_matched") for _ in range(2))
     data, eps = batch(), noise(agent)
     _, metrics = agent.loss(data, eps)
-    other.measure_error(data, eps)
-    chain = other.samples(data, eps).chain
-    expected, _ = other.matching_loss(data.observations, chain)
+    measure(other, data, eps)
+    chain = other.rollouts(data, eps).chain
+    expected, _ = matching_loss(other.flow, chain, data.observations, other.reward)
     torch.testing.assert_close(metrics["actor/matching_loss"], expected.detach())

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from applications.rl.agents import AGENTS, make_agent
-from applications.rl.agents.presets import DOMAINS, NEAREST, RECIPES, SIZES, TUNED, preset
+from applications.rl.agents.domains import DOMAINS, NEAREST
+from applications.rl.agents.presets import RECIPES, SIZES, preset
 from applications.rl.environments.tasks import ENVIRONMENTS, find_task
 
 # qam τ; qam-e τ, scale; qam-f τ, α; fql α; bam τ; ifql κ
@@ -44,7 +45,7 @@ def test_every_domain_of_the_table():
         )
         assert found == row, domain
         for name, config in configs.items():
-            assert type(config) is AGENTS[name][0]
+            assert type(config) is AGENTS[name].config_class
             assert name == "bc" or config.rho == (0.0 if "humanoid" in domain else 0.5)
 
 
@@ -73,7 +74,7 @@ def test_every_environment_has_values_or_a_neighbour_that_has():
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_other_domains_take_the_general_defaults(name):
-    config = AGENTS[name][0](horizon=4, discount=0.98)
+    config = AGENTS[name].config_class(horizon=4, discount=0.98)
     assert preset(name, task("gym", 4, 0.98)) == config
 
 
@@ -82,7 +83,7 @@ def test_small_differs_in_size_only(name):
     small, full = (preset(name, task("scene"), size) for size in ("small", "published"))
     different = {key for key, value in asdict(small).items() if asdict(full)[key] != value}
     assert different == set(SIZES["small"]) - ({"critics"} if name == "bc" else set())
-    assert make_agent(name, small, 4, 2).chunk_dim == 10
+    assert make_agent(small, 4, 2).chunk_dim == 10
 
 
 def test_what_is_not_known_is_refused():
@@ -90,17 +91,19 @@ def test_what_is_not_known_is_refused():
         preset("sac", task("scene"))
     with pytest.raises(ValueError, match="preset must be one of published, small, got 'tiny'"):
         preset("qam", task("scene"), "tiny")
-    assert set(TUNED) == set(AGENTS)
+    for agent in AGENTS.values():
+        assert set(agent.published) in (set(), set(DOMAINS))
 
 
 def test_recipes_are_of_options_that_exist_and_reach_the_agents():
-    for domain, (shared, own) in RECIPES.items():
+    for domain, shared in RECIPES.items():
         assert domain in NEAREST  # none of the tuned ones
-        assert set(own) <= set(AGENTS)
-        for name in AGENTS:
-            config = preset(name, task(domain), "small")
-            for option, value in (shared | own.get(name, {})).items():
+        for name, agent in AGENTS.items():
+            config, own = preset(name, task(domain), "small"), agent.small.get(domain, {})
+            for option, value in {**shared, **own}.items():
                 assert getattr(config, option, value) == value
-            assert set(own.get(name, {})) <= set(asdict(config))
+            assert set(own) <= set(asdict(config))
         assert set(shared) <= set(asdict(preset("qam", task(domain))))
         assert preset("qam", task(domain)) == preset("qam", task(NEAREST[domain]))
+    for agent in AGENTS.values():
+        assert set(agent.small) <= set(RECIPES)

@@ -28,7 +28,7 @@ from applications.rl.evaluation.evaluator import BLOCK
 @pytest.fixture(scope="module")
 def agent():
     """Wide enough for a matrix product to round differently in batches of other sizes."""
-    return make_agent("bc", options("bc", hidden=(128, 128), flow_steps=4, horizon=3), 4, 2, seed=0)
+    return make_agent(options("bc", hidden=(128, 128), flow_steps=4, horizon=3), 4, 2, seed=0)
 
 
 class Script(gymnasium.Env):
@@ -172,7 +172,7 @@ def test_arguments_and_spaces_are_checked(agent):
         Evaluator(Corridor, workers=-1)
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         evaluate(agent, Corridor, episodes=0)
-    other = make_agent("bc", options("bc"), 4, 3)
+    other = make_agent(options("bc"), 4, 3)
     message = "environment's actions have 2 numbers and those of the agent have 3"
     with pytest.raises(ValueError, match=message):
         evaluate(other, Corridor, episodes=1)

@@ -86,7 +86,7 @@ def steps(name, members, compiled):
     """Metrics and weights of trainers after two steps."""
     trainers = []
     for seed in range(members):
-        agent = make_agent(name, options(name, flow_steps=2), 4, 2, seed=seed)
+        agent = make_agent(options(name, flow_steps=2), 4, 2, seed=seed)
         objective = Drawn(Replay(0, 4, 2), Phases(9), batch_size=B, compiled=compiled)
         config = TrainerConfig(lr_schedule="constant", ema_decay=0, seed=seed)
         trainers.append(Trainer(agent, objective, config))

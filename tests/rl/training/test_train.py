@@ -64,7 +64,7 @@ EXACT = {"rtol": 0, "atol": 0}
 def by_hand(config, seed):
     """Weights and online transitions of the protocol of the published method, written out."""
     chunk, data = config.options, corridor_data()
-    agent = make_agent("qam", chunk, 4, 2, seed=seed)
+    agent = make_agent(chunk, 4, 2, seed=seed)
     agent.fit_normalizer(torch.as_tensor(data.observations))
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in agent.parameters() if p.requires_grad]
@@ -139,7 +139,7 @@ def test_one_seed_gives_one_result_and_several_seeds_are_as_if_alone(tmp_path):
 def test_slow_copies_follow_the_weights_from_before_the_step(tmp_path):
     """After one update they have not moved, being equal to the weights of before."""
     (run,) = fit(tmp_path, {"offline_steps": 1, "online_steps": 0}, eval_every=0)
-    start = make_agent("qam", options("qam", horizon=3, discount=0.9), 4, 2, seed=0)
+    start = make_agent(options("qam", horizon=3, discount=0.9), 4, 2, seed=0)
     pairs = (
         ("target_critic", True),
         ("critic", False),

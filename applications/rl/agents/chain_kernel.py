@@ -1,12 +1,13 @@
-r"""The error of a flow policy's denoiser along its path, measured while it learns.
+r"""The Gaussian kernel of an agent's chain, and the running denoiser error that one kernel needs.
 
-The chain ``moment_matched`` (`adjoint.chain.kernels`) needs, at each time of its grid,
+All schemes but one are constants.  ``moment_matched`` (`adjoint.make_kernel`) needs, at each time
+of its grid,
 
     mmse(t) = E‖A - x̂_1‖² / d = (1 - t)² E‖v(x_t, t | s) - (A - x_0)‖² / d
 
-of its base.  Here the base changes with every update, so the table is an exponential average over
-the batches of data it is fitted to.  Row i of a batch is spent on time i mod K: one forward pass
-of the batch's size per update, whatever K.
+of the flow that the policy is compared with.  That flow learns, so the error is an exponential
+average over the batches, and the kernel is made anew for each update.  Row i of a batch is spent on
+time i mod K: one forward pass of the batch's size per update, whatever K.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flows import Cond, VelocityField, interpolate
+from adjoint import Kernel, make_kernel, own_time_kernel
+from flows import Cond, VelocityField, interpolate, uniform
 
 RATE = 0.01
 """Weight of the newest batch in the average."""
@@ -23,8 +25,8 @@ FLOOR = 1e-6
 """Smallest mmse handed out: the noise of a step must not vanish."""
 
 
-class BaseError(nn.Module):
-    """Running mmse(t_k) of a base at the K first times of a grid.
+class DenoiserError(nn.Module):
+    """Running mmse(t_k) of a flow at the K first times of a grid.
 
     Arguments:
         grid: (K+1,) float64 times.
@@ -65,13 +67,47 @@ class BaseError(nn.Module):
         count = torch.zeros_like(self.total).index_add_(0, rows, weight)
         rate = RATE * (count > 0).to(count)
         mean = total / torch.where(count > 0, count, 1.0)
-        self.total.copy_(self.total.lerp(mean, rate))  # `lerp_` is slow where seeds are stacked
+        self.total.copy_(self.total.lerp(mean, rate))  # in place, `lerp_` takes long under vmap
         self.weight.copy_(self.weight.lerp(torch.ones_like(count), rate))
 
     def mean(self) -> Tensor:
-        """Average of the velocity's squared error per dimension at each time (K,); 1 if unseen."""
+        """Return the mean squared error of the velocity per dimension, (K,); 1 if unseen."""
         return torch.where(self.weight > 0, self.total / self.weight, 1.0)
 
     def mmse(self) -> Tensor:
-        """mmse (K,) float64, positive."""
+        """Return the mmse (K,) float64, positive."""
         return ((1 - self.times) ** 2 * self.mean()).clamp_min(FLOOR)
+
+
+class ChainKernel(nn.Module):
+    """The kernel of an agent's chain in K equal steps.
+
+    Arguments:
+        scheme: name of the scheme, of `applications.rl.agents.options.AGENT_KERNELS`.
+        steps: K.
+
+    Attributes:
+        error: `DenoiserError` for ``moment_matched``, else None.
+    """
+
+    def __init__(self, scheme: str, steps: int) -> None:
+        super().__init__()
+        grid = uniform(steps)
+        matched = scheme == "moment_matched"
+        self.error = DenoiserError(grid) if matched else None
+        self._kernel = own_time_kernel(grid) if matched else make_kernel(scheme, grid)
+
+    def on(self, device: torch.device) -> Kernel:
+        """Return the kernel on a device, to which its constants are sent once."""
+        if self._kernel.t.device != device:
+            self._kernel = self._kernel.to(device)
+        if self.error is None:
+            return self._kernel
+        return own_time_kernel(self._kernel.t, self.error.mmse())
+
+    def measure(
+        self, field: VelocityField, x0: Tensor, x1: Tensor, valid: Tensor, cond: Cond
+    ) -> None:
+        """Take a batch into the running error, where there is one; see `DenoiserError.update`."""
+        if self.error is not None:
+            self.error.update(field, x0, x1, valid, cond)

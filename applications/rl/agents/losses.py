@@ -1,0 +1,263 @@
+r"""Losses of the agents: pure functions that return a scalar and its metrics.
+
+An agent adds them up.  Each trains one network and holds all others constant.  A window has the
+observation s, the actions A flattened time-major, the discounted rewards R, the mask m after it,
+the last valid next observation s', and the weight w = 0 if it crosses the end of an episode, else
+1.  Q_i are the critics, Q̄_i their target networks, and sd is the population standard deviation
+over the critics.
+
+    critic_loss      mean over critics and batch of w (Q_i(s, A) - y)²
+    td_target        y = R + γ^h m [mean Q̄(s', a') - ρ sd Q̄(s', a')]
+    behaviour_loss   mean_B [w mean_d (b(x_t, t | s) - (A - x_0))²],   x_t = (1 - t) x_0 + t A
+    matching_loss    mean_B Σ_k ‖(2/σ_k) (f - b̄)(s, x_k, t_k) + σ_k a_k‖²  (the published kernel)
+    one_step_loss    α mean (g(s, z) - clip ODE(s, z))² - mean Q(s, clip g(s, z))
+    edit_loss        -mean Q(s, a) + α mean log p(e) + exp(log α) (-mean log p(e) - H)
+    expectile_loss   mean |κ - 1[d < 0]| d²
+
+Only critic_loss and behaviour_loss weight windows by w.  Where a loss climbs Q, the critics are the
+online ones and their weights are held constant.
+
+Sources: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234); Park et al., "Flow
+Q-learning" (arXiv 2502.02538); Haarnoja et al., "Soft actor-critic algorithms and applications"
+(arXiv 1812.05905); Kostrikov et al., "Offline reinforcement learning with implicit Q-learning"
+(arXiv 2110.06169); Lipman et al., "Flow matching for generative modeling" (arXiv 2210.02747).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adjoint import Adjoint, Reward, adjoint_matching_loss, lean_adjoint, velocity_along
+from applications.rl.agents.networks import Critics, OneStepActor, TanhGaussianActor
+from applications.rl.agents.rollouts import Noise, PolicyChain, PolicyFlow, condition
+from flows import Cond, VelocityField, flow_matching_loss
+
+if TYPE_CHECKING:
+    from applications.rl.data.replay import Batch
+
+Metrics = dict[str, Tensor]
+Term = tuple[Tensor, Metrics]
+"""One loss: the scalar to minimise, and detached scalar metrics."""
+
+
+def pessimistic(values: Tensor, rho: float) -> Tensor:
+    """Return mean - ρ sd over the critics, (E, B) -> (B,)."""
+    mean = values.mean(0)
+    return mean - rho * values.std(0, correction=0) if rho else mean
+
+
+@torch.no_grad()
+def bootstrap(batch: Batch, next_value: Tensor, discount: float) -> Tensor:
+    """Return y = R + γ^h m V' (B,), without gradient.
+
+    Arguments:
+        batch: rewards R and masks m (B,).
+        next_value: V' (B,), the value of the next observations.
+        discount: γ^h, of a whole window.
+    """
+    return batch.rewards + discount * batch.masks * next_value
+
+
+@torch.no_grad()
+def td_target(
+    target_critic: Critics, batch: Batch, next_actions: Tensor, discount: float, rho: float
+) -> Tensor:
+    """Return the temporal-difference target y (B,), without gradient.
+
+    Arguments:
+        target_critic: the target critics Q̄.
+        batch: rewards R, masks m and next observations s'.
+        next_actions: the policy's actions a' (B, chunk_dim).
+        discount: γ^h, of a whole window.
+        rho: pessimism ρ.
+    """
+    values = target_critic(batch.next_observations, next_actions)
+    return bootstrap(batch, pessimistic(values, rho), discount)
+
+
+def critic_loss(
+    critic: Critics, observations: Tensor, actions: Tensor, target: Tensor, valid: Tensor
+) -> Term:
+    """Squared temporal-difference error of the critics.
+
+    Arguments:
+        critic: the network that is trained.
+        observations: (B, observation_dim).
+        actions: chunks of the data (B, chunk_dim).
+        target: y (B,), see `td_target`.
+        valid: w (B,).
+    """
+    values = critic(observations, actions)
+    loss = (valid * (values - target).square()).mean()
+    seen = values.detach()
+    return loss, {
+        "critic/loss": loss.detach(),
+        "critic/q_mean": seen.mean(),
+        "critic/q_min": seen.amin(),
+        "critic/q_max": seen.amax(),
+        "critic/q_spread": seen.std(0, correction=0).mean(),
+    }
+
+
+def behaviour_loss(
+    field: VelocityField, observations: Tensor, actions: Tensor, valid: Tensor, noise: Noise
+) -> Term:
+    """Flow-matching error of a flow that imitates the actions of the data.
+
+    Arguments:
+        field: the flow that is trained.
+        observations: (B, observation_dim).
+        actions: chunks of the data (B, chunk_dim).
+        valid: w (B,).
+        noise: ``bc_x0`` (B, chunk_dim) and ``bc_t`` (B, 1) in [0, 1).
+    """
+    loss, _ = flow_matching_loss(
+        field,
+        actions,
+        x0=noise["bc_x0"],
+        t=noise["bc_t"].squeeze(1),
+        cond=condition(observations),
+        weights=valid,
+    )
+    return loss, {"actor/flow_loss": loss.detach()}
+
+
+def critic_reward(critic: Critics, inverse_temperature: float, *, clip: bool = True) -> Reward:
+    """Make the reward τ mean_i Q_i(s, x) of a tilt from critics of constant weights.
+
+    Arguments:
+        clip: evaluate the critics at x clipped to [-1, 1], so that the gradient is 0 outside.
+    """
+
+    def value(x: Tensor, cond: Cond | None) -> Tensor:
+        assert cond is not None
+        x = x.clamp(-1, 1) if clip else x
+        return critic(cond["observation"], x, stop_weight_gradient=True).mean(0)
+
+    return Reward(value, scale=inverse_temperature)
+
+
+def chain_adjoint(
+    flow: PolicyFlow, chain: PolicyChain, observations: Tensor, reward: Reward
+) -> Adjoint:
+    """Return the lean adjoint along the chain of a policy, at observations (B, observation_dim)."""
+    cond = condition(observations)
+    _, gradient = reward.value_and_gradient(chain.xs[-1], cond)
+    return lean_adjoint(flow.reference, chain.kernel, chain.xs, -gradient, cond)
+
+
+def matching_loss(
+    flow: PolicyFlow, chain: PolicyChain, observations: Tensor, reward: Reward
+) -> Term:
+    """Adjoint-matching error of a policy flow along its chain.
+
+    Arguments:
+        flow: the policy that is trained, and the behaviour it is compared with.
+        chain: states of the policy, constants.
+        observations: (B, observation_dim) of the chain.
+        reward: what the behaviour is tilted toward, see `critic_reward`.
+    """
+    adjoint = chain_adjoint(flow, chain, observations, reward)
+    times = chain.kernel.t[:-1]
+    v = velocity_along(flow.velocity, chain.xs[:-1], times, condition(observations))
+    loss, metrics = adjoint_matching_loss(v, adjoint, chain.kernel)
+    return loss, {
+        "actor/matching_loss": loss.detach(),
+        "actor/adjoint_norm": metrics["adjoint_norm"],
+        "actor/control_norm": metrics["control_norm"],
+        "actor/q_gradient": adjoint.values[-1].norm(dim=1).mean(),
+    }
+
+
+def one_step_loss(
+    actor: OneStepActor,
+    critic: Critics,
+    observations: Tensor,
+    z: Tensor,
+    flow_actions: Tensor,
+    alpha: float,
+) -> Term:
+    """Loss of a one-step policy that imitates a flow's action and climbs the critics.
+
+    The imitation is of the unclipped g.
+
+    Arguments:
+        actor: the policy g that is trained.
+        critic: the online critics.
+        observations: (B, observation_dim).
+        z: noise (B, chunk_dim).
+        flow_actions: the flow's actions from z (B, chunk_dim), without gradient.
+        alpha: weight α of the imitation.
+    """
+    actions = actor(observations, z)
+    distill = (actions - flow_actions).square().mean()
+    q = critic(observations, actions.clamp(-1, 1), stop_weight_gradient=True).mean()
+    return alpha * distill - q, {
+        "actor/distill_loss": distill.detach(),
+        "actor/q_loss": -q.detach(),
+    }
+
+
+def edited(
+    editor: TanhGaussianActor, observations: Tensor, actions: Tensor, eps: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Edit actions u: return clip(u + scale e) (B, chunk_dim) and log p(e) (B,), e by noise eps."""
+    edit, log_prob = editor.sample(torch.cat([observations, actions], dim=1), eps)
+    return (actions + scale * edit).clamp(-1, 1), log_prob
+
+
+def edit_loss(
+    editor: TanhGaussianActor,
+    log_alpha: Tensor,
+    critic: Critics,
+    observations: Tensor,
+    flow_actions: Tensor,
+    eps: Tensor,
+    *,
+    scale: float,
+    target_entropy: float,
+) -> Term:
+    """Loss of an editor that climbs the critics, and of the temperature of its entropy.
+
+    The temperature α = exp(log α) is not differentiated in the editor's own loss, nor log p(e) in
+    that of the temperature; log p(e) is not corrected for the scale.
+
+    Arguments:
+        editor: the tanh-Gaussian actor on [s, u] that is trained.
+        log_alpha: log α, a scalar parameter that is trained.
+        critic: the online critics.
+        observations: (B, observation_dim).
+        flow_actions: the flow's actions u (B, chunk_dim), without gradient.
+        eps: noise (B, chunk_dim) of the edit.
+        scale: largest edit of a component.
+        target_entropy: entropy H of e that the temperature aims at, in nats.
+    """
+    actions, log_prob = edited(editor, observations, flow_actions, eps, scale)
+    q = critic(observations, actions, stop_weight_gradient=True).mean()
+    negentropy = log_prob.mean()
+    alpha = log_alpha.exp()
+    excess = -negentropy.detach() - target_entropy
+    loss = -q + alpha.detach() * negentropy + alpha * excess
+    return loss, {
+        "actor/q_loss": -q.detach(),
+        "actor/edit_entropy": -negentropy.detach(),
+        "actor/edit_alpha": alpha.detach(),
+    }
+
+
+def expectile_loss(values: Tensor, targets: Tensor, expectile: float) -> Term:
+    """Asymmetric squared error that fits values (B,) to an expectile κ of targets (B,).
+
+    With d = target - value the error is κ d² where d >= 0 and (1 - κ) d² elsewhere.
+    """
+    difference = targets - values
+    squares = difference.square()
+    loss = torch.where(difference >= 0, expectile * squares, (1 - expectile) * squares).mean()
+    return loss, {
+        "value/loss": loss.detach(),
+        "value/v_mean": values.detach().mean(),
+        "value/advantage": difference.detach().mean(),
+    }

@@ -1,4 +1,4 @@
-# One command each. PYTHON chooses the interpreter that creates .venv, EXTRAS what is installed.
+# One command each; `make help` lists them. PYTHON is the interpreter that creates .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,18 +6,24 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Without labmaze, which Python 3.13 lacks (setup.cfg); already there on older ones.
 OGBENCH := $(INSTALL) --no-deps --no-warn-conflicts ogbench dm_control
 
-.PHONY: demo rl-demo test lint clean
+.PHONY: help demo rl-demo test quick lint clean
 
-demo: $(VENV)/.demo
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## a flow in the plane and handwritten digits, tilted, in two minutes
 	$(BIN)/python -m applications.toy2d demo $(DEMO)
 
-rl-demo: $(VENV)/.rl
+rl-demo: $(VENV)/.rl  ## an agent for a point maze, from data to pictures, in minutes
 	$(BIN)/python -m applications.rl demo $(DEMO)
 
-test: $(VENV)/.test
+test: $(VENV)/.test  ## all tests, in about ten minutes
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST)
 
-lint: $(VENV)/.test
+quick: $(VENV)/.test  ## the tests that are not slow, in about a minute
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+lint: $(VENV)/.test  ## format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -42,5 +48,5 @@ $(VENV)/.test: $(VENV)/.demo
 	$(OGBENCH)
 	touch $@
 
-clean:
+clean:  ## remove the environment, outputs and caches
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

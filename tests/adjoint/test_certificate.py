@@ -20,6 +20,7 @@ def test_log_weights_are_constant_at_the_optimum_of_a_linear_reward():
     assert wrong.log_weight_std > 0.6
 
 
+@pytest.mark.slow
 def test_log_weights_become_constant_as_the_grid_is_refined():
     problem = PROBLEMS["C"]
     tilted, _ = problem.exact()
@@ -31,6 +32,7 @@ def test_log_weights_become_constant_as_the_grid_is_refined():
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.slow
 def test_log_z_agrees_with_the_exact_one(problem):
     """Within two standard errors at the optimum, three from the base (ten comparisons)."""
     problem = PROBLEMS[problem]
@@ -43,6 +45,7 @@ def test_log_z_agrees_with_the_exact_one(problem):
 
 
 @pytest.mark.parametrize("problem", ["A", "C", "square"])
+@pytest.mark.slow
 def test_weighted_means_are_right_from_the_untilted_model(problem):
     problem = PROBLEMS[problem]
     tilted, _ = problem.exact()
@@ -84,6 +87,7 @@ def test_error_bars_of_few_samples(n, given):
         assert float(few.weighted_mean(x)[1]) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_resampled_samples_follow_the_exact_tilt():
     """From the untilted model: each sample n w times up to one, and the law by its quantiles."""
     problem = PROBLEMS["C"]
@@ -176,6 +180,7 @@ def test_samples_are_not_drawn_by_weights_that_are_none(bad):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.slow
 def test_mean_weight_is_the_partition_function_of_the_chain_for_any_model(name):
     """E[w] does not depend on the model: base and tilted velocity give one log Z on one chain."""
     problem = PROBLEMS["C"]

@@ -56,6 +56,7 @@ def test_a_cut_out_of_range_is_refused(cut):
 # --- the samples ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_of_an_untilted_model_follow_the_exact_tilt():
     """By their quantiles; from proposals whose law is far off; no sample twice."""
     problem = PROBLEMS["C"]
@@ -86,6 +87,7 @@ def test_samples_of_an_untilted_model_follow_the_exact_tilt():
     assert max(untilted) > 0.1
 
 
+@pytest.mark.slow
 def test_a_large_cut_samples_the_law_that_was_promised():
     """p_L ∝ p min(w, L), and no farther from the exact tilt than the cut."""
     base, n, cut = gaussian(), 20_000, 0.3
@@ -126,6 +128,7 @@ def short():
     return tilt(BASE, Slope(), shape=(2,), config=config)
 
 
+@pytest.mark.slow
 def test_a_tilt_draws_exact_samples_however_short_its_training(short):
     exact, n = M + S2 * SLOPES, 20_000
     x = short.sample_exact(n, generator=seeded()).double()
@@ -138,6 +141,7 @@ def test_a_tilt_draws_exact_samples_however_short_its_training(short):
     assert torch.equal(again, short.sample_exact(50, generator=seeded()))
 
 
+@pytest.mark.slow
 def test_exact_samples_do_not_depend_on_the_parts(short):
     whole = short.sample_exact(300, generator=seeded())
     config = dataclasses.replace(short.config, micro_batch=100, reward_batch=64)
@@ -145,6 +149,7 @@ def test_exact_samples_do_not_depend_on_the_parts(short):
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.slow
 def test_without_a_certificate_the_new_trajectories_are_enough(short):
     bare = dataclasses.replace(short, certificate=None)
     x = bare.sample_exact(5000, generator=seeded()).double()
@@ -160,6 +165,7 @@ def shifted(x, t, cond=None):
     return gaussian()(x - torch.as_tensor(t) * offset, t) + offset
 
 
+@pytest.mark.slow
 def test_under_one_condition_the_samples_are_of_its_tilt():
     """N(c, S2) tilted by λ x is N(c + λ S2, S2), at one condition."""
     kernel, n = kernel_for(gaussian(), "moment_matched", 10), 4000
@@ -275,6 +281,7 @@ def test_weights_that_do_not_show_their_tail_are_warned_of(std, warned):
 # --- the ceiling learns ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_ceiling_rises_with_what_is_seen():
     """Weights that say nothing of the tilt, all far too low, leave its samples exact."""
     base, n = gaussian(), 4000

@@ -32,6 +32,7 @@ class Watch(Callback):
 # --- the right answer ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_linear_reward_moves_a_gaussian_to_the_exact_mean():
     """The default path: a residual network in single precision, judged by the closed form."""
     config = TiltConfig(iterations=120, lr=5e-3, ema_decay=0.9, steps=5, batch_size=64)
@@ -82,12 +83,14 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.slow
 def test_every_option_reaches_the_exact_tilt(options):
     found = run(with_options(**options))
     # The first step's rule is read at t = .02 instead of 0, which costs a little of w.
     torch.testing.assert_close(found.field.w.detach(), S2 * SLOPES, rtol=0.015, atol=0)
 
 
+@pytest.mark.slow
 def test_temperature_divides_the_reward():
     found = run(with_options(temperature=4.0, certificate_samples=256))
     torch.testing.assert_close(found.field.w.detach(), S2 * SLOPES / 4, rtol=0.015, atol=0)
@@ -96,6 +99,7 @@ def test_temperature_divides_the_reward():
     assert found.certificate.log_weight_std < 0.01
 
 
+@pytest.mark.slow
 def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
     """N(c, s²) and reward λ(c)·x with λ(c) = (2 c₂, -c₁): mean c + s² λ(c), log Z λ·c + ½ s² λ²."""
 
@@ -177,6 +181,7 @@ def test_rollouts_per_update(options, rollouts):
     assert reward.sizes.count(FAST.batch_size) == rollouts  # the others are checks
 
 
+@pytest.mark.slow
 def test_a_subset_of_the_steps_always_has_the_late_ones():
     model = Shift()
     run(with_options(iterations=60, steps=8, late_fraction=0.25, early_fraction=0.5), model=model)
@@ -187,6 +192,7 @@ def test_a_subset_of_the_steps_always_has_the_late_ones():
     assert bool(((early > 15) & (early < 45)).all())  # 30 expected, 3.9 standard deviations
 
 
+@pytest.mark.slow
 def test_a_constant_cap_removes_the_gradient_above_it_and_nothing_below():
     free, high, low = (
         run(with_options(iterations=20, clip=clip)).field.w.detach() for clip in (0.0, 1e6, 1e-9)
@@ -195,6 +201,7 @@ def test_a_constant_cap_removes_the_gradient_above_it_and_nothing_below():
     assert torch.equal(low, torch.zeros_like(low))
 
 
+@pytest.mark.slow
 def test_a_running_cap_is_the_mean_of_the_quantiles_and_caps_the_loss(tmp_path):
     watch, path = Watch(), tmp_path / "c.pt"
     config = with_options(iterations=20, clip_quantile=True, lr=1e-30, steps=4)
@@ -232,6 +239,7 @@ class Table(nn.Module):
 
 
 @pytest.mark.parametrize("importance", [True, False])
+@pytest.mark.slow
 def test_importance_weights_make_stale_trajectories_unbiased(importance):
     """Only trajectories of the untilted base, replayed: right with their weights, else not.
 
@@ -269,6 +277,7 @@ def test_importance_weights_make_stale_trajectories_unbiased(importance):
     assert error < 0.06 if importance else error > 0.2
 
 
+@pytest.mark.slow
 def test_autocast_computes_the_network_in_bfloat16_and_the_chain_in_float32():
     seen = set()
 
@@ -302,6 +311,7 @@ def outcome(found):
     return torch.cat([*weights, found.certificate.log_weights.double()])
 
 
+@pytest.mark.slow
 def test_the_seed_determines_the_result_and_the_global_generator_plays_no_part(monkeypatch):
     torch.manual_seed(1)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's stream"))

@@ -264,6 +264,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_and_its_rows_are_flat(tmp_path, monkeypatch, capsys):
     small = Problem("ink", False, (2, 4), (2,), (0.5,), 2)
     guided = Problem("ink", True, (2,), (), (0.5,), 2)

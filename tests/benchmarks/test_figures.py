@@ -25,6 +25,7 @@ def make_rows():
     ]
 
 
+@pytest.mark.slow
 def test_every_problem_is_a_dot_and_the_bar_is_the_median(tmp_path, drawn):
     rows = make_rows()
     path = kernel_comparison(tmp_path / "k.png", rows)

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("moment_matched_weighted", "B", 0.003),
     ],
 )
+@pytest.mark.slow
 def test_errors_in_ten_steps_are_the_known_ones(scheme, problem, known):
     assert scheme_error(PROBLEMS[problem], scheme, 10) == pytest.approx(known, abs=6e-4)
 
@@ -71,6 +72,7 @@ def test_a_gaussian_base_is_exact_at_any_number_of_steps(scheme, steps):
     assert velocity_error(GAUSSIAN, kernel, v, v_base) < 0.07 / steps
 
 
+@pytest.mark.slow
 def test_the_pairs_are_not_exact_on_a_gaussian():
     assert scheme_error(GAUSSIAN, "ancestral_pair", 5) > 0.1
     assert scheme_error(GAUSSIAN, "euler_published", 5) > 0.1

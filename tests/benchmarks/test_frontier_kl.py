@@ -44,6 +44,7 @@ SCALED = gaussian([1.0, -0.6, 0.5], [[1.2, 0.2, 0.1], [0.2, 1.5, 0.0], [0.1, 0.0
 
 @pytest.mark.parametrize("field", [SHIFTED, SCALED])
 @pytest.mark.parametrize("probes", [1, 2])
+@pytest.mark.slow
 def test_it_is_the_one_between_gaussians(field, probes):
     found = ode_kl(field, BASE, drawn_from(field, 4100), batch=256, steps=20, probes=probes, seed=0)
     assert found.shape == (16,)
@@ -76,6 +77,7 @@ def a_flow(labelled, scale):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.slow
 def test_random_signs_agree_with_the_exact_divergence(labelled):
     base, field = a_flow(labelled, 0.0), a_flow(labelled, 0.1)
     x = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))

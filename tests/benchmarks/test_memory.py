@@ -54,6 +54,7 @@ def test_gradients_cross_between_the_places():
     torch.testing.assert_close(x.grad, expected.detach())
 
 
+@pytest.mark.slow
 def test_every_option_saves_memory_and_the_adjoint_pass_needs_no_more_for_more_steps(tmp_path):
     out = tmp_path / "memory.json"
     args = Args(steps=(4, 16), update_steps=4, batch_size=8, width=8, device="cpu", output=out)
@@ -74,6 +75,7 @@ def test_every_option_saves_memory_and_the_adjoint_pass_needs_no_more_for_more_s
     assert named[f"{large}, offload", 4] < 1.1 * named["micro_batch=8", 4]
 
 
+@pytest.mark.slow
 def test_low_rank_adapters_need_one_copy_of_the_weights():
     pytest.importorskip("peft", reason="low-rank adapters need the package peft (extra lora)")
     args = Args(batch_size=2, width=16, device="cpu")

@@ -30,6 +30,7 @@ def test_options_of_an_experiment_reach_the_agent(tmp_path):
             assert getattr(options, name) == value
 
 
+@pytest.mark.slow
 def test_rows_are_flat_and_kept(tmp_path, monkeypatch):
     tiny = replace(
         rl.experiments()[0], offline=4, transitions=4000, eval_every=2, episodes=1, agent="bc"

@@ -40,6 +40,7 @@ def test_riccati_is_the_closed_form_of_a_scalar_problem(a, p, q):
         torch.testing.assert_close(F(t), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_riccati_of_matrices_is_the_limit_of_dynamic_programming():
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(3, 3, generator=generator).double()
@@ -64,6 +65,7 @@ def test_finite_differences_solve_the_quadratic_case():
 
 
 @pytest.mark.parametrize(("dimension", "kappa", "nu"), [(0, 5.0, 3.0), (9, 1.0, 1.0)])
+@pytest.mark.slow
 def test_well_control_is_the_gradient_of_a_simulated_log_psi(dimension, kappa, nu):
     """Feynman-Kac: ψ(x, t) = E[e^{-g(X_1)} | X_t = x], differentiated along the paths."""
     problem, n, steps, t = double_well(), 20_000, 300, 0.9
@@ -154,6 +156,7 @@ class Perturbed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.slow
 def test_the_loss_is_stationary_at_the_reference_control(name):
     """Up to noise and O(h), in the directions of a constant and of a linear feedback."""
     problem = PROBLEMS[name]()
@@ -184,6 +187,7 @@ def test_control_error_of_the_optimum_and_of_no_control():
     assert size == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_short_training_solves_the_linear_problem(tmp_path, capsys):
     out = tmp_path / "results" / "soc.json"
     main(Args(problems=("ou_linear",), steps=20, iterations=120, batch_size=64, output=out))

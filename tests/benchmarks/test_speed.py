@@ -75,6 +75,7 @@ def quick(tmp_path, **options):
     return {(row["name"], row["seeds"]): row for row in rows}
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_whole(tmp_path, capsys):
     rows = quick(tmp_path, seeds=(1, 3))
     whole = [(WHOLE, 1), (FIXED, 1), (f"{FIXED}, fastest block", 1), (WHOLE, 3)]
@@ -118,6 +119,7 @@ def _worse(result):
     return 1.001 * loss, metrics
 
 
+@pytest.mark.slow
 def test_a_peer_is_timed_in_turns(tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
     (checkout / "agents").mkdir(parents=True)
@@ -153,6 +155,7 @@ def test_what_cannot_be_timed_is_refused(tmp_path):
     assert sys.executable == str(SpeedConfig().peer_python)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_parts_cost():
     page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
     said = dict(re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \|", page, flags=re.MULTILINE))

@@ -28,6 +28,7 @@ def test_grid_velocity_is_the_closed_form_where_there_is_one():
 
 
 @pytest.mark.parametrize("name", ["ring/peaks", "mixture-8d"])
+@pytest.mark.slow
 def test_the_exact_tilt_has_no_error_and_the_base_has_error_one(name):
     problem = make_problem(name)
     assert velocity_error(problem, problem.velocity, n=256) == 0.0
@@ -42,6 +43,7 @@ def test_samples_of_the_exact_velocity_have_the_exact_frequencies():
     torch.testing.assert_close(found.double(), problem.frequencies, rtol=0, atol=0.012)
 
 
+@pytest.mark.slow
 def test_a_row_is_flat_and_is_not_run_twice(tmp_path):
     config = FidelityConfig(
         problems=("two_gaussians/linear",),

@@ -21,6 +21,7 @@ def test_both_sides_make_the_same_updates(model):
     assert len(set(expected)) == 4
 
 
+@pytest.mark.slow
 def test_rows_and_figure(tmp_path, capsys):
     out = tmp_path / "tilt_speed.json"
     rows = main(Args(**QUICK, models=("toy, network",), output=out))

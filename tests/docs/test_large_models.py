@@ -13,6 +13,7 @@ PAGE = Page("docs/large_models.md").text
 ROWS = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_block_runs_and_prints_what_it_says(capsys, tmp_path, monkeypatch):
     """As written, but for the numbers of iterations and samples."""
     pytest.importorskip("peft", reason="low-rank adapters need the package peft (extra lora)")

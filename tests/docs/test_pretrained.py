@@ -35,6 +35,7 @@ def test_there_are_examples():
     assert len(BLOCKS) == 7
 
 
+@pytest.mark.slow
 def test_a_pipeline(downloads):
     names = run(BLOCKS[1])
     with torch.no_grad():
@@ -48,6 +49,7 @@ def test_a_pipeline(downloads):
     torch.testing.assert_close(v, -pred, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_unet(downloads):
     assert bool(run(BLOCKS[2])["images"].isfinite().all())
 

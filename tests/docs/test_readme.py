@@ -12,6 +12,7 @@ README = Page("README.md")
 
 
 @pytest.mark.parametrize("code", [c for c in README.blocks("python") if c != SNIPPET])
+@pytest.mark.slow
 def test_python_runs(code, capsys):
     """As written, but for the numbers of iterations."""
     assert "iterations=" in code

@@ -2,10 +2,12 @@
 
 import re
 
+import pytest
 import torch
 from helpers.pages import Page, printed_by, run
 
 
+@pytest.mark.slow
 def test_every_block_runs_and_prints_what_it_says(capsys):
     """As written, but for the numbers of iterations."""
     torch.manual_seed(0)

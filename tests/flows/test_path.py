@@ -93,6 +93,7 @@ def test_the_canonical_velocity_is_exact_on_every_path(name, prediction):
     s=st.floats(0.1, 3.0),
     x=st.floats(-4.0, 4.0),
 )
+@pytest.mark.slow
 def test_the_canonical_velocity_is_exact_for_any_gaussian(name, prediction, t, m, s, x):
     reference = REFERENCES[name]
     model = native_model(reference, prediction, m, s)

@@ -60,6 +60,7 @@ def test_order_of_convergence(method, order, grid):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.slow
 def test_adaptive_methods_reach_the_tolerance(method):
     x1 = sample(GAUSSIAN, NOISE, method=method, rtol=1e-6, atol=1e-6)
     assert (x1 - exact(NOISE, 1.0)).abs().max() < 2e-5
@@ -154,6 +155,7 @@ def test_exact_log_likelihood(dim, end):
 
 
 @pytest.mark.parametrize(("method", "tolerance"), [("rk4", 1e-6), ("ab2", 1e-3)])
+@pytest.mark.slow
 def test_exact_log_likelihood_by_fixed_steps(method, tolerance):
     field = mixture(2)
     x = field.sample(30, generator=torch.Generator().manual_seed(1))
@@ -226,6 +228,7 @@ def test_bad_arguments(function):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@pytest.mark.slow
 def test_a_likelihood_does_not_depend_on_the_points_beside_it(method):
     """A point between two narrow modes, which needs short steps, beside many that do not."""
     law = GaussianMixture.isotropic(torch.tensor([[-3.0], [3.0]], dtype=F64), 0.1)

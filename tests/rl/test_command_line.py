@@ -146,6 +146,7 @@ def test_a_task_without_ogbench_says_what_to_install(capsys, monkeypatch):
     assert "pip install" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_and_evaluating_from_the_command_line(tmp_path, capsys):
     command = (
         "train --task gym:Pendulum-v1 --agent qam --no-use-data --offline-steps 0 --seeds 0 1 "

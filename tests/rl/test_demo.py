@@ -14,6 +14,7 @@ from applications.rl.demo import DemoConfig, run_demo
 torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_a_small_demo_leaves_report_and_pictures_and_resumes(tmp_path, capsys):
     config = DemoConfig(
         folder=tmp_path, transitions=4000, updates=8, episodes=2, workers=1, resume=True

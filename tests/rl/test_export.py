@@ -66,6 +66,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.slow
 def test_the_program_acts_as_the_agent(name, options):
     agent = make(name, **options)
     policy = Policy(agent)
@@ -80,6 +81,7 @@ def test_the_program_acts_as_the_agent(name, options):
     assert expected.std() > 0.1  # not the same action whatever comes in
 
 
+@pytest.mark.slow
 def test_only_weights_that_acting_reads_are_in_the_file():
     agent = make("qam", hidden=(64, 64))
     content = program_bytes(Policy(agent))
@@ -90,6 +92,7 @@ def test_only_weights_that_acting_reads_are_in_the_file():
     assert all(p.numel() for p in agent.parameters())  # the agent itself keeps its own
 
 
+@pytest.mark.slow
 def test_critics_that_choose_are_in_the_file():
     agent = make("qam", best_of_n=2)
     state = torch.export.load(io.BytesIO(program_bytes(Policy(agent)))).state_dict
@@ -97,6 +100,7 @@ def test_critics_that_choose_are_in_the_file():
     assert sum(p.numel() for p in state.values()) == read
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_its_description(tmp_path, capsys):
     write_checkpoint(tmp_path / "run")
     show_export(ExportConfig(tmp_path / "run", repeats=3))
@@ -120,6 +124,7 @@ def test_a_run_is_exported_with_its_description(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["qam-e", "ifql"])
+@pytest.mark.slow
 def test_ten_lines_run_the_policy_without_this_package(tmp_path, name):
     assert len(SNIPPET.splitlines()) <= 10
     write_checkpoint(tmp_path, name)
@@ -146,6 +151,7 @@ def test_ten_lines_run_the_policy_without_this_package(tmp_path, name):
     assert "tensor([[" in done.stdout
 
 
+@pytest.mark.slow
 def test_zeros_repeat_and_other_noise_varies():
     policy = Policy(make("qam"))
     program = read_back(program_bytes(policy))
@@ -154,6 +160,7 @@ def test_zeros_repeat_and_other_noise_varies():
     assert not torch.equal(program(x, z), program(x, z + 1))
 
 
+@pytest.mark.slow
 def test_a_program_that_acts_otherwise_is_refused_and_not_written(tmp_path, monkeypatch):
     write_checkpoint(tmp_path)
     wrong = program_bytes(Policy(make("qam", flow_steps=5)))

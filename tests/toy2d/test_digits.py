@@ -174,6 +174,7 @@ def test_untrained_flow_has_the_gaussian_law_of_the_images():
     assert torch.allclose(x1.var(0), variance, rtol=0.12, atol=0.002)
 
 
+@pytest.mark.slow
 def test_training_improves_the_flow_and_the_classifier_reads():
     data = digit_data.load()
     classifier = digit_classifier.fit_classifier(data, iterations=150)
@@ -196,6 +197,7 @@ def test_training_improves_the_flow_and_the_classifier_reads():
     assert losses[1] < losses[0] - 0.008
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_folder_and_resumes_to_the_same_numbers(tmp_path):
     folder = tmp_path / "digits"
     report = digits.run(replace(TINY, folder=folder))
@@ -218,6 +220,7 @@ def test_a_run_writes_its_folder_and_resumes_to_the_same_numbers(tmp_path):
         digits.run(replace(TINY, folder=folder, resume=True, digit=5))
 
 
+@pytest.mark.slow
 def test_what_too_few_samples_know_is_not_reported(tmp_path, drawn):
     config = replace(TINY, folder=tmp_path, temperature=0.002, base_iterations=1, iterations=1)
     with pytest.warns(UserWarning, match="too few") as caught:

@@ -96,6 +96,7 @@ def test_grid_identities():
     assert tilt.reward_tilted == pytest.approx(tilt.mean(r).item())
 
 
+@pytest.mark.slow
 def test_grid_samples_follow_the_tilt():
     law, tilt = TARGETS["ring"], tilt_of("ring", "classifier")
     x = tilt.sample(N, seeded())
@@ -129,6 +130,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize(("target", "name"), PROBLEMS)
+@pytest.mark.slow
 def test_resampling_agrees_with_the_grid(target, name):
     law, reward = TARGETS[target], make_reward(name, TARGETS[target])
     tilt = grid_tilt(law.log_density, reward, law.extent, 160)
@@ -191,6 +193,7 @@ def test_sliced_wasserstein_agrees_with_pot(n, m, dim):
     assert ours == pytest.approx(swapped, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_sliced_wasserstein_of_a_shift_in_closed_form():
     """W2 along θ is |θᵀδ|, and E (θᵀδ)² = |δ|²/d."""
     x, delta = torch.randn(100, 3, generator=seeded()), torch.tensor([0.3, -2.0, 1.0])
@@ -218,6 +221,7 @@ def test_w2_ratio_is_what_it_says():
     assert ratio == pytest.approx(sum(top) / sum(bottom), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_w2_ratio_has_its_floor_at_one():
     tilt, draw, n = tilt_of("two_gaussians", "quadratic"), seeded(), 1000
     base = TARGETS["two_gaussians"].sample(8 * n, draw)
@@ -241,6 +245,7 @@ def test_mode_tv_by_hand_and_against_the_grid():
     assert mode_tv(law.sample(N, seeded()), tilt, law.modes) > 0.2
 
 
+@pytest.mark.slow
 def test_mode_tv_floor_is_the_one_documented():
     law = TARGETS["ring"]
     uniform = tilt_of("ring", "linear")

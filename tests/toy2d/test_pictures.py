@@ -87,6 +87,7 @@ def test_checked_takes_tensors_and_ties_equal_letters():
 # --- pictures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_triptych_shows_the_densities_the_samples_and_the_reward(tmp_path, drawn):
     base, exact = gaussian((0, 0), 1.0), gaussian((1.5, 0), 0.8)
     samples = draw((1.5, 0), 0.8, 2000)
@@ -119,6 +120,7 @@ def test_triptych_shows_the_densities_the_samples_and_the_reward(tmp_path, drawn
     np.testing.assert_allclose(np.diff(contours.levels), 1)
 
 
+@pytest.mark.slow
 def test_a_panel_tells_what_the_window_leaves_out(tmp_path, drawn):
     inside = np.zeros((100, 2))
     few, many = inside.copy(), inside.copy()
@@ -129,6 +131,7 @@ def test_a_panel_tells_what_the_window_leaves_out(tmp_path, drawn):
     assert captions == ["mean reward 0", "mean reward 0", "mean reward 0, 3% outside"]
 
 
+@pytest.mark.slow
 def test_first_index_is_x_and_up_is_positive_y_in_the_file(tmp_path, drawn):
     layer = Layer(density=gaussian((2.5, 1.5), 0.3))
     image = pixels(triptych(tmp_path / "a.png", layer, layer, layer, extent=EXTENT)).sum(2)
@@ -149,6 +152,7 @@ def test_reward_levels_are_round_and_near_the_maximum():
     assert len(style.reward_levels(np.ones((5, 5)))) == 0
 
 
+@pytest.mark.slow
 def test_particle_paths_draw_every_step_and_both_ends(tmp_path, drawn):
     base, tilted = paths((0, 2), n=50), paths((2, 0), n=50, states=7)
     pixels(particle_paths(tmp_path / "p.png", base, tilted, extent=EXTENT, shown=30, highlighted=4))
@@ -164,6 +168,7 @@ def test_particle_paths_draw_every_step_and_both_ends(tmp_path, drawn):
         np.testing.assert_array_equal(end.get_offsets(), xs[-1, :30])
 
 
+@pytest.mark.slow
 def test_control_field_arrows_point_along_u_and_its_size_is_told(tmp_path, drawn):
     times = [0.0, 0.5]
     turn = np.stack([-Y, X], 2)
@@ -195,6 +200,7 @@ def test_control_field_estimates_the_density_from_samples(tmp_path, drawn):
         control_field(tmp_path / "u.png", control, np.array([0.3]), extent=EXTENT)
 
 
+@pytest.mark.slow
 def test_gallery_puts_every_density_in_its_place(tmp_path, drawn):
     maps = {
         f"row{i}": {f"col_{j}": gaussian((i - 1, j - 1), 0.4 + 0.1 * j) for j in range(4)}
@@ -219,6 +225,7 @@ def test_gallery_puts_every_density_in_its_place(tmp_path, drawn):
 # --- charts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_certificate_bars_are_the_counts_and_the_numbers_are_right(tmp_path, drawn):
     rng = np.random.default_rng(0)
     before, after = rng.normal(0, 1.5, 5000), rng.normal(1.1, 0.02, 4000)
@@ -256,11 +263,13 @@ def test_certificate_of_an_exact_tilt_is_one_spike(tmp_path, drawn):
     assert np.ptp(step.get_data().edges) < 0.01
 
 
+@pytest.mark.slow
 def test_certificate_survives_weights_beyond_the_range_of_exp(tmp_path, drawn):
     certificate_histogram(tmp_path / "c.png", np.array([-900.0, -901.0]), np.array([900.0, 900.0]))
     assert drawn[0].axes[1].lines[0].get_xdata()[0] == pytest.approx(900)
 
 
+@pytest.mark.slow
 def test_training_curves_draw_rows_and_csv_alike(tmp_path, drawn):
     rng = np.random.default_rng(0)
     rows = [
@@ -287,6 +296,7 @@ def test_training_curves_draw_rows_and_csv_alike(tmp_path, drawn):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_training_curves_break_where_another_loss_takes_over(tmp_path, drawn):
     losses = [100.0] * 60 + [1.0] * 40
     rows = [{"iteration": 10 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
@@ -344,6 +354,7 @@ def test_image_grid_shows_the_images_on_one_scale(tmp_path, drawn):
     assert np.isnan(mosaic(base[:4], 3, 2)[9:, 9:]).all()  # no images there
 
 
+@pytest.mark.slow
 def test_class_frequencies_draw_the_given_heights(tmp_path, drawn):
     base, tilted, exact = (np.random.default_rng(i).dirichlet(np.ones(10)) for i in range(3))
     path = tmp_path / "f.png"
@@ -368,6 +379,7 @@ def test_class_frequencies_draw_the_given_heights(tmp_path, drawn):
 # --- animation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_animation_moves_the_particles_to_where_they_end(tmp_path):
     base, tilted = paths((-2, 2), n=2000, states=31), paths((2, -2), n=2000, states=31)
     base[-1], tilted[-1] = (-2.0, 2.0), (2.0, -2.0)
@@ -410,6 +422,7 @@ def test_animation_takes_the_states_nearest_to_uniform_times(tmp_path):
         assert movie.n_frames == 10
 
 
+@pytest.mark.slow
 def test_animation_of_thousands_of_spread_particles_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     t = np.linspace(0, 1, 61)[:, None, None]
@@ -472,6 +485,7 @@ def test_a_picture_that_fails_halfway_leaves_the_old_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_pictures_leave_the_global_state_of_matplotlib_alone(tmp_path):
     code = (  # reading rcParams["backend"] would itself import pyplot
         "import sys, numpy as np, matplotlib\n"

@@ -28,6 +28,7 @@ def test_names_are_the_ones_promised():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_tilt_is_visible_but_not_absurd(name, target):
     reward = reward_of(name, target)
     assert reward.name == name
@@ -54,6 +55,7 @@ def test_gradient_is_right_and_finite_everywhere(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_evaluates_on_a_fine_grid_in_either_dtype(name):
     axis = torch.linspace(-4, 4, 400, dtype=torch.float64)
     x = torch.cartesian_prod(axis, axis)
@@ -128,12 +130,14 @@ def test_classifier_knows_its_classes(name):
     assert wrong.float().mean() < 0.03
 
 
+@pytest.mark.slow
 def test_classifier_is_a_normalised_log_probability():
     x = TARGETS["grid"].sample(1000, seeded())
     total = sum(classifier(TARGETS["grid"], label=k)(x).exp() for k in range(3))
     torch.testing.assert_close(total, torch.ones(1000))
 
 
+@pytest.mark.slow
 def test_classifier_is_deterministic_and_leaves_the_global_generator_alone():
     x = TARGETS["moons"].sample(1000, seeded())
     torch.manual_seed(1)

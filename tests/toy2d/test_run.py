@@ -73,6 +73,7 @@ def texts(figure) -> str:
     return " | ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_flat_report_and_moves_toward_the_exact_tilt(tmp_path):
     finished = run(small(tmp_path / "a", iterations=150))
     report = json.loads((tmp_path / "a" / "report.json").read_text())
@@ -91,6 +92,7 @@ def test_a_run_writes_a_flat_report_and_moves_toward_the_exact_tilt(tmp_path):
     assert config["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_a_trained_base_is_judged_by_its_own_samples(tmp_path):
     finished = run(small(tmp_path / "b", base="trained", base_iterations=60, target="moons"))
     assert finished.exact.samples.shape == (8000, 2)
@@ -98,6 +100,7 @@ def test_a_trained_base_is_judged_by_its_own_samples(tmp_path):
     assert (tmp_path / "b" / "base.csv").read_text().startswith("iteration,loss")
 
 
+@pytest.mark.slow
 def test_what_too_few_samples_know_is_not_reported(tmp_path, drawn):
     """The tilt of a cold reward is that of one sample of the base, and so would agree with any."""
     config = small(tmp_path / "a", **BRIEF, iterations=5, temperature=0.001)
@@ -110,6 +113,7 @@ def test_what_too_few_samples_know_is_not_reported(tmp_path, drawn):
     assert "exact log Z" not in texts(shown["certificate"])
 
 
+@pytest.mark.slow
 def test_pictures_tell_the_temperature_the_refinement_and_the_error(tmp_path, drawn):
     config = small(tmp_path / "a", **BRIEF, iterations=40, temperature=0.5)
     shown = {
@@ -125,6 +129,7 @@ def test_pictures_tell_the_temperature_the_refinement_and_the_error(tmp_path, dr
     assert re.search(r"exact log Z = [-\d.]+ ± 0\.0\d\d", texts(shown["certificate"]))
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
     reports = [run(small(tmp_path / n, seed=s)).report for n, s in (("a", 0), ("b", 0), ("c", 1))]
     for report in reports:
@@ -133,6 +138,7 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
     assert reports[0] != reports[2]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL of the command line itself, in the middle of the tilt."""
     config = small(tmp_path / "killed", iterations=300)
@@ -177,6 +183,7 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_length_of_the_base_is_refused(tmp_path, capsys):
     """Otherwise a base of one run and a tilt of another would be mixed."""
     config = small(tmp_path / "a", base="trained", base_iterations=20, iterations=5)
@@ -211,6 +218,7 @@ def test_a_command_that_fails_leaves_the_folder_alone(tmp_path, changes, resume)
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_run_of_few_iterations_has_its_curves(tmp_path, drawn):
     config = small(tmp_path / "a", iterations=5)
     assert main(arguments(config)) == 0
@@ -232,6 +240,7 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: cannot access {tmp_path}/run/tilt.pt: ")
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_belong_are_refused(tmp_path, capsys):
     config = small(tmp_path / "a")
     assert main(arguments(config)) == 0

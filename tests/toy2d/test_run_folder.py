@@ -35,6 +35,7 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_run_is_written_over_only_if_asked_and_then_without_stale_files(tmp_path, capsys):
     assert main(command(tmp_path)) == 0
     (tmp_path / "flow.gif").write_text("of this run")
@@ -53,6 +54,7 @@ def test_a_run_is_written_over_only_if_asked_and_then_without_stale_files(tmp_pa
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_checkpoints_is_not_resumed_to_nothing(tmp_path, capsys):
     assert main(command(tmp_path)) == 0
     for path in tmp_path.glob("*.pt"):
@@ -120,6 +122,7 @@ def test_a_learned_gallery_takes_the_place_of_its_last_one(monkeypatch, tmp_path
     assert (options.resume, options.overwrite) == (resume, not resume)
 
 
+@pytest.mark.slow
 def test_a_resume_says_where_it_begins(tmp_path, capsys):
     assert main(command(tmp_path, "--resume")) == 0
     assert f"nothing to resume in {tmp_path}: begins anew" in capsys.readouterr().err
@@ -131,6 +134,7 @@ def test_a_resume_says_where_it_begins(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["base flow", "tilt"])
+@pytest.mark.slow
 def test_an_interrupt_loses_fifty_updates_at_most(tmp_path, monkeypatch, name):
     class Interrupt(Callback):
         def on_step(self, trainer, iteration, metrics):

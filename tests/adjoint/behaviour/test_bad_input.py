@@ -92,6 +92,7 @@ def test_a_base_that_takes_one_time_for_all_states_is_refused(one):
         tilt(careless, Slope(), shape=(2,), config=FAST, model=Untouched())
 
 
+@pytest.mark.slow
 def test_a_base_that_follows_the_model_is_refused():
     model = MLPVelocity(2, hidden=(4,))
     before = [p.detach().clone() for p in model.parameters()]
@@ -240,6 +241,7 @@ class Poison:
         return value * torch.nan if self.calls > self.at else value
 
 
+@pytest.mark.slow
 def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
     path, log = tmp_path / "c.pt", tmp_path / "log.csv"
     config = with_options(iterations=30, checkpoint_every=4)
@@ -338,6 +340,7 @@ def test_numbers_of_other_libraries_are_options(tmp_path):
     assert checkpoints.load(path)["config"]["lr"] == 0.5
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_and_pickles_with_code_are_refused(tmp_path):
     path, config = finished(tmp_path)
     whole, marker = path.read_bytes(), tmp_path / "executed"

@@ -102,6 +102,7 @@ def gradients(rank, options, with_cond):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("with_cond", [False, True])
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_the_joined_batch(name, with_cond):
     expected, metrics = gradients(0, OPTIONS[name], with_cond)
     assert min(float(g.norm()) for g in expected) > 1e-3
@@ -122,6 +123,7 @@ def whole_tilt(rank, folder):
     return tilted.kernel, tilted.certificate, tilted.field.state_dict(), tilted, saved
 
 
+@pytest.mark.slow
 def test_a_tilt_of_two_processes(tmp_path):
     (kernel, certificate, weights, tilted, saved), other = agreed(several(whole_tilt, tmp_path))
     assert torch.equal(kernel.std, other[0].std)
@@ -148,6 +150,7 @@ def stopped(rank, folder):
         train(folder, Stop())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_loads_in_one(tmp_path):
     agreed(several(stopped, tmp_path))
     saved = checkpoints.load(tmp_path / "c.pt")
@@ -200,6 +203,7 @@ def sharded_tilt(rank, sharded, adapters=False, alone=False):
 
 @needs_cpu_shards
 @pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.slow
 def test_a_sharded_tilt_is_the_whole_one(adapters):
     if adapters:
         pytest.importorskip("peft", reason="low-rank adapters need the package peft (extra lora)")
@@ -231,6 +235,7 @@ def torchrun(folder):
     )
 
 
+@pytest.mark.slow
 def test_torchrun_ends_when_a_process_is_killed_and_goes_on_when_started_again(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     agreed(several(whole_tilt, whole))

@@ -103,6 +103,7 @@ def log_z(mean, variance):
 # --- everywhere: the base of the tilt is guided --------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everywhere_is_the_exact_tilt_where_the_guided_velocity_is_a_flow():
     base = always(Guided(EQUAL, W, NULL))
     with warnings.catch_warnings():
@@ -115,6 +116,7 @@ def test_everywhere_is_the_exact_tilt_where_the_guided_velocity_is_a_flow():
     assert float(x.mean()) == pytest.approx(GUIDED_MEAN + S2 * SLOPE, abs=0.04)
 
 
+@pytest.mark.slow
 def test_everywhere_is_the_tilt_of_the_law_of_the_guided_chain():
     """Judged by the affine chain in closed form, which the law of the ODE contradicts."""
     base = always(Guided(NARROW, W, NULL))
@@ -160,6 +162,7 @@ def test_at_sampling_the_null_field_decides_what_is_amplified():
         torch.testing.assert_close(guided(x, t, cond), exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_tilt_that_draws_the_null_condition_too_tilts_both():
     """Trained without guidance on both conditions, and certified so; guided when sampling."""
 

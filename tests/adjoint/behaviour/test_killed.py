@@ -1,5 +1,6 @@
 """A tilt killed by SIGKILL at random moments ends exactly as one left undisturbed."""
 
+import pytest
 import torch
 from helpers.killed_tilt import CONFIG, ITERATIONS, train
 from helpers.killing import run_with_kills
@@ -19,6 +20,7 @@ def differences(a, b, place=""):
     return [] if a == b else [f"{place}: {a!r} != {b!r}"]
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = run_with_kills(train, whole, iterations=ITERATIONS, kills=0, seed=0)

@@ -174,6 +174,7 @@ def test_the_loss_its_gradient_and_metrics_do_not_depend_on_the_parts(options):
 
 @pytest.mark.parametrize("micro_batch", [0, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.slow
 def test_offloading_leaves_the_numbers_and_only_weights_on_the_device(options, micro_batch):
     model, base = Counting(), Counting(1)
     options = {"micro_batch": micro_batch, "reward_batch": micro_batch, **options}
@@ -245,6 +246,7 @@ def update_peak(**options):
     return peak
 
 
+@pytest.mark.slow
 def test_the_memory_of_the_loss_is_that_of_one_micro_batch():
     whole = update_peak(batch_size=16, steps=20)
     small = update_peak(batch_size=16, steps=20, micro_batch=8)
@@ -290,6 +292,7 @@ def small_tilt(config, model=None, **options):
 
 
 @pytest.mark.parametrize("kernel", ["moment_matched", "covariance_matched"])
+@pytest.mark.slow
 def test_a_tilt_in_parts_is_the_tilt_at_once(kernel):
     config = replace(SMALL, kernel=kernel)
     whole, _, _ = small_tilt(config)
@@ -303,6 +306,7 @@ def test_a_tilt_in_parts_is_the_tilt_at_once(kernel):
     assert max(found.field.sizes) == 3
 
 
+@pytest.mark.slow
 def test_a_tilt_in_parts_resumes_exactly_and_the_parts_may_change(tmp_path):
     whole, _, _ = small_tilt(replace(SMALL, **PARTS))
     path = tmp_path / "c.pt"

@@ -176,6 +176,7 @@ def test_refinement_on_a_finer_grid_rolls_out_and_certifies_that():
     torch.testing.assert_close(tilted.kernel.std, fine.kernel.std, rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 def test_refinement_brings_log_weights_closer_to_constant():
     """Equal updates with and without, on a mixture with four modes."""
     problem = PROBLEMS["square"]

@@ -99,6 +99,7 @@ def test_states_at_several_times_need_a_time_each(shape):
         {"micro_batch": 5, "reward_batch": 3},
     ],
 )
+@pytest.mark.slow
 def test_an_update_never_waits_for_the_device(options):
     """Fake tensors have no numbers: what would be read from one, on a GPU by waiting, is an error.
 
@@ -126,6 +127,7 @@ def without_compiler(monkeypatch):
 @pytest.mark.parametrize(
     "options", [{"late_fraction": 0.5, "early_fraction": 0.5}, {"micro_batch": 4}]
 )
+@pytest.mark.slow
 def test_compiled_fields_change_nothing_and_are_compiled_once(without_compiler, options):
     plain, fast = loss_of(**options), loss_of(compile=True, **options)
     model = network(cond_dims={"c": 1})
@@ -142,6 +144,7 @@ def test_compiled_fields_change_nothing_and_are_compiled_once(without_compiler, 
     assert graphs == graphs[:1] * 3
 
 
+@pytest.mark.slow
 def test_many_fields_of_one_class_are_compiled(without_compiler, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile.func, backend="eager"))
     with torch._dynamo.config.patch(cache_size_limit=8):
@@ -150,6 +153,7 @@ def test_many_fields_of_one_class_are_compiled(without_compiler, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 10
 
 
+@pytest.mark.slow
 def test_a_resume_may_compile(without_compiler, tmp_path):
     def run(*, compile, resume):
         config = TiltConfig(**SMALL, iterations=2, base_samples=64, compile=compile)

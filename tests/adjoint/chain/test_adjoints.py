@@ -114,6 +114,7 @@ def euler_adjoint_error(steps: int) -> float:
     return float(a[steps // 2]) - exact
 
 
+@pytest.mark.slow
 def test_euler_adjoint_converges_at_first_order_and_extrapolates_to_the_closed_form():
     errors = [euler_adjoint_error(steps) for steps in (200, 400, 800, 1600)]
     ratios = [a / b for a, b in itertools.pairwise(errors)]

@@ -96,6 +96,7 @@ def test_noise_roots_are_square_roots_of_the_exact_transition_covariance(k):
     torch.testing.assert_close(root @ root.mT, exact, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_chain_of_a_gaussian_has_its_moments_at_every_time():
     covariance = torch.tensor([[0.8, 0.5], [0.5, 0.6]], dtype=torch.float64)
     mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
@@ -128,6 +129,7 @@ def log_z_of_chain(kernel, problem, points=801, extent=7.0):
     return math.log(h * float((density[:, 0] * problem.reward(x).exp()).sum()))
 
 
+@pytest.mark.slow
 def test_bias_of_log_z_is_of_second_order_and_far_below_that_of_a_scalar_noise():
     problem = PROBLEMS["C"]
     exact = float(problem.exact()[1])

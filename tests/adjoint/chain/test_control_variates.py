@@ -123,6 +123,7 @@ def noise_at_the_optimum(name, steps, *, n=2000):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.slow
 def test_at_the_optimum_little_noise_is_left_and_less_on_a_finer_grid(name):
     coarse, fine = (noise_at_the_optimum(name, steps) for steps in (20, 80))
     assert coarse < 0.5

@@ -290,6 +290,7 @@ def fields(state, seed=0):
     return field, *lora(field, rank=4, seed=seed)
 
 
+@pytest.mark.slow
 def test_a_tilt_raises_the_reward_and_changes_adapters_only(trained):
     field, model, base = fields(trained)
     x, t = points(9), torch.tensor(0.6)
@@ -314,6 +315,7 @@ def test_a_tilt_raises_the_reward_and_changes_adapters_only(trained):
     assert torch.equal(found.field(x, t), expected)  # its weights are not written over
 
 
+@pytest.mark.slow
 def test_a_tilt_resumes_exactly_on_its_own_base_only(trained, tmp_path):
     class Stop(Callback):
         def on_step(self, trainer, iteration, metrics):

@@ -237,6 +237,7 @@ class Judge(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.slow
 def test_only_gain_and_correction_are_trained(compiled):
     judge = Judge().double()
     model = awake(
@@ -315,6 +316,7 @@ class Small(nn.Module):
         return self.network(x, t)
 
 
+@pytest.mark.slow
 def test_it_learns_sooner_than_a_model_that_sees_the_state_only():
     """Where guidance is nearly right."""
     generator = torch.Generator().manual_seed(2)

@@ -217,6 +217,7 @@ def test_scale_and_shift_are_those_of_the_autoencoder(config, given, scale, shif
     torch.testing.assert_close(gradient, expected.expand(shape), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_tilt_of_a_linear_decoded_reward_is_exact():
     matrix, slopes = W[:, :2], torch.tensor([0.5, -0.3, 0.2, 0.1, -0.4], dtype=F64)
     decoder = Linear(matrix)

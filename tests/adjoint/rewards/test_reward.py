@@ -27,6 +27,7 @@ def test_given_gradient_serves_a_reward_that_is_not_differentiable():
     assert gradient.tolist() == [[1.0], [1.0]]
 
 
+@pytest.mark.slow
 def test_gradient_inside_transforms():
     x = torch.randn(2, 7, 3, dtype=torch.float64)
     reward = Reward(quartic, scale=0.5)
@@ -46,6 +47,7 @@ def test_norm_cap_shrinks_only_steep_samples_and_keeps_directions():
     torch.testing.assert_close(capped[1] / 2.0, free[1] / free[1].norm())
 
 
+@pytest.mark.slow
 def test_smoothing_is_the_gaussian_average_and_its_gradient_its_own():
     reward = Reward(lambda x, c: x[:, 0] ** 2, smoothing=0.5, probes=20_000)
     x = torch.tensor([[0.7]], dtype=torch.float64)

@@ -51,6 +51,7 @@ def close(a, b):
 
 @pytest.mark.parametrize("first", TERMS)
 @pytest.mark.parametrize("second", TERMS)
+@pytest.mark.slow
 def test_linear_combinations_are_exact(first, second):
     a, b = TERMS[first], TERMS[second]
     (v, g), (w, h) = pair(a), pair(b)
@@ -143,6 +144,7 @@ def test_a_subclass_keeps_its_gradient_in_a_sum():
     close(pair(Constant(quartic) + wave)[1], 7 + 2 * (2 * X).cos())
 
 
+@pytest.mark.slow
 def test_the_tilt_of_a_sum_is_that_of_the_total():
     def slope(x, cond=None):
         return x @ SLOPES.to(x)
@@ -170,6 +172,7 @@ def test_bad_arithmetic_is_refused():
 
 
 @pytest.mark.parametrize("refine", [0.0, 1.0])
+@pytest.mark.slow
 def test_a_training_logs_every_term(tmp_path, refine):
     path = tmp_path / "metrics.csv"
     reward = Reward(lambda x, c: 0.3 * x[:, 0], name="right") - Reward(

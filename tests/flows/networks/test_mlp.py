@@ -119,6 +119,7 @@ def test_bad_sizes(options):
         MLPVelocity(**{"dim": 2, **options})
 
 
+@pytest.mark.slow
 def test_learns_the_velocity_of_a_mixture():
     """A short regression on the exact velocity: the network resolves four modes over all times."""
     torch.manual_seed(0)

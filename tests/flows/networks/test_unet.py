@@ -136,6 +136,7 @@ def test_bad_labels(label, error, message):
         network()(x, t, {"label": torch.tensor(label)})
 
 
+@pytest.mark.slow
 def test_labels_of_any_integer_type_and_in_compiled_functions_without_a_look_at_their_range():
     net, (x, t, cond) = network(widths=(4,)), inputs()
     v = net(x, t, cond)
@@ -174,6 +175,7 @@ def test_an_image_among_the_conditions_is_seen_where_it_lies():
             network(images=images)
 
 
+@pytest.mark.slow
 def test_learns_the_velocity_of_a_mixture_of_images():
     """Regression on the exact velocity of four images: far better than the best linear one."""
     torch.manual_seed(0)

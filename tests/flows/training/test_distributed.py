@@ -136,6 +136,7 @@ def train_jointly(rank, wrapped):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_with_the_joined_batch(wrapped):
     alone = train_jointly(0, False)
     for found in agreed(several(train_jointly, wrapped)):
@@ -166,6 +167,7 @@ def train(rank, folder, killed_at=None, loss=regression, config=CONFIG):
     return ema.state_dict(), trainer.generator.get_state(), said
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_resume_is_exact(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = agreed(several(train, whole))
@@ -199,6 +201,7 @@ def late(rank):
     distributed.average_([torch.zeros(1)])
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_job():
     began = time.monotonic()
     first, second = several(late, patience=2)
@@ -224,6 +227,7 @@ def log(rank, folder):
     return distributed.seed_of(CONFIG.seed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_in_another_number_of_processes(tmp_path):
     half = replace(CONFIG, iterations=8)
     agreed(several(on, tmp_path, half))
@@ -300,6 +304,7 @@ def train_sharded(rank, folder, iterations):
 
 
 @needs_cpu_shards
+@pytest.mark.slow
 def test_a_sharded_module_trains_as_a_whole_one_and_saves_the_same_file(tmp_path):
     shards, alone = tmp_path / "shards", tmp_path / "alone"
     whole = Trainer(network(), joined_regression, CONFIG, checkpoint=alone / "c.pt")

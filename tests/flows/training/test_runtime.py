@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import resource, torch
 from flows.training import prepare_process
@@ -18,6 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 def test_denormals_are_flushed_and_freed_memory_stays():
     result = subprocess.run(
         [sys.executable, "-c", CODE], capture_output=True, text=True, check=True

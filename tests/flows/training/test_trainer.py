@@ -365,6 +365,7 @@ def test_resume_without_a_file_starts_and_of_a_finished_run_does_nothing(tmp_pat
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = run_with_kills(train, whole, iterations=ITERATIONS, kills=0, seed=0)
@@ -583,6 +584,7 @@ def test_data_sampler_draws_rows_evenly_by_the_generator():
             data_sampler(bad)
 
 
+@pytest.mark.slow
 def test_fit_flow_finds_the_velocity_of_a_mixture():
     mixture = GaussianMixture.isotropic(torch.tensor([[-1.5], [1.0]]), 0.4)
     field = MLPVelocity(1, hidden=(64, 64))

@@ -78,6 +78,7 @@ def test_equal_to_ogbenchs_own_loader(made):
     assert met > 0
 
 
+@pytest.mark.slow
 def test_equal_to_ogbenchs_own_loader_with_buttons(puzzle):
     name = "puzzle-3x3-play-singletask-task{}-v0"
     met = 0
@@ -93,6 +94,7 @@ def test_equal_to_ogbenchs_own_loader_with_buttons(puzzle):
     assert met > 0
 
 
+@pytest.mark.slow
 def test_sparse_rewards_are_minus_one_until_the_goal(puzzle):
     dense, sparse = (
         load_dataset(find_task(f"puzzle-3x3{infix}-play-singletask-v0"), folder=puzzle.parent)
@@ -423,6 +425,7 @@ def test_own_data_of_another_environment(tmp_path):
         check_spaces(data, make_environment(find_task("gym:Pendulum-v1")))
 
 
+@pytest.mark.slow
 def test_data_of_another_goal_need_no_other_file(tmp_path):
     generate(DataConfig(task=CUBE, transitions=60, folder=tmp_path))
     rewards = [

@@ -56,12 +56,14 @@ def contents(folder):
     return {name: (folder / name).read_bytes() for name in NAMES}
 
 
+@pytest.mark.slow
 def test_same_bytes_for_any_number_of_workers(undisturbed, tmp_path):
     generate(DataConfig(**OPTIONS, folder=tmp_path, workers=2))
     assert contents(tmp_path) == undisturbed
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_same_bytes_after_being_killed(undisturbed, tmp_path, workers):
     script = tmp_path / "make.py"
     script.write_text(COMMAND)
@@ -98,6 +100,7 @@ def wait_until_gone(group):
     pytest.fail("workers outlived their parent")
 
 
+@pytest.mark.slow
 def test_killed_between_the_data_and_the_manifest(undisturbed, tmp_path, monkeypatch):
     def die(*arguments):
         raise KeyboardInterrupt
@@ -110,6 +113,7 @@ def test_killed_between_the_data_and_the_manifest(undisturbed, tmp_path, monkeyp
     assert contents(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_what_was_made(undisturbed, tmp_path, monkeypatch):
     save, count = np.savez, iter(range(10))
 
@@ -127,6 +131,7 @@ def test_full_disk_keeps_what_was_made(undisturbed, tmp_path, monkeypatch):
     assert contents(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_finished_data_are_found_and_others_refused(tmp_path):
     data = make_pointmaze(tmp_path)
     before = data.stat().st_mtime_ns
@@ -177,6 +182,7 @@ def test_unfinished_data_of_other_options_are_refused(tmp_path):
     assert not parts.exists()
 
 
+@pytest.mark.slow
 def test_more_transitions_begin_with_the_same_episodes(tmp_path):
     short = np.load(make_pointmaze(tmp_path / "short"))
     long = np.load(make_pointmaze(tmp_path / "long", transitions=3000))
@@ -327,6 +333,7 @@ def test_stitch_goes_four_cells_far():
 
 
 @pytest.mark.parametrize("name", [CUBE, "scene-noisy-v0", "puzzle-3x3-play-v0"])
+@pytest.mark.slow
 def test_experts_meet_their_targets(name, monkeypatch):
     collector = ManipulationCollector(find_task(name))
     scene = collector.env.unwrapped

@@ -96,6 +96,7 @@ def assert_all_windows(replay, rows, horizon, discount):
     p_end=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.slow
 def test_windows_against_the_reference(offline, capacity, added, horizon, p_end, seed):
     added = added if capacity else 0
     first = close_offline(random_rows(offline, seed, p_end=p_end))

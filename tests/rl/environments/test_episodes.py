@@ -50,6 +50,7 @@ def assert_same(left, right):
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_two_processes_are_bitwise_equal(monkeypatch, capsys):
     arguments = [sys.executable, "-W", "ignore", "-c", PLAY, "1", POINTMAZE, CUBE]
     other = subprocess.run(arguments, capture_output=True, check=True, text=True).stdout
@@ -60,6 +61,7 @@ def test_two_processes_are_bitwise_equal(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", [POINTMAZE, CUBE, "scene-play-singletask-task1-v0"])
+@pytest.mark.slow
 def test_an_episode_does_not_depend_on_those_before(name):
     env = make_environment(find_task(name))
     actions = np.random.default_rng(0).uniform(-1, 1, (30, env.action_dim))
@@ -77,6 +79,7 @@ def test_an_episode_does_not_depend_on_those_before(name):
     assert not np.array_equal(reset_seeded(env, 8), before[0])
 
 
+@pytest.mark.slow
 def test_random_actions_of_a_reset_are_seeded():
     env = make_environment(find_task(CUBE))
     traces = []
@@ -127,6 +130,7 @@ def test_seeds_of_episodes_differ():
 
 
 @pytest.mark.parametrize(("name", "limit"), [(POINTMAZE, None), (CUBE, 60)])
+@pytest.mark.slow
 def test_resume_amid_an_episode(tmp_path, name, limit):
     limit_or_default = limit or 1000
     episodes = make_episodes(name, 2, limit)
@@ -140,6 +144,7 @@ def test_resume_amid_an_episode(tmp_path, name, limit):
     assert_same(play(resumed, 30, seed=1), expected)
 
 
+@pytest.mark.slow
 def test_time_limits_bootstrap_and_success_does_not():
     episodes = Episodes(find_task(POINTMAZE), seed=0)
     last = play(episodes, 1000)[-1]

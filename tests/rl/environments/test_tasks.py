@@ -148,6 +148,7 @@ def test_wrong_actions_are_refused():
         env.step([0.0, np.nan])
 
 
+@pytest.mark.slow
 def test_sparse_reward_of_ogbench():
     dense, sparse = (
         make_environment(find_task(f"puzzle-3x3{infix}-play-singletask-task1-v0"))

@@ -150,6 +150,7 @@ def told(folder, module):
     return points, evaluated
 
 
+@pytest.mark.slow
 def test_two_seeds_leave_the_same_beside_as_within(tmp_path, monkeypatch):
     logged = []
     options = {"seeds": (3, 1), "stacked": 2, "tensorboard": True, "wandb": "project"}
@@ -171,6 +172,7 @@ def test_two_seeds_leave_the_same_beside_as_within(tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_again_for_what_had_not_come(tmp_path, whole):
     """Killed after iteration 39, when the evaluation of iteration 20 had not come; then once more,
     by Ctrl-C."""
@@ -202,6 +204,7 @@ def test_a_killed_run_asks_again_for_what_had_not_come(tmp_path, whole):
         assert_same_run(folder / "seed0", whole)
 
 
+@pytest.mark.slow
 def test_a_failure_beside_ends_a_run_and_no_other(tmp_path, whole, capsys):
     """The second evaluation of the first seed fails, that of the second one kills the process."""
     with pytest.raises(RunError, match=r"^background_eval: an evaluation failed"):
@@ -246,6 +249,7 @@ class Late:
         return Evaluation((True,), (float(self.step),), (1,))
 
 
+@pytest.mark.slow
 def test_a_program_that_leaves_it_open_ends(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -93,6 +93,7 @@ def test_a_chunk_is_executed_whole_and_cut_by_the_end_of_the_episode():
     assert watched.training  # as it was
 
 
+@pytest.mark.slow
 def test_the_numbers_depend_neither_on_how_many_play_at_once_nor_on_where(agent):
     whole = evaluate(agent, Corridor, episodes=12, seed=5, environments=1)
     assert len(set(whole.lengths)) > 2  # so that free environments take other episodes
@@ -178,6 +179,7 @@ def test_arguments_and_spaces_are_checked(agent):
         evaluate(other, Corridor, episodes=1)
 
 
+@pytest.mark.slow
 def test_failures_in_workers_are_explained(agent):
     with pytest.raises(RunError, match=r"(?s)failed in a worker process.*simulator is unstable"):
         evaluate(agent, Broken, episodes=2, workers=1)

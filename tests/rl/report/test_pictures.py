@@ -171,6 +171,7 @@ def test_values_of_repeated_actions_are_on_the_grid(horizon):
     np.testing.assert_allclose(action_grid(5)[7], [-0.4, 0.0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_three_panels_show_the_base_the_tilt_and_the_landscape(tmp_path, drawn):
     base = two_ways()
     tilted = base[base[:, 0] > 0]
@@ -191,6 +192,7 @@ def test_the_three_panels_show_the_base_the_tilt_and_the_landscape(tmp_path, dra
     np.testing.assert_allclose(dots, base[:1500])
 
 
+@pytest.mark.slow
 def test_the_exact_panel_is_the_base_by_its_weights(tmp_path, drawn):
     base = two_ways()
     q = repeated_action_values(uphill, torch.zeros(2), horizon=1, resolution=41)

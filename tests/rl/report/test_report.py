@@ -160,6 +160,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert result.rates == {(10, 0): (0.2, 50), (20, 0): (0.4, 50)}
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_where_all_of_them_are(tmp_path):
     write_run(tmp_path / "a", seed=0, rates={10: 0.2, 20: 0.4, 30: 1.0})
     write_run(tmp_path / "b", seed=1, rates={10: 0.4, 20: 0.6})
@@ -184,6 +185,7 @@ def test_runs_without_evaluations_are_named(tmp_path):
     assert [line.seeds for line in report.lines] == [1]
 
 
+@pytest.mark.slow
 def test_settings_tell_curves_apart_when_asked_to(tmp_path):
     for tau in (1.0, 10.0):
         for seed in range(2):
@@ -291,6 +293,7 @@ def test_seeds_without_a_common_step_are_refused(tmp_path):
 # --- table ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_phase_and_one_over_tasks(tmp_path):
     rates = {CUBE: (0.2, 0.4, 0.9), MAZE: (0.5, 0.7, 0.6)}
     for task, finals in rates.items():
@@ -335,6 +338,7 @@ def test_one_seed_has_the_interval_of_its_episodes(tmp_path, capsys):
     assert f"wrote {tmp_path / 'report' / CUBE}.png" in out
 
 
+@pytest.mark.slow
 def test_one_seed_of_each_task_has_no_bootstrap_interval(tmp_path, capsys):
     tasks = [MAZE.replace("task1", f"task{n}") for n in range(1, 6)]
     for task, rate in zip(tasks, (0.2, 0.8, 0.5, 0.4, 0.0), strict=True):
@@ -367,6 +371,7 @@ def test_a_published_rate_is_quoted_in_its_own_phase_only(tmp_path):
     assert online.published is None  # there the published runs were offline still
 
 
+@pytest.mark.slow
 def test_published_figures_beside_runs_of_another_preset_are_marked(tmp_path, drawn):
     write_run(tmp_path / "a", rates={50_000: 0.5}, preset="published")
     same = run_report(config(tmp_path, tmp_path / "a")).lines
@@ -381,6 +386,7 @@ def test_published_figures_beside_runs_of_another_preset_are_marked(tmp_path, dr
     assert "dashed: published QAM, QAM-F, 12 seeds; runs of another preset" in texts(drawn[1])
 
 
+@pytest.mark.slow
 def test_the_return_is_told_where_no_success_is(tmp_path):
     for agent, returns in (("bc", (-900.0, -700.0)), ("qam", (-200.0,))):
         for seed, value in enumerate(returns):
@@ -413,6 +419,7 @@ def test_the_printed_table_is_aligned(tmp_path):
     assert lines[0].index("mean %") == lines[1].index("100.0 [") == lines[2].index("  0.0 [")
 
 
+@pytest.mark.slow
 def test_curves_csv_holds_what_is_drawn(tmp_path):
     curves = np.array([[0.0, 0.5, 1.0], [0.2, 0.5, 0.6]])
     for seed, rates in enumerate(curves):
@@ -430,6 +437,7 @@ def test_curves_csv_holds_what_is_drawn(tmp_path):
 # --- pictures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_picture_shows_curves_bands_and_published_ones(tmp_path, drawn):
     for seed in range(2):
         rates = {50_000: 0.1, 100_000: 0.3 + 0.2 * seed}
@@ -462,6 +470,7 @@ def test_a_long_name_stays_on_the_sheet(tmp_path, drawn):
     assert name.get_window_extent().x1 < figure.bbox.width
 
 
+@pytest.mark.slow
 def test_published_curves_end_where_phases_differ(tmp_path, drawn):
     write_run(tmp_path / "a", rates={400_000: 0.5}, online={600_000: 1.0})
     run_report(config(tmp_path, tmp_path / "a", methods=("ReBRAC",)))

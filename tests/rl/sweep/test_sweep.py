@@ -198,6 +198,7 @@ def test_the_rate_is_measured_by_training_itself(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_folders_tell_what_is_done_and_how_far_the_rest_is(tmp_path):
     config = sweep_config(tmp_path, seeds=("0-2",), seeds_per_job=3)
     (job,) = config.plan.jobs
@@ -229,6 +230,7 @@ def test_folders_tell_what_is_done_and_how_far_the_rest_is(tmp_path):
     assert Work.of(quiet.plan).states  # what changes no result does not matter
 
 
+@pytest.mark.slow
 def test_rows_of_finished_runs_are_collected_and_reported(tmp_path):
     config = sweep_config(tmp_path, seeds=("0-1",), seeds_per_job=2)
     (job,) = config.plan.jobs
@@ -259,6 +261,7 @@ def test_rows_of_finished_runs_are_collected_and_reported(tmp_path):
         folders.collect(config.results, job.runs)
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_leaves_the_others_of_its_job_alone(tmp_path):
     (job,) = sweep_config(tmp_path, seeds=("0-2",), seeds_per_job=3).plan.jobs
     notes = worker.work(job, "one", train_or_fail)
@@ -303,6 +306,7 @@ def test_data_are_downloaded_by_one_worker_at_a_time(tmp_path, monkeypatch):
     assert notes == {0: f"no data for {SCENE} in {data}"}
 
 
+@pytest.mark.slow
 def test_a_run_that_another_worker_has_is_not_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "PATIENCE", 0.1)
     (job,) = sweep_config(tmp_path).plan.jobs
@@ -418,6 +422,7 @@ def test_an_address_without_a_cluster_is_refused_within_seconds(monkeypatch):
     check_address("auto")
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_the_command_line_changes_nothing(tmp_path, capsys):
     command = f"sweep --tasks published --dry-run --folder {tmp_path / 'runs'} --gpus 1"
     assert cli.main([*command.split(), "--updates-per-second", "700"]) == 0

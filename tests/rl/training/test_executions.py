@@ -31,6 +31,7 @@ class Replays:
 
 
 @pytest.mark.parametrize("seeds", [(1,), (0, 1)], ids=["one", "two"])
+@pytest.mark.slow
 def test_updates_launched_in_blocks(seeds, tmp_path, monkeypatch):
     phases = {**BOTH, "offline_steps": 9}
     fit(tmp_path / "plain", phases, seeds=seeds, stacked=len(seeds))
@@ -43,6 +44,7 @@ def test_updates_launched_in_blocks(seeds, tmp_path, monkeypatch):
         assert_same_run(*[tmp_path / name / f"seed{seed}" for name in ("ahead", "plain")])
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16(tmp_path):
     """Other products, nearly the same run: weights stay in float32, near the plain run's."""
     weights = {}
@@ -96,6 +98,7 @@ def steps(name, members, compiled):
 
 
 @pytest.mark.parametrize(("name", "members"), [("qam", 1), ("bc", 2)])
+@pytest.mark.slow
 def test_the_loss_is_compiled_where_asked_for(name, members, monkeypatch):
     compiled, torch_compile = [], torch.compile
 

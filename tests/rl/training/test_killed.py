@@ -13,6 +13,7 @@ from flows.training import checkpoint as checkpoints
     [(train_offline, OFFLINE), (train_online, ONLINE)],
     ids=["offline", "online"],
 )
+@pytest.mark.slow
 def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path, train, phases):
     updates = configuration(tmp_path, phases).phases.updates
     whole, killed = tmp_path / "whole", tmp_path / "killed"

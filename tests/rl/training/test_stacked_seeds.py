@@ -91,6 +91,7 @@ def test_updates_of_every_agent(name, options):
 
 
 @pytest.mark.parametrize(("name", "phases"), [("offline", SHORT), ("both", BOTH)])
+@pytest.mark.slow
 def test_seeds_leave_what_they_leave_alone(tmp_path, alone, name, phases):
     found = fit(tmp_path, phases, seeds=(0, 1, 2), stacked=3)
     assert [run.seed for run in found] == [0, 1, 2]
@@ -140,6 +141,7 @@ class Poison(Callback):
 
 
 @pytest.mark.parametrize("stacked", [1, 3])
+@pytest.mark.slow
 def test_a_seed_that_diverges_does_not_stop_the_others(tmp_path, alone, capsys, stacked):
     with pytest.raises(TrainingDiverged, match=r"seed1/checkpoint.pt \(iteration 4\)"):
         fit(tmp_path, seeds=(0, 1, 2), stacked=stacked, callbacks=[Poison(1)])

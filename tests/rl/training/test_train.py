@@ -106,6 +106,7 @@ def by_hand(config, seed):
     return agent, came
 
 
+@pytest.mark.slow
 def test_offline_to_online_is_the_protocol(tmp_path):
     (run,) = fit(tmp_path, ONLINE, seeds=(4,), eval_every=0)
     agent, came = by_hand(configuration(tmp_path, ONLINE), 4)
@@ -118,12 +119,14 @@ def test_offline_to_online_is_the_protocol(tmp_path):
     assert {0.0, 1.0} == set(online["terminals"].tolist())
 
 
+@pytest.mark.slow
 def test_evaluating_changes_nothing_of_the_training(tmp_path):
     (plain,) = fit(tmp_path / "a", ONLINE, eval_every=0)
     (watched,) = fit(tmp_path / "b", ONLINE, eval_every=7)
     assert_equal_weights(plain.agent, watched.agent, **EXACT)
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_result_and_several_seeds_are_as_if_alone(tmp_path):
     both = fit(tmp_path / "both", ONLINE, seeds=(3, 1))
     (alone,) = fit(tmp_path / "alone", ONLINE, seeds=(1,), workers=0, environments=1)
@@ -191,6 +194,7 @@ def test_shards_take_turns_and_a_resumed_run_finds_its_own(tmp_path):
     assert again.current == 2
 
 
+@pytest.mark.slow
 def test_a_policy_learns_what_its_data_do_not_do(tmp_path):
     """Half of the bandit's data have a reward below 0; cloning keeps that half, QAM leaves it."""
     found = {}
@@ -215,6 +219,7 @@ def test_a_policy_learns_what_its_data_do_not_do(tmp_path):
 # --- what a run leaves ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run(tmp_path):
     (run,) = fit(tmp_path, ONLINE, tensorboard=True)
     assert run.folder == tmp_path / "seed0"
@@ -249,6 +254,7 @@ def test_the_folder_of_a_run(tmp_path):
     assert [point.step for point in points] == [int(row["iteration"]) for row in metrics]
 
 
+@pytest.mark.slow
 def test_an_agent_is_read_back_from_its_run(tmp_path):
     (run,) = fit(tmp_path, eval_every=0)
     for path in (run.folder, run.folder / "checkpoint.pt"):
@@ -266,6 +272,7 @@ def test_an_agent_is_read_back_from_its_run(tmp_path):
         load_agent(tmp_path / "other.pt")
 
 
+@pytest.mark.slow
 def test_wandb_gets_metrics_and_evaluations(tmp_path, monkeypatch):
     class Module:
         def __init__(self):
@@ -310,6 +317,7 @@ def test_wandb_gets_metrics_and_evaluations(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [8, 15, 16, 60])
+@pytest.mark.slow
 def test_more_steps_continue_a_run(tmp_path, stop):
     """Stopped after ``stop`` updates, offline or online, and given the rest of its steps."""
     (whole,) = fit(tmp_path / "whole", ONLINE, eval_every=0)
@@ -320,6 +328,7 @@ def test_more_steps_continue_a_run(tmp_path, stop):
     assert_equal_weights(whole.agent, rest.agent, **EXACT)
 
 
+@pytest.mark.slow
 def test_a_maze_of_ogbench_resumes_in_the_midst_of_an_episode(tmp_path):
     pytest.importorskip("ogbench")
 
@@ -333,6 +342,7 @@ def test_a_maze_of_ogbench_resumes_in_the_midst_of_an_episode(tmp_path):
     assert_equal_weights(run(tmp_path / "parts", 40).agent, whole.agent, **EXACT)
 
 
+@pytest.mark.slow
 def test_the_past_cannot_be_changed(tmp_path):
     fit(tmp_path, ONLINE, eval_every=0)
     with pytest.raises(
@@ -390,6 +400,7 @@ def test_a_run_is_not_overwritten_by_mistake(tmp_path):
 # --- what must stop it ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nan_keeps_the_last_good_checkpoint(tmp_path):
     class Poison(Callback):
         def on_step(self, trainer, iteration, metrics):
@@ -417,6 +428,7 @@ def files_limited_to(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_run(tmp_path):
     """The disk is full for a checkpoint that has grown by what came online."""
     (whole,) = fit(tmp_path / "whole", ONLINE)

@@ -1,4 +1,4 @@
-"""Callbacks that every training of an application has: what it shows and what it logs."""
+"""Callbacks that every training of an application has: a progress bar and a log."""
 
 from __future__ import annotations
 

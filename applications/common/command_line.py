@@ -31,7 +31,7 @@ class Command:
         function: name of the function.
         summary: the purpose of the command, in a few words.
         default: callable (dataclass, arguments) -> the configuration whose values hold where no
-            option is given; by default those of the dataclass.
+            option is given; by default the defaults of the dataclass.
         continues: whether the same command, without another option, continues an interrupted one.
     """
 
@@ -99,7 +99,7 @@ class Program:
         return tyro.cli(config, args=arguments, prog=program, default=default), function
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Parse ``arguments`` (those of the process by default), run, and return the exit status.
+        """Parse ``arguments`` (``sys.argv`` by default), run, and return the exit status.
 
         The status is 1 after an expected failure, 2 after a wrong command, 130 after Ctrl-C.
         """

@@ -1,4 +1,4 @@
-"""Failures that a user can understand and mend, and the one line that a command shows of them."""
+"""Failures that a user can understand and mend; a command shows each as one line."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def locked(
     Arguments:
         path: a folder that exists, or a file, which is created.
         patience: seconds to wait for a process that holds the lock.
-        holder: who that may be, for the message.
+        holder: the process that may hold it, for the message.
         required: whether to raise, instead of going on unlocked, where the file system (or the
             operating system) has no locks.
 

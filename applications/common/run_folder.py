@@ -47,7 +47,7 @@ class RunFiles:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all files but config.json."""
+        """Return the names of all files but config.json."""
         return (*self.checkpoints, *self.outputs)
 
 
@@ -172,6 +172,6 @@ def full_disk_explained(folder: Path, checkpoint: str) -> Iterator[None]:
 
 
 def _nested(config: Mapping[str, Any]) -> list[str]:
-    """Names of the options that belong to an agent, a kernel and the like: one level down."""
+    """List the options one level down, such as those of an agent."""
     inner = [value for value in config.values() if isinstance(value, Mapping)]
     return [name for value in inner for name in value]

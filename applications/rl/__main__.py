@@ -46,7 +46,7 @@ def _preset_default(config: type, arguments: Sequence[str]) -> Any:
 
 
 def _check_options(default: Any, arguments: Sequence[str]) -> None:
-    """Refuse an option that other agents have, and name these.
+    """Refuse an option that only other agents have, and name these.
 
     Raises:
         ValueError: there is one.

@@ -51,13 +51,13 @@ FILES = RunFiles(
 
 @dataclass(frozen=True, eq=False)
 class TrainedAgent:
-    """An agent from a checkpoint.
+    """A trained agent, read from a checkpoint.
 
     Attributes:
-        agent: in evaluation mode.
-        name: of the agent, a key of ``AGENTS``.
+        agent: the agent, in evaluation mode.
+        name: name of the agent, a key of ``AGENTS``.
         task: name of the task it was trained on.
-        updates: updates done.
+        updates: number of updates done.
         identity: what the checkpoint says it belongs to.
     """
 
@@ -87,7 +87,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def describe_identity(
     *, agent: str, task: str, config: AgentConfig, spaces: Spaces, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a checkpoint belongs to: enough to make the agent again, and the other ``facts``.
+    """Describe what a checkpoint belongs to: enough to make the agent again, and ``facts``.
 
     Arguments:
         facts: plain values that must be the same at a resume, such as the seed.
@@ -103,12 +103,12 @@ def describe_identity(
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folders with a checkpoint at ``path`` and below, in order."""
+    """List the folders with a checkpoint at ``path`` and below, in order."""
     return sorted(file.parent for file in path.rglob(CHECKPOINT))
 
 
 def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedAgent:
-    """The agent in a checkpoint, or in the checkpoint of a run folder.
+    """Load the agent of a checkpoint file or of a run folder.
 
     Raises:
         FileNotFoundError: there is none; the message names runs in folders below.

@@ -1,1 +1,1 @@
-"""Tilted two-dimensional laws, to look at: targets, rewards, exact tilts, pictures, digits."""
+"""Tilts of two-dimensional flows, to look at: targets, rewards, exact tilts, pictures, digits."""

@@ -19,7 +19,7 @@ SET_BY_GALLERY = {"set_by": "gallery"}
 
 
 def name_of(value: Any) -> str:
-    """Return the name of an option's value, for folders: of an object, its own name or class."""
+    """Return the name of an option's value: a name, or that of the object or of its class."""
     if isinstance(value, str):
         return value.replace(":", "-")
     name = getattr(value, "name", None) or getattr(value, "__name__", None)
@@ -84,13 +84,13 @@ class RunConfig:
 
     @property
     def path(self) -> Path:
-        """Folder of the run."""
+        """Return the folder of the run."""
         names = (name_of(self.target), name_of(self.reward))
         return self.folder or Path("outputs") / "-".join(names)
 
     @property
     def trains_base(self) -> bool:
-        """True where the base is a network to train."""
+        """Return whether the base is a network to train."""
         return self.base == "trained"
 
     @property

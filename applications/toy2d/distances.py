@@ -1,11 +1,11 @@
-"""How far samples are from the exact law: sliced Wasserstein distance and mode frequencies.
+"""Distances of samples from the exact tilt: sliced Wasserstein distance and mode frequencies.
 
 In one dimension the Wasserstein-2 distance is that of the quantile functions, which for samples are
 steps: W2² = ∫_0^1 (F⁻¹(q) - G⁻¹(q))² dq.  The sliced distance is its root mean square over random
 directions θ on the sphere, SW2² = E_θ W2²(θᵀx, θᵀy).
 
-Between finite sets of the *same* law it is not zero, but of order N^(-1/2); ``w2_ratio`` divides by
-that floor.
+Between finite sets of *one* distribution it is not zero, but of order N^(-1/2); ``w2_ratio``
+divides by that floor.
 
 References:
     Rabin et al., Wasserstein Barycenter and its Application to Texture Mixing, 2011.
@@ -25,15 +25,15 @@ Generator = torch.Generator | None
 
 
 class Weighted(Protocol):
-    """A law that knows the frequencies of its modes, such as ``GridTilt`` and ``ResampledTilt``."""
+    """An exact tilt knows the frequencies of its modes: ``GridTilt`` and ``ResampledTilt``."""
 
     def mode_frequencies(self, modes: Tensor) -> Tensor:
-        """Probability (C,) of each nearest-centre cell."""
+        """Return the probability (C,) of each nearest-centre cell."""
         ...
 
 
 def directions(dim: int, count: int, *, generator: Generator = None) -> Tensor:
-    """``count`` uniform directions on the unit sphere, float64 (dim, count).
+    """Draw ``count`` uniform directions on the unit sphere, float64 (dim, count).
 
     Raises:
         ValueError: ``count`` is not positive.
@@ -47,7 +47,7 @@ def directions(dim: int, count: int, *, generator: Generator = None) -> Tensor:
 def sliced_wasserstein(
     x: Tensor, y: Tensor, *, projections: int = 128, generator: Generator = None
 ) -> float:
-    """The sliced Wasserstein-2 distance of ``x`` (N, *) and ``y`` (M, *), averaged over directions.
+    """Compute the sliced Wasserstein-2 distance of ``x`` (N, *) and ``y`` (M, *).
 
     Raises:
         ValueError: the rows differ in shape, a set is empty or holds a value that is not finite, or
@@ -68,7 +68,7 @@ def w2_ratio(
     projections: int = 128,
     generator: Generator = None,
 ) -> float:
-    """The sliced distance of ``x`` from exact samples over that of exact samples from each other.
+    """Divide the sliced distance of ``x`` from exact samples by that between two exact sets.
 
     The three sets are cut into blocks of N rows, N = ``size`` or else len(x): x_1, …, x_Q, and
     P = floor(min(len(exact_a), len(exact_b)) / N) pairs a_p, b_p of independent exact sets; rows
@@ -105,12 +105,12 @@ def w2_ratio(
 
 
 def mode_frequencies(x: Tensor, modes: Tensor) -> Tensor:
-    """Fraction (C,), float64, of the rows of ``x`` (N, d) nearest to each of ``modes`` (C, d)."""
+    """Compute the fraction (C,) of the rows of ``x`` (N, d) nearest to each of ``modes`` (C, d)."""
     return nearest(x, modes).bincount(minlength=len(modes)).double() / len(x)
 
 
 def mode_tv(x: Tensor, exact: Tensor | Weighted, modes: Tensor) -> float:
-    """Total variation ½ Σ_c |f_c(x) - f_c(exact)| of the mode frequencies.
+    """Compute the total variation ½ Σ_c |f_c(x) - f_c(exact)| of the mode frequencies.
 
     Arguments:
         x: Samples (N, d).
@@ -134,7 +134,7 @@ def _sliced(x: Tensor, y: Tensor, theta: Tensor) -> float:
 
 
 def _squared_w2(x: Tensor, y: Tensor) -> Tensor:
-    """Squared Wasserstein-2 distance of the columns of ``x`` (N, P) and ``y`` (M, P), (P,)."""
+    """Compute the squared W2 distances (P,) of the columns of ``x`` (N, P) and ``y`` (M, P)."""
     n, m = len(x), len(y)
     x, y = x.sort(0).values, y.sort(0).values
     if n == m:

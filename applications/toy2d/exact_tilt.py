@@ -1,18 +1,19 @@
 """The exact tilt p*(x) = p(x) exp(r(x)) / Z, and distances of samples from it.
 
-Two independent judges.  Where the density p is known, the midpoint rule on a square grid of cells
-of side h gives every integral:
+Two independent methods give it.  Where the density p is known, the midpoint rule on a square grid
+of cells of side h gives every integral:
 
     Z = Σ_i p(x_i) exp(r(x_i)) / Σ_i p(x_i),    p*_i ∝ p(x_i) exp(r(x_i)),
 
-with an error that falls faster than any power of h for smooth laws that vanish at the window's edge
-(and is exact for the checkerboard where cell edges are grid lines, as at 400 cells on [-4, 4]).
-Where only samples x_i of the base are to be had, in any dimension, importance resampling does:
+with an error that falls faster than any power of h for smooth densities that vanish at the edge of
+the window (and is exact for the checkerboard where cell edges are grid lines, as at 400 cells on
+[-4, 4]).  Where only samples x_i of the base are known, importance resampling gives estimates in
+any dimension:
 
     Z ≈ (1/N) Σ_i exp(r(x_i)),    w_i = exp(r(x_i)) / Σ_j exp(r(x_j)),    ESS/N = 1/(N Σ_i w_i²),
 
-with the standard errors of a mean and of a ratio of means.  The distances by which samples are held
-against either are in ``distances`` and can be imported from here too.
+with the standard errors of a mean and of a ratio of means.  The distances of samples from either
+are in `distances` and can be imported from here too.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ CHUNK = 16384
 
 
 class RewardFunction(Protocol):
-    """A callable (x (B, *), cond) to (B,), such as ``ToyReward`` or `adjoint.Reward`."""
+    """A reward is a callable (x (B, *), cond) to (B,), such as a `ToyReward`."""
 
     def __call__(self, x: Tensor, cond: Mapping[str, Tensor] | None = None, /) -> Tensor:
-        """Reward (B,) of ``x`` (B, *)."""
+        """Return the rewards (B,) of ``x`` (B, *)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class GridTilt:
-    """The tilt by quadrature on R×R cells of the square [-extent, extent]²; all float64.
+    """The tilt is known by quadrature on R×R cells of the square [-extent, extent]²; all float64.
 
     Arguments:
         axis: Cell centres (R,) along either axis.
@@ -80,36 +81,36 @@ class GridTilt:
 
     @property
     def log_z_stderr(self) -> float:
-        """Standard error of log Z: a quadrature has none."""
+        """Return the standard error of log Z, which is zero for a quadrature."""
         return 0.0
 
     @property
     def cell(self) -> float:
-        """Side h of a cell."""
+        """Return the side h of a cell."""
         return float(self.axis[1] - self.axis[0])
 
     @property
     def points(self) -> Tensor:
-        """Cell centres (R², 2) in the order of ``density.flatten()``."""
+        """Return the cell centres (R², 2) in the order of ``density.flatten()``."""
         return torch.cartesian_prod(self.axis, self.axis)
 
     @property
     def kl(self) -> float:
-        """KL(p* ‖ p) in nats, E*[r] - log Z."""
+        """Return KL(p* ‖ p) in nats, E*[r] - log Z."""
         return self.reward_tilted - self.log_z
 
     def mean(self, values: Tensor | None = None) -> Tensor:
-        """E*[f] of ``values`` f at ``points``, (R², *) to (*); without values, E*[x], (2,)."""
+        """Return E*[f] (*) of ``values`` f (R², *) at ``points``; without values, E*[x], (2,)."""
         values = self.points if values is None else values
         return torch.tensordot(self._probabilities(), values.double(), dims=1)
 
     def mode_frequencies(self, modes: Tensor) -> Tensor:
-        """Probability (C,) of the nearest-centre cell of each row of ``modes`` (C, 2)."""
+        """Return the probability (C,) of the nearest-centre cell of each of ``modes`` (C, 2)."""
         cells = nearest(self.points, modes)
         return self.axis.new_zeros(len(modes)).index_add_(0, cells, self._probabilities())
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        """``n`` points (n, 2), float32: a cell by its probability, then uniform in the cell."""
+        """Draw ``n`` points (n, 2), float32: a cell by its probability, then a place in it."""
         cells = torch.multinomial(self._probabilities(), n, replacement=True, generator=generator)
         offset = torch.rand(n, 2, generator=generator, dtype=torch.float64) - 0.5
         return (self.points[cells] + self.cell * offset).float()
@@ -125,7 +126,7 @@ def grid_tilt(
     extent: float = 4.0,
     resolution: int = 400,
 ) -> GridTilt:
-    """The tilt of exp(``log_density``) by ``reward``, by the midpoint rule.
+    """Tilt exp(``log_density``) by ``reward``, by the midpoint rule.
 
     Arguments:
         log_density: log p, (B, 2) to (B,); -inf is allowed, a constant offset does not matter.
@@ -169,14 +170,14 @@ def grid_tilt(
 
 @dataclass(frozen=True, eq=False)
 class ResampledTilt:
-    """The tilt as weighted samples of the base.
+    """The tilt is known as weighted samples of the base.
 
     Arguments:
         samples: The base's samples (N, *).
         rewards: r at the samples (N,), float64.
         weights: w (N,), float64, summing to one.
         log_z: log Z estimated by the mean of exp(r).
-        log_z_stderr: Its standard error (delta method); as that of ``mean``, infinite below
+        log_z_stderr: Its standard error (delta method); infinite, like that of ``mean``, below
             `adjoint.certificate.ENOUGH` effective samples.
         ess: Effective sample size divided by N, in (0, 1].
     """
@@ -190,21 +191,21 @@ class ResampledTilt:
 
     @property
     def effective(self) -> float:
-        """Effective sample size."""
+        """Return the effective sample size."""
         return self.ess * len(self.samples)
 
     @property
     def reward_base(self) -> float:
-        """E[r] under the base."""
+        """Return E[r] under the base."""
         return float(self.rewards.mean())
 
     @property
     def reward_tilted(self) -> float:
-        """E[r] under the tilt."""
+        """Return E[r] under the tilt."""
         return float(self.weights @ self.rewards)
 
     def mean(self, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """E*[f] of ``values`` f (N, *) at the samples, and its standard error, both (*).
+        """Return E*[f] of ``values`` f (N, *) at the samples, and its standard error, both (*).
 
         Without values f(x) = x.
         """
@@ -216,12 +217,12 @@ class ResampledTilt:
         return mean, variance.sqrt()
 
     def mode_frequencies(self, modes: Tensor) -> Tensor:
-        """Probability (C,) of the nearest-centre cell of each row of ``modes`` (C, d)."""
+        """Return the probability (C,) of the nearest-centre cell of each of ``modes`` (C, d)."""
         cells = nearest(self.samples, modes)
         return self.weights.new_zeros(len(modes)).index_add_(0, cells, self.weights)
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        """``n`` of the samples (n, *), drawn by weight with replacement."""
+        """Draw ``n`` of the samples (n, *) by weight with replacement."""
         chosen = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return self.samples[chosen]
 
@@ -230,15 +231,15 @@ def mask_unreliable(
     report: dict[str, str | int | float],
     names: Sequence[str],
     exact: GridTilt | ResampledTilt,
-    law: str,
+    source: str,
 ) -> dict[str, str | int | float]:
-    """``report`` with NaN for ``names`` where too few samples carry the exact tilt.
+    """Replace ``names`` in ``report`` by NaN where too few samples carry the exact tilt.
 
     Arguments:
         report: numbers by name.
-        names: those that were made with ``exact``.
-        exact: the tilt that others are held against.
-        law: what it is the tilt of, for the warning.
+        names: numbers that were made with ``exact``.
+        exact: the exact tilt.
+        source: the flow whose tilt it is, for the warning.
 
     Warns:
         UserWarning: the tilt has fewer than `adjoint.certificate.ENOUGH` effective samples.
@@ -246,15 +247,15 @@ def mask_unreliable(
     if isinstance(exact, GridTilt) or exact.effective >= ENOUGH:
         return report
     warnings.warn(
-        f"{exact.effective:.1f} effective samples, of {len(exact.samples)} of {law}, are too few "
-        f"(below {ENOUGH}) to know the exact tilt: {', '.join(names)} are left out",
+        f"{exact.effective:.1f} effective samples, of {len(exact.samples)} of {source}, are too "
+        f"few (below {ENOUGH}) to know the exact tilt: {', '.join(names)} are left out",
         stacklevel=2,
     )
     return report | dict.fromkeys(names, math.nan)
 
 
 def resample_tilt(samples: Tensor, reward: RewardFunction) -> ResampledTilt:
-    """The tilt by ``reward`` (called as ``reward(x, None)``) of the law of ``samples`` (N, *).
+    """Tilt the distribution of ``samples`` (N, *) by ``reward``, called as ``reward(x, None)``.
 
     Raises:
         ValueError: fewer than two samples, or a reward that is not finite.
@@ -276,7 +277,7 @@ def resample_tilt(samples: Tensor, reward: RewardFunction) -> ResampledTilt:
 
 
 def _evaluate(function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
-    """``function`` at the rows of ``x``, in pieces, without gradients: (N,), float64."""
+    """Evaluate ``function`` at the rows of ``x``, in pieces, without gradients: (N,), float64."""
     values = []
     for part in x.split(CHUNK):
         with torch.no_grad():

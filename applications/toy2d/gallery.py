@@ -1,4 +1,4 @@
-"""The gallery: every target tilted toward every reward, in one figure.
+"""The command `gallery`: every target tilted toward every reward, in one figure.
 
 By default the panels are the exact tilts by quadrature, in seconds.  With ``learned`` each panel is
 a tilt trained from the target's flow, and a run of its own with folder, report and checkpoint.

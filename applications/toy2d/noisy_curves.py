@@ -29,7 +29,7 @@ LogDensity = Callable[[Tensor], Tensor]
 
 
 class NoisyCurves(NamedTuple):
-    """A distribution around curves, as the last arguments of a `Target`."""
+    """Sampler, classes, modes and density of noisy curves: the last arguments of a `Target`."""
 
     draw: Draw
     classes: int

@@ -43,7 +43,7 @@ SAMPLE_STEPS = 50
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run, with all that its pictures show.
+    """A finished run holds all that its pictures show.
 
     Attributes:
         config: the options.

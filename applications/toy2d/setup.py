@@ -25,7 +25,7 @@ Identity = dict[str, str | int | float | bool]
 
 @dataclass(frozen=True, eq=False)
 class RunSetup:
-    """The parts of a run that its options name.
+    """A run's options with the target and the reward that they name.
 
     Attributes:
         config: the options.

@@ -1,1 +1,1 @@
-"""What all applications draw with: the look of a figure, and the arrays it takes."""
+"""Drawing for all applications: the look of a figure, and the arrays it takes."""

@@ -1,8 +1,8 @@
-"""What the pictures take: arrays or tensors, checked and turned into float64 numpy arrays.
+"""Arguments of pictures: arrays or tensors, checked and turned into float64 numpy arrays.
 
 A density or reward map on the plane has shape (R, R), the first index along x and the second along
-y, as in ``exact.GridTilt``; its cells tile the window [-extent, extent]².  Where only samples are
-known, ``density_of`` estimates such a map: a histogram blurred by a Gaussian of width b,
+y; its cells tile the window [-extent, extent]².  Where only samples are known, `density_of`
+estimates such a map: a histogram blurred by a Gaussian of width b,
 
     p̂ = N_b * (1/N) Σ_i δ_{x_i},
 
@@ -19,11 +19,11 @@ Array = np.ndarray | torch.Tensor
 
 
 def checked(value: Array, name: str, shape: tuple[int | str, ...]) -> np.ndarray:
-    """``value`` as a finite float64 array of the given shape.
+    """Turn ``value`` into a finite float64 array of the given shape.
 
     Arguments:
         value: Array or tensor, on any device.
-        name: What messages call it.
+        name: Name of the argument, for messages.
         shape: Exact sizes, or letters for free ones; equal letters stand for equal sizes.
 
     Raises:
@@ -48,7 +48,7 @@ def checked(value: Array, name: str, shape: tuple[int | str, ...]) -> np.ndarray
 def checked_density(
     value: Array, name: str, shape: tuple[int | str, ...] = ("R", "R")
 ) -> np.ndarray:
-    """``checked``, for an array of values that are not negative and not all zero."""
+    """Check as `checked` does, and that no value is negative and not all are zero."""
     array = checked(value, name, shape)
     if array.min() < 0 or array.max() == 0:
         raise ValueError(
@@ -58,7 +58,7 @@ def checked_density(
 
 
 def check_extent(extent: float) -> float:
-    """``extent``, the half-width of a window, if it is positive."""
+    """Return ``extent``, the half-width of a window, if it is positive."""
     if not 0 < extent < float("inf"):
         raise ValueError(f"extent must be a positive half-width of the window, got {extent}")
     return float(extent)
@@ -67,7 +67,7 @@ def check_extent(extent: float) -> float:
 def density_of(
     samples: Array, extent: float, *, resolution: int = 200, bandwidth: float | None = None
 ) -> np.ndarray:
-    """Kernel density estimate (R, R) of ``samples`` (N, 2) on the window [-extent, extent]².
+    """Estimate the density (R, R) of ``samples`` (N, 2) on the window [-extent, extent]².
 
     Arguments:
         samples: Points; those outside of the window count for the total mass only.

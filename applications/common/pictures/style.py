@@ -46,12 +46,12 @@ def sheet(
     gap: tuple[float, float] = (0.25, 0.25),
     margin: tuple[float, float, float, float] = (0.4, 0.4, 1.2, 0.5),
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of axes of exact size, and the axes, an object array (rows, columns).
+    """Make a figure and a grid of axes of exact size, an object array (rows, columns).
 
     Arguments:
         rows: Rows of panels.
         columns: Columns of panels.
-        panel: Width and height of one, in inches, as are the following.
+        panel: Width and height of a panel in inches; gap and margin are in inches too.
         title: Headline, above the panels at the left.
         subtitle: Line below it.
         note: Small line at the foot.
@@ -96,7 +96,7 @@ def chart(ax: Axes) -> None:
 
 
 def heading(ax: Axes, text: str, *, color: str = INK, caption: str = "") -> None:
-    """Panel title at the upper left, and a muted caption at the upper right."""
+    """Write a panel's title at the upper left, and a muted caption at the upper right."""
     at: dict[str, Any] = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",
@@ -122,7 +122,7 @@ def density_image(
 
 
 def reward_levels(reward: np.ndarray, *, span: float = 8.0, lines: int = 8) -> np.ndarray:
-    """At most about ``lines`` round levels, equally spaced, within ``span`` nats of the maximum."""
+    """Choose about ``lines`` round levels, equally spaced, within ``span`` nats of the maximum."""
     top, bottom = float(reward.max()), float(reward.min())
     bottom = max(bottom, top - span)
     levels = np.asarray(MaxNLocator(lines, steps=[1, 2, 2.5, 5, 10]).tick_values(bottom, top))
@@ -138,7 +138,7 @@ def reward_contours(
     span: float = 8.0,
     lines: int = 8,
 ) -> str:
-    """Contour lines of ``reward`` (R, R), first index x, brighter where it is higher.
+    """Draw contour lines of ``reward`` (R, R), first index x, brighter where it is higher.
 
     Returns the sentence that explains them, empty for a constant reward.
     """
@@ -155,12 +155,12 @@ def reward_contours(
 
 
 def cell_centres(resolution: int, extent: float) -> np.ndarray:
-    """Centres (R,) of the cells of a map along either axis."""
+    """Return the centres (R,) of the cells of a map along either axis."""
     return ((np.arange(resolution) + 0.5) / resolution * 2 - 1) * extent
 
 
 def legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:
-    """Coloured dots with names at the upper right, in the line of the subtitle."""
+    """Draw coloured dots with names at the upper right, in the line of the subtitle."""
     width, height = figure.get_size_inches()
     x = width - 0.4
     for name, color in reversed(entries):
@@ -175,7 +175,7 @@ def legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:
 
 
 def legend_above(ax: Axes, entries: Sequence[tuple[str, str]]) -> None:
-    """Coloured dots with names, in a line above the panel ``ax`` from its left edge on."""
+    """Draw coloured dots with names, in a line above the panel ``ax`` from its left edge on."""
     x = 0.0
     for name, color in entries:
         text = ax.annotate(
@@ -192,7 +192,7 @@ def legend_above(ax: Axes, entries: Sequence[tuple[str, str]]) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` as PNG, atomically, creating its folder; returns the path.
+    """Write ``figure`` as PNG, atomically, creating its folder, and return the path.
 
     Raises:
         OSError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Small images before and after a tilt, such as the 8×8 handwritten digits, and their classes."""
+"""Pictures of small images, such as handwritten digits, before and after a tilt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def image_grid(
     subtitle: str = "",
     captions: tuple[str, str] = ("", ""),
 ) -> Path:
-    """Images of the base at the left, of the tilted flow at the right, on one scale of brightness.
+    """Draw images of the base at the left and of the tilted flow at the right, equally bright.
 
     Arguments:
         path: The PNG to write.
@@ -83,10 +83,10 @@ def class_frequencies(
     tilted_error: Array | None = None,
     exact_error: Array | None = None,
     labels: Sequence[str] | None = None,
-    title: str = "What is drawn",
+    title: str = "Class frequencies",
     subtitle: str = "frequency of each class",
 ) -> Path:
-    """Bars of class frequencies: base, tilted flow and exact tilt.
+    """Draw bars of class frequencies: base, tilted flow and exact tilt.
 
     Standard errors are drawn as two-sided bars of two of them.
 
@@ -148,7 +148,7 @@ def class_frequencies(
 
 
 def mosaic(images: np.ndarray, columns: int, rows: int) -> np.ndarray:
-    """``images`` (N, H, W), N <= rows·columns, row by row, a gap of one pixel (NaN) between them.
+    """Lay out ``images`` (N, H, W), N <= rows·columns, row by row with gaps of one pixel (NaN).
 
     Returns an array (rows (H+1) - 1, columns (W+1) - 1).
     """

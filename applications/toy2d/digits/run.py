@@ -1,7 +1,7 @@
-"""Real data: a flow of handwritten digits, tilted toward the log-probability of one of them.
+"""One run on real data: a flow of handwritten digits, tilted toward the log-probability of one.
 
-The judge is importance-resampling of the base's own samples (``digit_judge``), once for the law of
-the ODE's samples and once for that of the memoryless chain's.
+The tilt is compared with importance-resampled samples of the base (`metrics`), once for samples by
+the ODE and once for samples by the memoryless chain.
 
 A run's folder holds ``config.json``, ``classifier.csv``, ``base.csv``, ``tilt.csv`` (metrics),
 three checkpoints of the same names, ``report.json``, ``digits.png`` and ``classes.png``.
@@ -46,7 +46,7 @@ OF_CHAIN = (
     *("chain_fraction_exact", "chain_fraction_exact_stderr"),
     *("chain_class_tv", "log_z_exact", "log_z_exact_stderr"),
 )
-"""Numbers of a report that are made with the exact tilt of either law of the base."""
+"""Numbers of a report that are made with the exact tilt, by the ODE and by the chain."""
 
 
 @dataclass(frozen=True)
@@ -62,42 +62,42 @@ class DigitsConfig:
     steps: int = 20
     """Steps K of the training chain."""
     iterations: int = 300
-    """Updates of the tilt."""
+    """Number of updates of the tilt."""
     batch_size: int = 128
-    """Trajectories an update."""
+    """Number of trajectories in an update."""
     lr: float = 2e-3
     """Learning rate of the tilt."""
     importance: bool = True
     """Weight trajectories by their importance."""
     min_ess: float = 0.5
-    """Batches whose effective sample size / B is smaller go unweighted."""
+    """Effective sample size / B below which a batch goes unweighted."""
     control_variates: bool = False
-    """Take from the adjoints the noise that the model knows (`adjoint.chain.control_variates`)."""
+    """Subtract control variates from the adjoints (`adjoint.chain.control_variates`)."""
     refine_fraction: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w."""
     refine_steps: int = 0
-    """Steps of the chain in those updates, and of what is judged; 0 is ``steps``."""
+    """Steps of the chain in these last updates, and in the certificate; 0 is ``steps``."""
     compile: bool = False
     """Compile the networks for the updates; for long trainings."""
     device: str = "cpu"
-    """Where the tilt is trained (on cuda by CUDA graphs) and judged, cpu, cuda or auto; classifier
-    and base train on the CPU."""
+    """Device of the tilt, its training (on cuda by CUDA graphs) and its report: cpu, cuda or auto;
+    classifier and base train on the CPU."""
     informed: bool = False
     """Train a model that sees the reward (`adjoint.reward_informed`), not a copy of the base."""
     width: int = 256
     """Width of the hidden layers, three each, of the base flow and of an informed model."""
     base_iterations: int = 2000
-    """Updates of the base flow."""
+    """Number of updates of the base flow."""
     base_batch_size: int = 256
-    """Images an update of the base flow."""
+    """Number of images in an update of the base flow."""
     classifier_iterations: int = 600
-    """Updates of the classifier."""
+    """Number of updates of the classifier."""
     samples: int = 4096
-    """Samples of the tilted flow, and half the samples of the base."""
+    """Number of samples of the tilted flow, and half the number of samples of the base."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     folder: Path = Path("outputs/digits")
-    """Where the run is written."""
+    """Folder of the run."""
     resume: bool = False
     """Continue from the checkpoints in the folder."""
     overwrite: bool = False
@@ -129,7 +129,7 @@ class DigitsConfig:
 
     @property
     def tilt_options(self) -> TiltConfig:
-        """Options of the tilt itself.
+        """Return the options of the tilt itself.
 
         Raises:
             ValueError: an unknown kernel, or an option out of range.
@@ -156,7 +156,7 @@ class DigitsConfig:
 
     @property
     def sized(self) -> DigitsConfig:
-        """The options with what ``quick`` stands for written out."""
+        """Return the options with the smaller sizes of ``quick`` written out."""
         if not self.quick:
             return self
         return replace(
@@ -170,9 +170,9 @@ class DigitsConfig:
 
 
 def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu") -> Tensor:
-    """``n`` images (n, 64) by the ODE of ``field``, from noise that depends only on ``seed``.
+    """Draw ``n`` images (n, 64) by the ODE of ``field``, from noise that depends only on ``seed``.
 
-    ``device`` is that of the field; the noise is drawn on the CPU.
+    The noise is drawn on the CPU; ``device`` is the device of the field.
     """
     x0 = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed)).to(device)
     parts = [sample(field, part, grid=SAMPLE_STEPS, method="ab2") for part in x0.split(4096)]
@@ -180,7 +180,7 @@ def ode_samples(field: VelocityField, n: int, *, seed: int, device: str = "cpu")
 
 
 def train_classifier(config: DigitsConfig, data: Digits) -> Classifier:
-    """The classifier of a run, trained or resumed."""
+    """Train or resume the classifier of a run."""
     return fit_classifier(
         data,
         iterations=config.classifier_iterations,
@@ -192,7 +192,7 @@ def train_classifier(config: DigitsConfig, data: Digits) -> Classifier:
 
 
 def train_base(config: DigitsConfig, data: Digits) -> nn.Module:
-    """The base flow of a run, trained or resumed."""
+    """Train or resume the base flow of a run."""
     return fit_mlp(
         data,
         iterations=config.base_iterations,
@@ -208,7 +208,7 @@ def train_base(config: DigitsConfig, data: Digits) -> nn.Module:
 def tilt_digits(
     config: DigitsConfig, base: nn.Module, reward: DigitReward, *, name: str = "tilt"
 ) -> Tilted:
-    """The tilt of a run, trained or resumed; its files are called ``name``."""
+    """Train or resume the tilt of a run; its files are called ``name``."""
     names = ["digit", "width", "informed"]
     names += ["base_iterations", "base_batch_size", "classifier_iterations"]
     model = None
@@ -235,10 +235,10 @@ def tilt_digits(
 
 
 def make_report(config: DigitsConfig, tilted: Tilted, ode: Comparison, chain: Comparison) -> Report:
-    """The numbers of a run, flat.
+    """Collect the numbers of a run.
 
-    Rewards (unscaled) and ``target_fraction_*`` are of the ODE's samples; ``chain_fraction_*``,
-    the log-weights and both log Z of the chain's.
+    Rewards (unscaled) and ``target_fraction_*`` are means over samples by the ODE;
+    ``chain_fraction_*``, the log-weights and both log Z are means over samples by the chain.
     """
     after, before = tilted.certificate, tilted.certificate_base
     assert after is not None
@@ -273,10 +273,10 @@ def make_report(config: DigitsConfig, tilted: Tilted, ode: Comparison, chain: Co
 
 
 def run(config: DigitsConfig) -> Report:
-    """Train or resume classifier, base and tilt, judge them, and write the folder.
+    """Train or resume classifier, base and tilt, compare with the exact tilt, and write the folder.
 
     Returns:
-        What report.json holds.
+        The content of report.json.
 
     Raises:
         ValueError: an unknown kernel, an option out of range, or a folder that is not free
@@ -294,7 +294,7 @@ def run(config: DigitsConfig) -> Report:
 
 
 def _run(config: DigitsConfig) -> Report:
-    """What ``run`` does once options and folder are known to be in order."""
+    """Run in a folder that is locked, with options that are known to be in order."""
     started = time.perf_counter()
     settings = asdict(config)
     start_run(config.folder, FILES, settings, resume=config.resume, overwrite=config.overwrite)

@@ -1,8 +1,8 @@
-"""The flow in motion: base and tilted particles side by side from noise to data, as a GIF.
+"""A GIF of the flow in motion: base and tilted particles side by side from noise to data.
 
 Frames are composed as arrays of colour indices rather than drawn by matplotlib, which makes fifty
 of them in about a second and lets the file keep one exact palette: the left half uses the
-base's colours, the right half those of the tilt, the foot greys.  Everything is a brightness in
+base's colours, the right half the tilt's colours, the foot greys.  Everything is a brightness in
 [0, 1] until then: the density of all particles (a blurred histogram) glows, the first few hundred
 particles shine as points, and the reward's contour lines lie faintly over both,
 
@@ -107,7 +107,7 @@ def flow_animation(
 
 
 def _palette() -> bytes:
-    """The base's colours, the tilt's colours, and greys from the sheet to ink: 256 times RGB."""
+    """Make 256 RGB colours: of the base, of the tilt, and greys from the sheet to ink."""
     ramps = [_ramp(style.ICE), _ramp(style.EMBER)]
     ends = np.array([to_rgb(style.SHEET), to_rgb(style.INK)])
     ramps.append(ends[0] + np.linspace(0, 1, GREYS)[:, None] * (ends[1] - ends[0]))
@@ -119,7 +119,7 @@ def _ramp(colors: Colormap) -> np.ndarray:
 
 
 def _panel(points: np.ndarray, extent: float, shown: int, done: float) -> np.ndarray:
-    """Brightness (SIDE, SIDE), row 0 at the top, of particles (N, 2) at the part ``done``."""
+    """Compute the brightness (SIDE, SIDE), row 0 at the top, of particles (N, 2)."""
     blur = extent / (16 + 16 * done)  # noise is wider than data
     glow = density_of(points, extent, resolution=SIDE // 2, bandwidth=blur)
     glow = 0.66 * (glow / max(glow.max(), 1e-12)) ** 0.8
@@ -129,7 +129,7 @@ def _panel(points: np.ndarray, extent: float, shown: int, done: float) -> np.nda
 
 
 def _splat(points: np.ndarray, extent: float) -> np.ndarray:
-    """Points (N, 2) shared among their four nearest pixels (SIDE, SIDE), so that they glide."""
+    """Share points (N, 2) among their four nearest pixels (SIDE, SIDE), so that they glide."""
     place = (points / extent + 1) / 2 * SIDE - 0.5
     corner = np.floor(place).astype(int)
     part = place - corner
@@ -143,7 +143,7 @@ def _splat(points: np.ndarray, extent: float) -> np.ndarray:
 
 
 def _contour(reward: Array, extent: float) -> np.ndarray:
-    """Brightness (SIDE, SIDE), row 0 at the top, of the contour lines of ``reward`` (R, R)."""
+    """Compute the brightness (SIDE, SIDE), row 0 at the top, of contours of ``reward`` (R, R)."""
     figure = Figure(figsize=(1, 1), dpi=SIDE, facecolor="black")
     canvas = FigureCanvasAgg(figure)
     ax = figure.add_axes((0, 0, 1, 1))
@@ -170,7 +170,7 @@ def _write(canvas: np.ndarray, at: tuple[int, int], text: str, ramp: tuple[int, 
 
 
 def _still(names: tuple[str, str]) -> np.ndarray:
-    """The part of all frames that does not move: indices (height, width)."""
+    """Draw the part of all frames that does not move: indices (height, width)."""
     canvas = np.full((HEAD + SIDE + FOOT, 3 * MARGIN + 2 * SIDE), 2 * HUES, dtype=np.uint8)
     for j, name in enumerate(names):
         left = MARGIN + j * (SIDE + MARGIN)
@@ -180,7 +180,7 @@ def _still(names: tuple[str, str]) -> np.ndarray:
 
 
 def _foot(canvas: np.ndarray, t: float, done: float) -> None:
-    """The time and a bar of progress, in place."""
+    """Draw the time and a bar of progress, in place."""
     middle = HEAD + SIDE + FOOT // 2
     _write(canvas, (MARGIN, middle + 5), f"t = {t:.2f}", (2 * HUES, GREYS - 1))
     left, right = MARGIN + 76, canvas.shape[1] - MARGIN

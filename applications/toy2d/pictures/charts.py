@@ -35,10 +35,10 @@ def certificate_histogram(
     subtitle: str = "",
     bins: int = 60,
 ) -> Path:
-    """Histograms of the log-weights before and after, on one axis, with log Z and std(log w).
+    """Draw histograms of the log-weights before and after, with log Z and std(log w).
 
-    log Z is log mean w, its standard error that of the mean of w divided by w's mean; the base's
-    own weights estimate the same number, only worse.
+    log Z is log mean w, and its standard error is the standard error of the mean of w divided by
+    that mean.  The base's own weights estimate log Z too, with a larger error.
 
     Arguments:
         path: The PNG to write.
@@ -109,21 +109,21 @@ def training_curves(
     title: str = "Training",
     subtitle: str = "",
 ) -> Path:
-    """A panel for each logged quantity against the iteration, as logged and smoothed.
+    """Draw each logged quantity against the iteration, as logged and smoothed.
 
     A quantity that is positive and spans more than a factor of 30 gets a logarithmic axis.
 
     Arguments:
         path: The PNG to write.
         rows: Mappings with an "iteration" and numbers, blanks allowed, or the path of such a CSV.
-        columns: What to draw; all but the iteration unless given.
+        columns: Columns to draw; all but the iteration unless given.
         exact: Known optima by column, drawn as dashed lines.
         smoothing: Standard deviation of the Gaussian window as a fraction of the run.
         labels: Headings by column; the column's name unless given.
         refined_from: Iteration with which another loss took over: a line marks it, and curves end
             and begin there.
         title: Headline.
-        subtitle: Line below it, before what tells the curves apart.
+        subtitle: Line below it, before the words that tell the curves apart.
 
     Raises:
         ValueError: there are no rows, a row has no iteration, or a column does not occur.
@@ -193,7 +193,7 @@ def training_curves(
 
 
 def _mark(ax: Axes, iteration: int, name: str) -> None:
-    """A thin vertical line with its name at the top."""
+    """Draw a thin vertical line with its name at the top."""
     ax.axvline(iteration, color=style.MUTED, lw=0.8)
     ax.annotate(
         name,
@@ -208,14 +208,14 @@ def _mark(ax: Axes, iteration: int, name: str) -> None:
 
 
 def _span(x: np.ndarray, least: float) -> tuple[float, float]:
-    """The range of ``x``, widened to ``least`` about its middle: an exact tilt has no width."""
+    """Return the range of ``x``, widened to ``least``: weights of an exact tilt have no width."""
     low, high = float(x.min()), float(x.max())
     widen = max(0.0, (max(least, 1e-6 * (1 + abs(low))) - (high - low)) / 2)
     return low - widen, high + widen
 
 
 def _emptier_left(x: np.ndarray, low: float, high: float) -> bool:
-    """Whether fewer of ``x`` lie in the left quarter of [low, high] than in the right one."""
+    """Return whether fewer of ``x`` lie in the left quarter of [low, high] than in the right."""
     quarter = (high - low) / 4
     return bool((x < low + quarter).sum() <= (x > high - quarter).sum())
 
@@ -229,7 +229,7 @@ def _big_number(ax: Axes, number: str, name: str, *, left: bool) -> None:
 
 
 def _number(value: float | str | None) -> float | None:
-    """``value`` as a finite number, or None for a blank or one that is not finite."""
+    """Convert ``value`` to a number; a blank, or a number that is not finite, gives None."""
     try:
         number = float(value) if value is not None else math.nan
     except ValueError:

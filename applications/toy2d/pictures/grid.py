@@ -1,4 +1,4 @@
-"""The gallery: all targets × rewards in one figure."""
+"""A figure of all targets tilted toward all rewards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gallery(
     subtitle: str = "",
     size: float = 1.25,
 ) -> Path:
-    """All targets × rewards: a row a target, a column a reward, the first column the base.
+    """Draw a row for each target and a column for each reward; the first column is the base.
 
     Arguments:
         path: The PNG to write.

@@ -24,14 +24,14 @@ CURVES = ("loss", "reward", "log_weight_std", "path_kl", "grad_norm", "ess")
 
 
 def plane_points(extent: float, resolution: int) -> Tensor:
-    """Cell centres (R², 2) of the window, first coordinate slowest."""
+    """Return the cell centres (R², 2) of the window, first coordinate slowest."""
     axis = (torch.arange(resolution) + 0.5) * (2 * extent / resolution) - extent
     return torch.cartesian_prod(axis, axis)
 
 
 @torch.no_grad()
 def control_on_grid(tilted: VelocityField, base: VelocityField, extent: float) -> Tensor:
-    """u = v_tilted - v_base at the times ``CONTROL_TIMES``, (T, R, R, 2) with R = 50."""
+    """Compute u = v_tilted - v_base at the times ``CONTROL_TIMES``, (T, R, R, 2) with R = 50."""
     points = plane_points(extent, 50)
     fields = [
         tilted(points, torch.tensor(t)) - base(points, torch.tensor(t)) for t in CONTROL_TIMES
@@ -40,7 +40,7 @@ def control_on_grid(tilted: VelocityField, base: VelocityField, extent: float) -
 
 
 def closed_form_densities(run: Run) -> tuple[Tensor | None, Tensor | None]:
-    """Base and exact densities at the picture's resolution where they are known in closed form."""
+    """Compute base and exact densities on the picture's cells where a closed form is known."""
     mixture = run.target.mixture
     if not isinstance(run.exact, GridTilt) or mixture is None:
         return None, None
@@ -52,7 +52,7 @@ def closed_form_densities(run: Run) -> tuple[Tensor | None, Tensor | None]:
 
 
 def save_pictures(run: Run) -> list[Path]:
-    """Write every picture into the run's folder; returns their paths.
+    """Write every picture into the run's folder and return their paths.
 
     Raises:
         RunError: another run is in that folder by now.

@@ -1,10 +1,8 @@
 """Pictures of the plane: densities before and after a tilt, paths of particles, the control field.
 
 Functions of arrays or tensors that write a PNG and return its path.  A map on the plane has shape
-(R, R), the first index along x and the second along y, as in ``exact.GridTilt``; where there is
-none, it is estimated from samples.  Blue is the base, amber the tilt (see ``style``).  All targets
-and rewards at once are in ``gallery``, charts in ``charts``, the moving picture in ``animation``,
-images and their classes in ``images``.
+(R, R), the first index along x and the second along y, as in `exact_tilt.GridTilt`; where there is
+none, it is estimated from samples.  Blue is the base, amber the tilt (see ``style``).
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ SHOWN_OUTSIDE = 0.02
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What is known of one law on the plane.
+    """A layer holds what is known of one distribution: samples, a density, or both.
 
     Arguments:
         samples: Points (N, 2), drawn over the density.
@@ -56,15 +54,15 @@ def triptych(
     subtitle: str = "",
     shown: int = 1200,
 ) -> Path:
-    """Base, tilted and exact densities side by side, samples and reward contours over them.
+    """Draw base, tilted and exact densities side by side, with samples and reward contours.
 
     A panel tells how many of its samples lie outside the window, if those are more than 2 %.
 
     Arguments:
         path: The PNG to write.
-        base: The law before.
-        tilted: The law the learned flow samples.
-        exact: The law it should sample; ``tilted`` is coloured on its scale.
+        base: The distribution before.
+        tilted: The distribution that the learned flow samples.
+        exact: The distribution it should sample; ``tilted`` is coloured on its scale.
         extent: Half-width of the window.
         reward: Its map (R, R), first index x.
         title: Headline.
@@ -108,7 +106,7 @@ def particle_paths(
     shown: int = 250,
     highlighted: int = 6,
 ) -> Path:
-    """Paths of particles of the base and of the tilted flow, from grey noise to bright data.
+    """Draw paths of particles of the base and of the tilted flow, from noise to data.
 
     Arguments:
         path: The PNG to write.
@@ -169,7 +167,7 @@ def control_field(
     subtitle: str = "",
     arrows: int = 25,
 ) -> Path:
-    """The learned control u(x, t) as arrows over the tilted density, one panel a time.
+    """Draw the learned control u(x, t) as arrows over the tilted density, one panel a time.
 
     Arrows fade where the density is below a twelfth of its peak, toward where nothing was learned.
     All panels share one scale, compressed (tanh) from about twice the mean of |u| under the
@@ -249,7 +247,7 @@ def _layer_map(layer: Layer, name: str, extent: float) -> np.ndarray:
 
 
 def _outside(layer: Layer, name: str, extent: float) -> str:
-    """What share of the samples the window leaves out, or nothing for few or none."""
+    """Say what share of the samples the window leaves out, or nothing for few or none."""
     if layer.samples is None:
         return ""
     points = checked(layer.samples, f"{name}.samples", ("N", 2))

@@ -61,9 +61,9 @@ _FILES = {
     "training.online": "OnlineCollector",
     "training.phases": "Phases",
     # Failures that the command line shows as one line
-    "errors": "RunError",
+    "applications.common.errors": "RunError",
 }
-"""Names of this facade by the file that defines them."""
+"""Names of this facade by the file that defines them, in this package unless it says another."""
 
 _HOMES = {name: file for file, names in _FILES.items() for name in names.split()}
 __all__ = list(_HOMES)
@@ -160,7 +160,7 @@ if TYPE_CHECKING:
     from applications.rl.training.phases import Phases
 
     # Failures that the command line shows as one line
-    from applications.rl.errors import RunError
+    from applications.common.errors import RunError
 
 else:
 
@@ -170,7 +170,9 @@ else:
             return import_module("flows.version").__version__
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        file = _HOMES[name]
+        module = file if file.startswith("applications.") else f"{__name__}.{file}"
+        value = getattr(import_module(module), name)
         globals()[name] = value
         return value
 

@@ -31,8 +31,8 @@ import tyro
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from applications.common.errors import RunError
 from applications.rl.agents.base import Agent
-from applications.rl.errors import RunError
 from applications.rl.run_folder import load_agent
 from flows.training import ensure_writable, replacing, write_json
 

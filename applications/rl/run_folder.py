@@ -84,6 +84,11 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     common.check_free(folder, FILES, resume=resume, overwrite=overwrite)
 
 
+def clear(folder: Path) -> None:
+    """Remove checkpoint, snapshot, metrics and evaluations of an earlier run."""
+    common.clear(folder, FILES)
+
+
 def describe_identity(
     *, agent: str, task: str, config: AgentConfig, spaces: Spaces, facts: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from applications.common.errors import RunError
 from applications.rl.data.expert_manipulation import ManipulationCollector
 from applications.rl.data.expert_maze import MazeCollector
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.tasks import MANIPULATION, Task
-from applications.rl.errors import RunError
 from flows.training import replacing
 
 FILE_TRANSITIONS = 2000

@@ -22,10 +22,10 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from applications.common.errors import RunError
 from applications.rl.environments.mujoco import import_ogbench
 from applications.rl.environments.reproducible import NumpyStream, Reproducible, episode_seed
 from applications.rl.environments.tasks import Task
-from applications.rl.errors import RunError
 
 NOISE = 0.1
 """Scale of the noise of the plans, and the largest scale ξ of the noisy experts."""

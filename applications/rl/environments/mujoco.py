@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from applications.rl.errors import RunError
+from applications.common.errors import RunError
 
 _OFF = ("disable", "disabled", "off", "false", "0")
 

@@ -26,8 +26,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from applications.common.errors import RunError
 from applications.rl.environments.mujoco import import_ogbench, prepare_mujoco
-from applications.rl.errors import RunError
 
 if TYPE_CHECKING:
     from applications.rl.environments.wrappers import Standard

@@ -20,9 +20,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from applications.common.errors import RunError
 from applications.rl.environments.spaces import Spaces, spaces_of
 from applications.rl.environments.wrappers import standardise
-from applications.rl.errors import RunError
 
 Watch = Callable[[gymnasium.Env], None]
 

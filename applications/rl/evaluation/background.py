@@ -25,9 +25,9 @@ from typing import Any
 import gymnasium
 import torch
 
+from applications.common.errors import RunError
 from applications.rl.agents.base import Agent
 from applications.rl.environments.workers import WorkerProcess
-from applications.rl.errors import RunError
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
 from flows.training import prepare_process
 

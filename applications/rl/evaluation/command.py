@@ -21,10 +21,10 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from applications.common.errors import RunError
 from applications.rl.agents.base import Agent
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.tasks import Task, find_task, make_environment, prepare_mujoco
-from applications.rl.errors import RunError
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
 from applications.rl.run_folder import TrainedAgent, load_agent, run_folders
 from flows.training import choose_device, ensure_writable, replacing

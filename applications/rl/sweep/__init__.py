@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from applications.rl.errors import RunError
+from applications.common.errors import RunError
 from applications.rl.sweep.config import SweepConfig
 from applications.rl.sweep.cost import cost, measure
 from applications.rl.sweep.folders import Work, collect, updates_done

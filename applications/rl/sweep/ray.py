@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from applications.rl.errors import RunError
+from applications.common.errors import RunError
 from applications.rl.sweep import folders
 from applications.rl.sweep.plan import Job, Run, State, slots
 from applications.rl.sweep.worker import Train, one_line, work

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from applications.common.errors import RunError
 from applications.rl import run_folder
 from applications.rl.agents import make_agent
 from applications.rl.agents.base import Agent
@@ -33,7 +34,6 @@ from applications.rl.data.dataset import Dataset
 from applications.rl.environments.episodes import Episodes
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.spaces import Spaces, check_spaces, spaces_of
-from applications.rl.errors import RunError
 from applications.rl.evaluation.background import BackgroundEvaluator
 from applications.rl.evaluation.evaluator import Evaluation, Evaluator
 from applications.rl.training.agent_loss import AgentLoss
@@ -281,8 +281,7 @@ class SeedRun:
             compiled=config.compile,
         )
         if not config.resume:  # what a resume finds stays until its checkpoint is accepted
-            for name in (run_folder.CHECKPOINT, run_folder.SNAPSHOT):
-                (self.folder / name).unlink(missing_ok=True)
+            run_folder.clear(self.folder)
         return Trainer(
             agent,
             loss,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from applications.common.renamed import PACKAGE, Renamed, old_options, version_of
-from flows import __version__
 from flows.training import versions, write_json
 
 CONFIG = "config.json"
@@ -66,7 +65,7 @@ def write_config(folder: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    known = {PACKAGE: __version__, **versions(), **content.get("versions", {})}
+    known = {**versions(), **content.get("versions", {})}
     write_json(folder / CONFIG, {**content, "versions": known})
 
 

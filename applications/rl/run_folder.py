@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from applications.common import run_folder as common
-from applications.common.renamed import PACKAGE, old_options, version_of
-from applications.common.run_folder import CONFIG, RunFiles, read_config, write_config
+from applications.common.run_folder import CONFIG, RunFiles, write_config
 from applications.rl.agents import find_agent, make_agent
 from applications.rl.agents.base import Agent, AgentConfig
 from applications.rl.environments.spaces import Spaces
@@ -126,7 +125,6 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
         hint = f"; name a run below it, such as {below[0]}" if below else ""
         raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}{hint}")
     state = checkpoints.load(path)
-    _check_version(path, state.get("identity"))
     try:
         identity = state["identity"]
         name = identity["agent"]
@@ -147,22 +145,6 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
         ) from error
     trained.agent.eval().requires_grad_(False)
     return trained
-
-
-def _check_version(path: Path, identity: object) -> None:
-    """Refuse a checkpoint with options that have other names by now.
-
-    Raises:
-        CheckpointError: there are some; the message has their new names.
-    """
-    names = identity if isinstance(identity, Mapping) else ()
-    old = old_options([name.removeprefix("options.") for name in names], RENAMED)
-    if old:
-        version = version_of(read_config(path.parent))
-        raise CheckpointError(
-            f"{path} was written by version {version} of {PACKAGE}, whose options had other names "
-            f"({old}); read it with that version, or train the agent again"
-        )
 
 
 def full_disk_explained(folder: Path) -> AbstractContextManager[None]:

@@ -1,15 +1,11 @@
 """Run folders and locks; `tests/toy2d/test_run_folder.py` has the rules on whole runs."""
 
-import configparser
 import json
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-import adjoint
-import applications.rl
 import flows
 from applications.common import lock
 from applications.common.errors import RunError
@@ -18,13 +14,6 @@ from applications.common.run_folder import RunFiles, check_free, clear, write_co
 
 FILES = RunFiles(("a.pt",), ("a.csv",), marker="sheep", renamed={"goats": "sheep"})
 NO = {"resume": False, "overwrite": False}
-
-
-def test_the_version_is_one():
-    setup = configparser.ConfigParser()
-    setup.read(Path(__file__).parents[2] / "setup.cfg")
-    packages = (flows, adjoint, applications.rl)
-    assert {package.__version__ for package in packages} == {setup["metadata"]["version"]}
 
 
 def test_config_says_which_versions_wrote_it(tmp_path):

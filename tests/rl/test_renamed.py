@@ -49,11 +49,11 @@ def test_options_of_execution_are_those_that_leave_the_setting_as_it_is():
 def test_a_run_of_an_earlier_version_says_which_and_what_to_do(tmp_path):
     config = {"offline_steps": 9, "together": 0, "options": {"slow_rate": 0.1}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    state = {"identity": {"agent": "qam", "options.slow_rate": 0.1}, "iteration": 9}
-    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    old = {"problem": {"agent": "qam", "options.slow_rate": 0.1}, "versions": {"torch": "2.6"}}
+    checkpoint.save(tmp_path / "checkpoint.pt", old)
     names = "together is now stacked, slow_rate is now target_rate"
     with pytest.raises(ValueError, match=rf"written by version 0\.1 .*\({names}\); continue it"):
         claim(tmp_path, resume=True, overwrite=False)
-    with pytest.raises(CheckpointError, match=r"version 0\.1 .*target_rate\); read"):
+    with pytest.raises(CheckpointError, match=r"written by adjoint-matching 0\.1, whose names"):
         load_agent(tmp_path)
     claim(tmp_path, resume=False, overwrite=True)

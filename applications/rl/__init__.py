@@ -34,10 +34,10 @@ _FILES = {
     "agents.bam": "BAM BAMConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform follow",
-    "agents.options": "AgentConfig CriticOptions TiltOptions MatchingOptions Range above at_least "
+    "agents.options": "AgentConfig CriticOptions MatchingOptions Range TiltOptions above at_least "
     "one_of option",
     "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor ValueNetwork",
-    "agents.rollouts": "Noise FlowODE best_of candidates condition flow_action",
+    "agents.rollouts": "FlowODE Noise best_of candidates condition flow_action",
     "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss edit_loss expectile_loss "
     "one_step_loss td_target",
     "agents.domains": "by_domain",

@@ -180,6 +180,7 @@ def test_under_one_condition_the_samples_are_of_its_tilt():
         sample_exact(shifted, shifted, linear, kernel, 10, like=LIKE, cond=cond)
 
 
+@pytest.mark.slow
 def test_the_certificate_of_a_tilt_says_nothing_of_one_condition(short):
     """Its weights are of all conditions: here of one far away, with a log Z lower by six."""
     kernel = kernel_for(gaussian(), "moment_matched", 10)

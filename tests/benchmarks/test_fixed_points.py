@@ -63,6 +63,7 @@ def test_tilts_of_the_problems_are_the_known_ones():
 
 @pytest.mark.parametrize("steps", [3, 7])
 @pytest.mark.parametrize("scheme", ["ancestral", "moment_matched", "moment_matched_weighted"])
+@pytest.mark.slow
 def test_a_gaussian_base_is_exact_at_any_number_of_steps(scheme, steps):
     kernel = kernel_for(GAUSSIAN.base, scheme.removesuffix("_weighted"), steps)
     v, v_base = fixed_point(GAUSSIAN, kernel, weighted=scheme.endswith("_weighted"))
@@ -94,6 +95,7 @@ def test_the_base_has_error_one_and_the_exact_velocity_none():
 @pytest.mark.parametrize(
     "name", ["euler_published", "euler_consistent", "ancestral_pair", "moment_matched"]
 )
+@pytest.mark.slow
 def test_the_regression_on_simulated_trajectories_is_solved(name, weighted):
     """The residual of the loss, on the chain of v_θ, has mean zero given the state."""
     problem, steps, n = PROBLEMS["C"], 6, 50_000

@@ -53,6 +53,7 @@ def test_it_is_the_one_between_gaussians(field, probes):
     assert stderr(found) < 0.15 * expected
 
 
+@pytest.mark.slow
 def test_without_correlations_it_is_right_for_every_sample():
     """The Jacobian is diagonal, so that random signs give its trace exactly."""
     base = gaussian([1.0, -1.0, 0.5], [[2.0, 0, 0], [0, 1.0, 0], [0, 0, 0.5]])

@@ -88,6 +88,7 @@ def test_log_weights_are_those_of_the_certificate(both, model):
     assert certificate.log_weight_std > 0.1
 
 
+@pytest.mark.slow
 def test_training_halves_the_spread_of_the_log_weights(capsys):
     plain.main(updates=100, batch=128, steps=10)
     first, last = capsys.readouterr().out.splitlines()

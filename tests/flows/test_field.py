@@ -111,6 +111,7 @@ class TestInsideTransforms:
         assert bool((v == 1).all())
         assert torch.equal(product, torch.zeros(2, *X.shape, dtype=F64))
 
+    @pytest.mark.slow
     def test_compiled_whole(self):
         field = Linear()
 

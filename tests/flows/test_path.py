@@ -150,6 +150,7 @@ def test_converting_to_itself_changes_nothing():
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0.01, 0.99), st.permutations(PREDICTIONS), st.integers(0, 2**31))
+@pytest.mark.slow
 def test_a_round_trip_of_conversions_closes(t, order, seed):
     g = torch.Generator().manual_seed(seed)
     x, value = torch.randn(2, 5, 3, generator=g, dtype=F64)

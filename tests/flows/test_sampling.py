@@ -144,6 +144,7 @@ def test_conditions_reach_the_field_and_nothing_keeps_a_gradient():
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("end", [1.0, 0.5])
+@pytest.mark.slow
 def test_exact_log_likelihood(dim, end):
     field = mixture(dim)
     x = field.marginal(end).sample(30, generator=torch.Generator().manual_seed(1))
@@ -164,6 +165,7 @@ def test_exact_log_likelihood_by_fixed_steps(method, tolerance):
 
 
 @pytest.mark.parametrize("probes", [1, 4])
+@pytest.mark.slow
 def test_hutchinson_is_unbiased(probes):
     """The same point with 2000 draws of signs: the mean is the closed form within its error."""
     field = mixture(3)

@@ -44,5 +44,6 @@ def test_importing_the_facade_is_cheap():
     assert not imported("import applications.rl") & {"torch", "numpy", "gymnasium", *HEAVY}
 
 
+@pytest.mark.slow
 def test_no_name_needs_a_simulator_or_a_cluster():
     assert not imported(f"from applications.rl import {', '.join(rl.__all__)}") & set(HEAVY)

@@ -83,6 +83,7 @@ def command(folder, *extra):
     return ["run", "--folder", str(folder), "--no-animation", *flags, *extra]
 
 
+@pytest.mark.slow
 def test_objects_in_python_without_modes_labels_or_density(mine):
     import mine_in_the_plane as module
 
@@ -101,6 +102,7 @@ def test_objects_in_python_without_modes_labels_or_density(mine):
 OWN = ("--target", "mine_in_the_plane:cross", "--reward", "mine_in_the_plane:upward")
 
 
+@pytest.mark.slow
 def test_a_resume_takes_the_objects_it_began_with_and_no_others(mine, capsys):
     folder = mine / "a"
     assert main(command(folder, *OWN)) == 0

@@ -38,6 +38,7 @@ def test_tilt_is_visible_but_not_absurd(name, target):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_gradient_is_right_and_finite_everywhere(name):
     reward = reward_of(name, "moons")
     x = 2 * torch.randn(20, 2, generator=seeded(), dtype=torch.float64)
@@ -67,6 +68,7 @@ def test_evaluates_on_a_fine_grid_in_either_dtype(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_only_linear_and_quadratic_claim_a_quadratic_form(name):
     reward = reward_of(name, "ring")
     if name not in ("linear", "quadratic"):
@@ -122,6 +124,7 @@ def test_two_modes_have_two_peaks():
 
 
 @pytest.mark.parametrize("name", ["moons", "circles", "checkerboard"])
+@pytest.mark.slow
 def test_classifier_knows_its_classes(name):
     target = TARGETS[name]
     probability = reward_of("classifier", name)(target.sample(10_000, seeded(9))).exp()

@@ -181,6 +181,7 @@ def test_a_tilt_that_draws_the_null_condition_too_tilts_both():
     assert float(x.mean()) == pytest.approx(GUIDED_MEAN + W * S2 * SLOPE, abs=0.04)
 
 
+@pytest.mark.slow
 def test_the_certificate_of_the_guided_fields_tells_how_far_it_is_from_everywhere():
     """With λ amplified by w, log w has the standard deviation |1 - w| λ s."""
     base, kernel = Guided(EQUAL, W, NULL), make_kernel("euler_consistent", uniform(200))
@@ -201,6 +202,7 @@ def test_the_certificate_of_the_guided_fields_tells_how_far_it_is_from_everywher
 
 @pytest.mark.parametrize("weight", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize(("whole", "of_class"), [(1.0, 0.25), (0.25, 1.0)])
+@pytest.mark.slow
 def test_the_adjoint_is_multiplied_by_a_power_of_the_weight(whole, of_class, weight):
     """dc/dt = -2 J c gives c_0 = S_u (S_c/S_u)^w c_1: it vanishes or blows up."""
     base = always(Guided(conditional(gaussian(0.0, whole), gaussian(0.0, of_class)), weight, NULL))

@@ -126,6 +126,7 @@ def test_the_problem_written_here_is_the_one_that_was_tilted():
     np.testing.assert_allclose(reward(x), problem.reward(points), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_certificate_agrees_with_importance_resampling_of_the_base(tilted):
     _, certificate = tilted
     mean, error, log_z, log_z_error = by_importance()
@@ -136,6 +137,7 @@ def test_certificate_agrees_with_importance_resampling_of_the_base(tilted):
     assert np.all(found_error < 0.02)  # error bars that say something
 
 
+@pytest.mark.slow
 def test_certificate_agrees_with_a_long_markov_chain(tilted, markov_chain):
     _, certificate = tilted
     mean, error = markov_chain

@@ -223,6 +223,7 @@ def peak_of(run):
 @pytest.mark.parametrize(
     ("name", "micro_batch"), [("ancestral", 0), ("moment_matched", 0), ("euler_published", 16)]
 )
+@pytest.mark.slow
 def test_the_memory_of_the_adjoint_pass_does_not_depend_on_the_steps(name, micro_batch):
     """Beside its results it holds what one step needs, and a few coefficients of each."""
     base, x0 = frozen(Counting(width=256)), torch.randn(16, 2, dtype=F64)
@@ -327,6 +328,7 @@ def test_a_tilt_in_parts_resumes_exactly_and_the_parts_may_change(tmp_path):
         close(b, a)
 
 
+@pytest.mark.slow
 def test_the_chain_and_its_adjoint_are_float32_where_the_networks_are_bfloat16():
     torch.manual_seed(0)
     base, model = MLPVelocity(2, hidden=(32, 32)), MLPVelocity(2, hidden=(32, 32))

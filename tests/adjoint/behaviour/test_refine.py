@@ -145,6 +145,7 @@ def test_refinement_takes_the_last_part_of_the_updates():
     assert ["adjoint_norm" in names for names in watch.losses] == [True] * 7 + [False] * 3
 
 
+@pytest.mark.slow
 def test_refinement_on_a_finer_grid_rolls_out_and_certifies_that():
     class Counting(Residual):
         def forward(self, x, t, cond=None):

@@ -168,6 +168,7 @@ def test_a_resume_may_compile(without_compiler, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_refused():
     with pytest.raises(ValueError, match="compile must be False with kernel 'covariance_matched'"):
         TiltConfig(kernel="covariance_matched", compile=True)

@@ -357,6 +357,7 @@ def test_a_tilt_resumes_exactly_on_its_own_base_only(trained, tmp_path):
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
+@pytest.mark.slow
 def test_dropout_of_adapters_is_for_training_only(trained):
     field, _, _ = fields(trained)
     model, _ = lora(field, dropout=0.5)

@@ -163,6 +163,7 @@ def test_images_keep_their_shape():
 # --- derivatives ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_its_jacobian_is_that_of_finite_differences():
     model, x, t = conditional(), points(), torch.tensor(0.6, dtype=F64)
     with torch.no_grad():

@@ -235,6 +235,7 @@ class TestStableDiffusion3:
         grid = diffusers_flow.grid(pipe.scheduler)
         return sample(field, self.x0, grid=grid, method="euler", cond=self.cond)
 
+    @pytest.mark.slow
     def test_samples_are_those_of_the_pipeline_before_and_after_a_tilt(self, diffusers):
         pipe = tiny.stable_diffusion_3(diffusers)
         field = load(pipe, quiet=True)

@@ -64,6 +64,7 @@ def puzzle(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_equal_to_ogbenchs_own_loader(made):
     met = 0
     for number in range(1, 6):

@@ -150,6 +150,7 @@ def test_finished_data_are_found_and_others_refused(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.slow
 def test_a_file_of_ones_own_beside_unfinished_data_is_kept(tmp_path, monkeypatch, name, when):
     own = tmp_path / name
 
@@ -171,6 +172,7 @@ def test_a_file_of_ones_own_beside_unfinished_data_is_kept(tmp_path, monkeypatch
     make_pointmaze(tmp_path)  # goes on
 
 
+@pytest.mark.slow
 def test_unfinished_data_of_other_options_are_refused(tmp_path):
     parts = tmp_path / "pointmaze-medium-navigate-v0.parts"
     parts.mkdir()
@@ -194,6 +196,7 @@ def test_more_transitions_begin_with_the_same_episodes(tmp_path):
         assert not np.array_equal(short["observations"][:1001], different["observations"][:1001])
 
 
+@pytest.mark.slow
 def test_manifest(tmp_path):
     data = make_pointmaze(tmp_path)
     manifest = json.loads(data.with_suffix(".json").read_text())
@@ -211,6 +214,7 @@ def test_manifest(tmp_path):
         assert manifest["success_fraction"][f"task{number}"] == near.mean()
 
 
+@pytest.mark.slow
 def test_layout_is_ogbenchs(tmp_path):
     arrays = dict(np.load(make_pointmaze(tmp_path)))
     rows = 2500 + 3
@@ -225,6 +229,7 @@ def test_layout_is_ogbenchs(tmp_path):
     np.testing.assert_array_equal(arrays["observations"], arrays["qpos"])
 
 
+@pytest.mark.slow
 def test_no_episode_is_made_twice(undisturbed):
     starts = []
     for name in NAMES[1:]:

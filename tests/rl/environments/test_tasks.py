@@ -29,6 +29,7 @@ def test_every_single_task_of_ogbench_has_a_name_and_no_other(registry):
         assert registry[task.environment_id].max_episode_steps == task.max_steps, task.name
 
 
+@pytest.mark.slow
 def test_defaults_are_those_of_ogbench(registry):
     # The number is resolved when the environment is made; one per family is enough.
     for name in ("pointmaze-medium", "cube-single", "scene", "puzzle-3x3"):

@@ -188,6 +188,7 @@ def test_a_rate_on_a_gpu_needs_one():
         measure(TrainConfig(task=TASK, device="cuda"))
 
 
+@pytest.mark.slow
 def test_the_rate_is_measured_by_training_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(TASK, agent="bc", preset="small", batch_size=4, device="cpu", threads=1)

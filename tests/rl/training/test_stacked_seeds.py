@@ -113,6 +113,7 @@ class Stop(Callback):
 
 
 @pytest.mark.parametrize(("name", "phases"), [("offline", SHORT), ("both", BOTH)])
+@pytest.mark.slow
 def test_a_run_may_change_between_alone_and_stacked(tmp_path, alone, name, phases):
     """Stopped at different updates, and in the midst of a stacked training."""
     with pytest.raises(KeyboardInterrupt):

@@ -1,14 +1,13 @@
-"""Everything once, on a small machine: data, a clone, its tilt toward a critic, and pictures.
+"""The command ``demo``: data, a cloned policy, its tilt toward a critic, and figures, in minutes.
 
 In OGBench's medium point maze the data are shortest paths between random places, with noise.  A
-flow cloned from them (BC) moves like the data and so reaches the task's goal by chance; the same
-flow tilted toward exp(τ Q) (QAM) goes there.  Both are trained with the preset ``small``, which for
-this maze is a recipe of its own (`applications.rl.agents.presets`), and judged by the same
-episodes.
+flow cloned from them (BC) moves like the data and so reaches the task's goal by chance; the flow
+tilted toward exp(τ Q) (QAM) goes there.  Both are trained with the preset ``small``, which has a
+recipe for this maze (`applications.rl.agents.presets`), and evaluated on the same episodes.
 
-The folder holds the data, a run folder for each agent, ``report.json`` (flat), and the pictures
-``maze.png`` (where both policies go), ``actions.png`` (what they do at one state, and what the
-critic prefers there) and the learning curves.
+The folder holds the data, a run folder for each agent, ``report.json`` (flat), and the figures
+``maze.png`` (trajectories of both policies), ``actions.png`` (their actions at one state, and the
+critic's preference there) and the learning curves.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from flows.training import ensure_writable, versions, write_json
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
 AGENTS = ("bc", "qam")
 EPISODE_SEED = 1_000_003
-"""Seed of the episodes that both agents are judged by, other than those seen in training."""
+"""Seed of the episodes on which both agents are evaluated; training sees other episodes."""
 CLOUD = 4096
-"""Chunks drawn at the state of the picture of actions."""
+"""Number of chunks drawn at the state of ``actions.png``."""
 
 
 @dataclass(frozen=True)
@@ -48,40 +47,40 @@ class DemoConfig:
     """Make point-maze data, train a clone and its tilt by a critic, and compare them."""
 
     folder: Path = Path("outputs/rl-demo")
-    """Where data, runs, report and pictures are written."""
+    """Folder to write data, runs, report and figures to."""
     transitions: int = 300_000
-    """Transitions of the data."""
+    """Number of transitions of the data."""
     updates: int = 4000
-    """Updates of each agent."""
+    """Number of updates of each agent."""
     episodes: int = 50
-    """Episodes by which both are judged."""
+    """Number of episodes on which both agents are evaluated."""
     seed: int = 0
     """Seed of data and agents."""
     workers: int = 2
-    """Processes that make the data."""
+    """Number of processes that make the data."""
     quick: bool = False
-    """A few hundred updates, to see that everything works."""
+    """Train for a few hundred updates only, to see that everything works."""
     resume: bool = False
     """Continue where an earlier demonstration was interrupted."""
 
     @property
     def data(self) -> Path:
-        """Folder of the data, of which each number of transitions and each seed has its own."""
+        """Folder of the data, a different one for each number of transitions and seed."""
         return self.folder / f"data-{self.transitions}-{self.seed}"
 
     @property
     def sized(self) -> DemoConfig:
-        """These options, or small ones if ``quick``."""
+        """These options, reduced to small numbers if ``quick``."""
         if not self.quick:
             return self
         return replace(self, transitions=20_000, updates=200, episodes=4)
 
 
 class Paths(gymnasium.Wrapper):
-    """An environment that remembers where each of its episodes went.
+    """Wraps an environment and records the positions in each of its episodes.
 
     Attributes:
-        paths: positions (T, 2) by episode, the first that after the reset.
+        paths: positions (T, 2) by episode, beginning with the position after the reset.
     """
 
     def __init__(self, env: gymnasium.Env, paths: list[list[np.ndarray]]) -> None:
@@ -95,17 +94,17 @@ class Paths(gymnasium.Wrapper):
         return observation, info
 
     def step(self, action: Any) -> Any:
-        """Take a step and note where it led."""
+        """Take a step and record the new position."""
         result = self.env.step(action)
         self.paths[-1].append(np.array(result[0][:2]))
         return result
 
 
 def run_demo(config: DemoConfig) -> dict[str, str | int | float]:
-    """Run it, print the table, write the pictures; returns what report.json holds.
+    """Run the demonstration: print the table, write the figures, return the content of report.json.
 
     Raises:
-        ValueError, OSError, CheckpointError, TrainingDiverged: as data and training do.
+        ValueError, OSError, CheckpointError, TrainingDiverged: see `generate` and `train`.
     """
     started = perf_counter()
     config = config.sized
@@ -123,22 +122,22 @@ def run_demo(config: DemoConfig) -> dict[str, str | int | float]:
     )
     print("\n2. A clone of the data (bc), and its tilt toward a critic (qam).")
     agents = {name: train_one(config, name) for name in AGENTS}
-    print(f"\n3. Both are judged by the same {config.episodes} episodes.")
-    judged: dict[str, Evaluation] = {}
+    print(f"\n3. Both are evaluated on the same {config.episodes} episodes.")
+    evaluations: dict[str, Evaluation] = {}
     paths: dict[str, list[np.ndarray]] = {}
     for name, agent in agents.items():
-        judged[name], paths[name] = play(config, agent)
-        print(f"  {name:<4}{judged[name]}")
+        evaluations[name], paths[name] = play(config, agent)
+        print(f"  {name:<4}{evaluations[name]}")
     environment = make_environment(task)
     _, info = environment.reset(seed=EPISODE_SEED)
     maze, goal = Maze.from_environment(environment), np.asarray(info["goal"])[:2]
     environment.close()
     pictures = [
-        draw_maze(config, maze, goal, judged, paths),
+        draw_maze(config, maze, goal, evaluations, paths),
         draw_actions(config, maze, goal, agents, paths["qam"][0][len(paths["qam"][0]) // 3]),
     ]
     report: dict[str, str | int | float] = {"task": TASK, "episodes": config.episodes}
-    for name, found in judged.items():
+    for name, found in evaluations.items():
         low, high = found.interval
         report |= {
             f"success_{name}": found.success,
@@ -157,7 +156,7 @@ def run_demo(config: DemoConfig) -> dict[str, str | int | float]:
 
 
 def train_one(config: DemoConfig, name: str) -> torch.nn.Module:
-    """The agent of that name, trained or resumed."""
+    """Train or resume one agent by name."""
     options = TrainConfig(
         task=TASK,
         agent=name,
@@ -178,7 +177,7 @@ def train_one(config: DemoConfig, name: str) -> torch.nn.Module:
 
 
 def play(config: DemoConfig, agent: Any) -> tuple[Evaluation, list[np.ndarray]]:
-    """Episodes of ``agent``: how they ended, and where they went."""
+    """Play episodes with ``agent``; return the evaluation and the positions of each episode."""
     task, seen = find_task(TASK), []  # type: ignore[var-annotated]
     found = evaluate(
         agent,
@@ -194,17 +193,17 @@ def draw_maze(
     config: DemoConfig,
     maze: Maze,
     goal: np.ndarray,
-    judged: dict[str, Evaluation],
+    evaluations: dict[str, Evaluation],
     paths: dict[str, list[np.ndarray]],
 ) -> Path:
-    """Where both policies go."""
+    """Draw the trajectories of both policies."""
     return trajectories(
         config.folder / "maze.png",
         maze,
         paths,
         start=paths["bc"][0][0],
         goal=goal,
-        reached={name: found.successes for name, found in judged.items()},
+        reached={name: found.successes for name, found in evaluations.items()},
         title="A flow policy in a maze, before and after its tilt toward exp(τ Q)",
         subtitle=f"{TASK}, {config.updates} updates on {config.transitions} transitions",
     )
@@ -217,7 +216,7 @@ def draw_actions(
     agents: dict[str, Any],
     position: np.ndarray,
 ) -> Path:
-    """What behaviour and tilt do at ``position``, and what the critic prefers there."""
+    """Draw the actions of behaviour and tilt at ``position``, and the critic's preference."""
     agent = agents["qam"]
     assert isinstance(agent, QAM)
     observation = torch.as_tensor(position, dtype=torch.float32)

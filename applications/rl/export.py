@@ -1,16 +1,16 @@
-"""A policy as one file that PyTorch alone runs, policy.pt2, and what it takes, policy.json.
+"""The command ``export``: a policy as a file for PyTorch alone, with its description.
 
 The exported program is a pure function
 
     policy(observation (B, observation_dim), noise (B, noise_dim)) -> actions (B, h, action_dim)
 
-for any batch size B, in [-1, 1], of the numbers that the agent's own ``act`` gives.  The noise is
-standard normal; all of the policy's randomness is in it, so that whoever deploys the policy owns
-the generator, and zeros give a repeatable action.  Agents that choose among candidates or edit
-their action need several noises: they are parts of the one tensor, in the order and of the shapes
-that policy.json says.  Networks that acting does not need are left out of the file.
+for any batch size B, in policy.pt2.  Its actions, in [-1, 1], are the numbers of the agent's own
+``act``.  The noise is standard normal and holds all randomness of the policy, so that its user owns
+the generator; zeros give a repeatable action.  Agents that choose among candidates or edit their
+action need several noises: they are pieces of the one tensor, in the order and shapes that
+policy.json lists.  Networks that acting does not need are left out of the file.
 
-``SNIPPET`` is all that running it takes.
+``SNIPPET`` is the complete program that runs it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ with torch.no_grad():
 print(actions)
 """
 TOLERANCE = 1e-6
-"""Largest difference of an action component from the agent's."""
+"""Largest permitted difference between actions of the program and of the agent."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class ExportConfig:
     run: tyro.conf.Positional[Path]
     """Folder of the run, or its checkpoint."""
     folder: Path | None = None
-    """Where policy.pt2 and policy.json are written; beside the checkpoint unless given."""
+    """Folder to write policy.pt2 and policy.json to; the folder of the run if not given."""
     device: str = "cpu"
-    """Where the policy will run; it is part of the exported program."""
+    """Device of the policy; it is part of the exported program."""
     repeats: int = 200
-    """Calls that the latency is the median of."""
+    """Number of calls whose median is the latency."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """The files of an exported policy.
 
     Attributes:
-        path: The program; its description is the .json beside it.
-        facts: What the description holds.
+        path: file of the program; its description has the same name with the suffix .json.
+        facts: content of the description.
     """
 
     path: Path
@@ -80,14 +80,14 @@ class Exported:
 
 
 class Policy(nn.Module):
-    """The acting of an agent with all of its noise in one tensor.
+    """Computes the actions of an agent from observations and one tensor of noise.
 
     Arguments:
-        agent: Any agent.
+        agent: any agent.
 
     Attributes:
-        shapes: Name and shape, without the batch, of the noises, in their order.
-        noise_dim: Sum of their sizes.
+        shapes: shape, without the batch, of each named noise, in their order.
+        noise_dim: sum of their sizes.
     """
 
     def __init__(self, agent: Agent) -> None:
@@ -97,7 +97,7 @@ class Policy(nn.Module):
         self.noise_dim = sum(math.prod(shape) for shape in self.shapes.values())
 
     def split(self, noise: Tensor) -> dict[str, Tensor]:
-        """The agent's noises of ``noise`` (B, noise_dim)."""
+        """Split ``noise`` (B, noise_dim) into the named noises of the agent."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         parts = noise.split(sizes, dim=1)
         return {
@@ -106,7 +106,7 @@ class Policy(nn.Module):
         }
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """Actions (B, h, action_dim) at observations (B, obs) by noise (B, noise_dim)."""
+        """Compute actions (B, h, action_dim) from observations (B, obs) and noise (B, n)."""
         return self.agent.act(observation, self.split(noise))
 
 
@@ -127,8 +127,8 @@ def run_export(config: ExportConfig) -> Exported:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: cannot use {config.device!r}: {reason}") from None
     trained = load_agent(config.run, config.device)
-    beside = config.run if config.run.is_dir() else config.run.parent
-    path = ensure_writable((config.folder or beside) / "policy.pt2", "folder")
+    own = config.run if config.run.is_dir() else config.run.parent
+    path = ensure_writable((config.folder or own) / "policy.pt2", "folder")
     policy = Policy(trained.agent)
     content = program_bytes(policy)
     program = torch.export.load(io.BytesIO(content)).module()
@@ -169,7 +169,7 @@ def run_export(config: ExportConfig) -> Exported:
 
 
 def show_export(config: ExportConfig) -> None:
-    """`run_export`, printed."""
+    """Export a policy and print its facts, as the command ``export``."""
     exported = run_export(config)
     facts = exported.facts
     print(f"{facts['agent']} on {facts['task']}, {facts['updates']} updates")
@@ -188,7 +188,7 @@ def show_export(config: ExportConfig) -> None:
 
 
 def program_bytes(policy: Policy) -> bytes:
-    """The exported program of ``policy``, without weights that acting does not read."""
+    """Export the program of ``policy`` as bytes, without weights that acting does not read."""
     needed = copy.deepcopy(policy)
     unread = _unread(_export(needed))
     for name, parameter in [*needed.named_parameters(), *needed.named_buffers()]:
@@ -200,7 +200,10 @@ def program_bytes(policy: Policy) -> bytes:
 
 
 def largest_difference(policy: Policy, program: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Of any component of any action, over batches of several sizes; NaN if one is NaN."""
+    """Compute the largest difference of an action component, over several batch sizes.
+
+    The result is NaN if any difference is NaN.
+    """
     worst = torch.zeros(())
     for seed, batch_size in enumerate((1, 2, 7, 64)):
         inputs = _inputs(policy, batch_size, seed)
@@ -211,7 +214,7 @@ def largest_difference(policy: Policy, program: Callable[[Tensor, Tensor], Tenso
 
 
 def latency_ms(policy: Policy, program: Callable[[Tensor, Tensor], Tensor], repeats: int) -> float:
-    """Median time of one call of ``program`` with batch 1, in milliseconds."""
+    """Measure the median time of a call of ``program`` with batch size 1, in milliseconds."""
     inputs = _inputs(policy, 1, 0)
     times = []
     with torch.no_grad():
@@ -238,7 +241,7 @@ def _export(policy: Policy) -> ExportedProgram:
 
 
 def _unread(program: ExportedProgram) -> set[str]:
-    """Parameters and buffers that no operation of the program takes."""
+    """List the parameters and buffers that no operation of the program reads."""
     signature = program.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return {
@@ -249,7 +252,7 @@ def _unread(program: ExportedProgram) -> set[str]:
 
 
 def _inputs(policy: Policy, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Standard normal observations and noise on the device of the policy."""
+    """Draw standard normal observations and noise on the device of the policy."""
     like = next(policy.parameters())
     generator = torch.Generator().manual_seed(seed)
     sizes = (policy.agent.observation_dim, policy.noise_dim)

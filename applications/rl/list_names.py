@@ -1,4 +1,4 @@
-"""The command ``list``: what the other commands can be asked for, by name."""
+"""The command ``list``: names of tasks, agents and options."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from applications.rl.environments.tasks import ENVIRONMENTS, MANIPULATION
 
 @dataclass(frozen=True)
 class ListConfig:
-    """Name the tasks, the agents and their options."""
+    """List the names of the tasks, the agents and their options."""
 
 
 def show_list(_: ListConfig) -> None:
-    """Print the names, and how a task's name is made of its parts."""
+    """Print the names, and how the name of a task is composed."""
     print("tasks: ENVIRONMENT-KIND-singletask-task{1..5}-v0; without -taskN, the default")
     print(f"  {'environment':<22}{'kinds':<30}default task, steps")
     for name, facts in ENVIRONMENTS.items():
@@ -29,8 +29,8 @@ def show_list(_: ListConfig) -> None:
     )
     print("\nagents, and options with their general defaults (`train --help` shows the preset's)")
     for name, agent in AGENTS.items():
-        said = (inspect.getdoc(agent) or "").splitlines()[0].rstrip(".")
-        print(f"  {name:<10}{said}")
+        summary = (inspect.getdoc(agent) or "").splitlines()[0].rstrip(".")
+        print(f"  {name:<10}{summary}")
         config = agent.config_class()
         own = [f"{field.name}={getattr(config, field.name)}" for field in fields(config)]
         print("\n".join(f"{'':<12}{option}" for option in own if own))

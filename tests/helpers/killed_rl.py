@@ -1,4 +1,4 @@
-"""The trainings that test_rl_killed.py kills: offline, and offline followed by online."""
+"""Trainings that tests/rl/training/test_killed.py kills: offline, and offline then online."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Comparisons of run folders, and the short trainings on the corridor that they compare."""
+"""Short trainings in the corridor, and comparisons of their run folders."""
 
 import csv
 import math
@@ -21,7 +21,7 @@ def fit(folder, phases=SHORT, *, callbacks=(), **changes):
 
 
 def equal(a, b):
-    """Bitwise equality of nested data."""
+    """Compare nested data bit by bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -38,7 +38,7 @@ def numbers(path):
 
 
 def assert_same_run(found, expected):
-    """Two folders of a run hold the same but for rounding."""
+    """Assert that two folders hold the same run up to rounding."""
     a, b = (checkpoints.load(folder / "checkpoint.pt") for folder in (found, expected))
     assert a["iteration"] == b["iteration"]
     assert a["identity"] == b["identity"]

@@ -1,4 +1,4 @@
-"""Small datasets that tests make on the spot."""
+"""Small datasets that tests generate."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ CUBE = "cube-single-play-singletask-task2-v0"
 
 
 def make_pointmaze(folder, **options):
-    """Path of 2500 transitions in the maze, in three episodes."""
+    """Generate 2500 transitions in the maze, in three episodes; return the path."""
     return generate(
         DataConfig(**{"task": POINTMAZE, "transitions": 2500, "folder": folder} | options)
     )[0]

@@ -1,4 +1,4 @@
-"""What the jobs of tests do in their workers: the corridor in place of any task, and mishaps."""
+"""Functions that jobs of tests run in their workers: trainings in the corridor, and failures."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Environments, data and agents so small that a run takes a second."""
+"""Tiny environments, data and agents, with which a run takes a second."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ SIZES = {"hidden": (16, 16), "critics": 2, "flow_steps": 3}
 
 
 def options(name, **changes):
-    """Options of an agent of tiny networks."""
+    """Return options of an agent with tiny networks."""
     config = AGENTS[name].config_class
     known = {key: value for key, value in SIZES.items() if hasattr(config(), key)}
     return config(**(known | changes))
@@ -70,7 +70,7 @@ class Bandit(gymnasium.Env):
 
 @cache
 def corridor_data(rows=400, seed=0):
-    """Episodes of the corridor by random actions."""
+    """Play episodes of the corridor with random actions; return them as data."""
     environment, rng = standardise(Corridor()), np.random.default_rng(seed)
     table, done = [], True
     while len(table) < rows:
@@ -87,7 +87,7 @@ def corridor_data(rows=400, seed=0):
 
 @cache
 def bandit_data(rows=2000, seed=0):
-    """Actions of a mixture of two normal laws around -0.6 and 0.6, in equal parts."""
+    """Draw actions from a mixture of two normal distributions around -0.6 and 0.6."""
     rng = np.random.default_rng(seed)
     contexts = rng.uniform(-1, 1, (rows, 1)).astype(np.float32)
     signs = rng.choice([-1.0, 1.0], (rows, 1))

@@ -80,7 +80,7 @@ class Evaluations(Callback):
 
     @property
     def latest(self) -> Evaluation | None:
-        """The last evaluation of this process, None before the first."""
+        """Latest evaluation of this process, None before the first."""
         return self.arrived[-1][1] if self.arrived else None
 
     def on_start(self, trainer: Training) -> None:

@@ -1,4 +1,4 @@
-"""Seeds as the command line takes them: numbers and ranges."""
+"""Seeds on the command line: numbers and ranges."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
-    """Seeds from numbers and ranges: ``("0-3", "7")`` is 0, 1, 2, 3, 7.
+    """Parse seeds from numbers and ranges: ``("0-3", "7")`` gives 0, 1, 2, 3, 7.
 
     Raises:
-        ValueError: a word is neither, a range is empty, or a seed is there twice.
+        ValueError: a word is neither number nor range, a range is empty, or a seed is there twice.
     """
     seeds: list[int] = []
     for word in words:
@@ -35,4 +35,4 @@ SEEDS = PrimitiveConstructorSpec[tuple[int, ...]](
     is_instance=lambda value: isinstance(value, tuple),
     str_from_instance=lambda seeds: [*map(str, seeds)],
 )
-"""How `tyro` reads `parse_seeds`."""
+"""Specification by which `tyro` reads seeds with `parse_seeds`."""

@@ -1,6 +1,6 @@
-"""What a training is about, looked up before any file changes: environment, data, agent's options.
+"""The setup of a training: environment, data and options of the agent, before any file changes.
 
-`resolve` turns the names in a `TrainConfig` into these; whatever cannot be had is refused there.
+`resolve` turns the names in a `TrainConfig` into objects, and refuses what is unknown or missing.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Shards = ShardedDataset | Sequence[Dataset]
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What all seeds of a training share.
+    """The objects that all seeds of a training share.
 
     Attributes:
-        config: the options of the training.
-        options: those of the agent, resolved.
-        factory: makes the environment.
-        shards: the data in one or more parts, none if it learns without.
-        first: the first part, or None.
-        device: of agent and replay.
+        config: options of the training.
+        options: options of the agent, resolved.
+        factory: function that makes the environment.
+        shards: the data in one or more shards, none if the agent learns without data.
+        first: the first shard, or None.
+        device: device of agent and replay.
     """
 
     config: TrainConfig
@@ -55,7 +55,7 @@ class TrainingSetup:
 
     @cached_property
     def digest(self) -> str:
-        """What tells the first part's numbers from others: 16 hexadecimal digits, '' if none."""
+        """Hash of the first shard in 16 hexadecimal digits, '' without data."""
         if self.first is None:
             return ""
         digest = sha256()
@@ -64,20 +64,20 @@ class TrainingSetup:
         return digest.hexdigest()[:16]
 
     def make_replay(self, spaces: Spaces) -> Replay:
-        """A replay of the first part, with room for what comes online."""
+        """Make a replay of the first shard, with room for the online transitions."""
         capacity = self.config.online_steps
         if self.first is None:
             return Replay(capacity, *spaces, self.device)
         return Replay.from_dataset(self.first, capacity, self.device)
 
     def rotation(self, replay: Replay) -> ShardRotation | None:
-        """What exchanges the parts in ``replay``; None if there is only one."""
+        """Make the callable that exchanges the shards in ``replay``; None if there is only one."""
         if len(self.shards) < 2:
             return None
         return ShardRotation(replay, self.shards, self.config.shard_every)
 
     def identity(self, seed: int, spaces: Spaces) -> dict[str, Any]:
-        """Facts by which a checkpoint belongs to the run of ``seed``; a resume compares them."""
+        """Return the facts by which a checkpoint belongs to a run; a resume compares them."""
         return run_folder.describe_identity(
             agent=self.config.agent,
             task=self.config.task,
@@ -93,7 +93,7 @@ class TrainingSetup:
         )
 
     def describe(self, seed: int, spaces: Spaces) -> dict[str, Any]:
-        """Content of config.json, see `applications.rl.run_folder`."""
+        """Return the content of config.json, see `applications.rl.run_folder`."""
         content = asdict(replace(self.config, options=self.options))
         for name in ("seeds", "resume", "overwrite", "folder"):
             del content[name]
@@ -119,15 +119,16 @@ class TrainingSetup:
 def resolve(
     config: TrainConfig, environment: Factory | None = None, dataset: Dataset | None = None
 ) -> TrainingSetup:
-    """Look everything up and load the first part of the data.
+    """Find task, agent, options and device, and load the first shard of the data.
 
     Arguments:
-        environment, dataset: instead of those of the task, see
-        `applications.rl.training.train.train`.
+        config: options of the training.
+        environment, dataset: environment and data in place of the task's, see
+            `applications.rl.training.train.train`.
 
     Raises:
-        ValueError: an unknown task, agent, preset or device, options of another agent, no data, or
-            fewer than a window needs.
+        ValueError: a task, agent, preset or device is unknown, the options are of another agent, or
+            there are no data or fewer rows than a window needs.
         ImportError: a package that the task needs is not installed.
     """
     expected = find_agent(config.agent).config_class
@@ -138,7 +139,7 @@ def resolve(
         if options is None:
             options = preset(config.agent, task, config.preset)
     if options is None:
-        raise ValueError("options must be given where the environment is one's own")
+        raise ValueError("options must be given where environment is given")
     if type(options) is not expected:
         raise ValueError(
             f"options of agent {config.agent!r} must be a {expected.__name__}, "
@@ -180,24 +181,24 @@ def resolve(
 
 
 def _check_folder(path: Path | None) -> None:
-    """Refuse what looks like a file, for it is none of those that are read.
+    """Refuse a path of data that is a file but no .npz file.
 
     Raises:
-        ValueError: it is a file, or has a suffix and is no folder.
+        ValueError: the path is a file, or has a suffix and is no folder.
     """
     if path is not None and (path.is_file() or (path.suffix and not path.is_dir())):
         raise ValueError(f"data must be a folder or an .npz file, got {str(path)!r}")
 
 
 class ShardRotation:
-    """Puts one shard of the data after the other into a replay, as a function of the update.
+    """Loads one shard of the data after the other into a replay, as a function of the update.
 
-    Online too, as the published code does: the rows that were collected stay.
+    Shards also rotate online, as in the published code; the collected rows stay.
 
     Arguments:
-        replay: with the first shard.
-        shards: by number.
-        every: updates that each one stays.
+        replay: a replay that holds the first shard.
+        shards: the shards by number.
+        every: number of updates on each shard.
     """
 
     def __init__(self, replay: Replay, shards: Shards, every: int) -> None:
@@ -205,7 +206,7 @@ class ShardRotation:
         self.current = 0
 
     def __call__(self, update: int) -> None:
-        """Have the shard of ``update`` in the replay."""
+        """Load the shard of ``update`` into the replay, if it is not there."""
         wanted = update // self.every % len(self.shards)
         if wanted != self.current:
             self.replay.replace_offline(self.shards[wanted])

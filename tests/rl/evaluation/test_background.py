@@ -1,4 +1,4 @@
-"""Evaluations in a process beside training: its rows, kills of either process, failures.
+"""Background evaluations in a worker process: its rows, kills of either process, failures.
 
 Judge: the same training with its evaluations in its own process.
 """
@@ -151,10 +151,10 @@ def told(folder, module):
 
 
 @pytest.mark.slow
-def test_two_seeds_leave_the_same_beside_as_within(tmp_path, monkeypatch):
+def test_two_seeds_leave_the_same_in_the_background_as_within(tmp_path, monkeypatch):
     logged = []
     options = {"seeds": (3, 1), "stacked": 2, "tensorboard": True, "wandb": "project"}
-    for name, changes in (("within", {}), ("beside", {"background_eval": True, "workers": 1})):
+    for name, changes in (("within", {}), ("background", {"background_eval": True, "workers": 1})):
         monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
         runs = fit(tmp_path / name, ONLINE, **options, **changes)
         logged.append([told(run.folder, module) for run in runs])
@@ -205,7 +205,7 @@ def test_a_killed_run_asks_again_for_what_had_not_come(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_a_failure_beside_ends_a_run_and_no_other(tmp_path, whole, capsys):
+def test_a_failure_in_the_background_ends_a_run_and_no_other(tmp_path, whole, capsys):
     """The second evaluation of the first seed fails, that of the second one kills the process."""
     with pytest.raises(RunError, match=r"^background_eval: an evaluation failed"):
         fit(tmp_path, environment=Failing, seeds=(0, 1), background_eval=True, environments=1)
@@ -256,8 +256,8 @@ def test_a_program_that_leaves_it_open_ends(tmp_path):
         "from applications.rl.evaluation.background import BackgroundEvaluator\n"
         "from helpers.tiny import Corridor\n"
         "if __name__ == '__main__':\n"
-        "    beside = BackgroundEvaluator(Corridor)\n"
-        "    print(beside.spaces.observation_dim)\n"
+        "    evaluator = BackgroundEvaluator(Corridor)\n"
+        "    print(evaluator.spaces.observation_dim)\n"
     )
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(

@@ -102,7 +102,7 @@ def test_every_task_has_the_six_methods_over_the_whole_run():
         ("scene-play", "scene-play"),
     ],
 )
-def test_runs_stand_beside_published_runs_with_the_same_reward_only(task, name):
+def test_runs_are_compared_with_published_runs_with_the_same_reward_only(task, name):
     assert published_name(task) == name
     assert bool(published_curves(task)) == bool(name)
 
@@ -372,7 +372,7 @@ def test_a_published_rate_is_quoted_in_its_own_phase_only(tmp_path):
 
 
 @pytest.mark.slow
-def test_published_figures_beside_runs_of_another_preset_are_marked(tmp_path, drawn):
+def test_published_figures_are_marked_where_runs_have_another_preset(tmp_path, drawn):
     write_run(tmp_path / "a", rates={50_000: 0.5}, preset="published")
     same = run_report(config(tmp_path, tmp_path / "a")).lines
     write_run(tmp_path / "b", agent="qam-f", rates={50_000: 0.5})  # preset small

@@ -1,7 +1,7 @@
 """Values and vector-Jacobian products by one forward and one backward pass.
 
-With J = ∂f/∂x the product J(x)ᵀ c costs one backward pass, whatever the dimensions are: it is all
-that the lean adjoint asks of a velocity field, and all that a reward is asked for its gradient.
+With J = ∂f/∂x the product J(x)ᵀ c costs one backward pass, whatever the dimensions are.  The lean
+adjoint needs no more of a velocity field, and the gradient of a reward no more of the reward.
 The functions work eagerly, inside transforms of `torch.func`, and inside compiled functions.
 """
 
@@ -16,12 +16,12 @@ from flows.field import Cond, VelocityField
 
 
 def transforming() -> bool:
-    """Whether a transform of `torch.func` is at work, or a function is being compiled."""
+    """Tell whether a transform of `torch.func` is at work, or a function is being compiled."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def recording(x: Tensor) -> bool:
-    """Whether what is computed from ``x`` can be differentiated with respect to it."""
+    """Tell whether a value computed from ``x`` can be differentiated with respect to ``x``."""
     wanted = x.requires_grad or torch._C._are_functorch_transforms_active()
     return wanted and torch.is_grad_enabled()
 
@@ -29,9 +29,10 @@ def recording(x: Tensor) -> bool:
 def pullback(
     function: Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-    """Value of ``function`` at ``x`` and cotangent -> Jᵀ cotangent, to be called once.
+    """Return the value of a function, and a map from cotangents c to Jᵀ c, to be called once.
 
-    Both are detached, and parameters receive no gradient, unless ``create_graph``.
+    J is the Jacobian of ``function`` at ``x``.  Value and products are detached, and parameters
+    receive no gradient, unless ``create_graph``.
 
     The map is None if the value is seen not to depend on anything differentiable.  It gives zeros
     if the value does not depend on ``x``; inside transforms of `torch.func` and in compiled
@@ -59,8 +60,8 @@ def pullback(
         return value, product_of
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            "a field or reward is to be differentiated in torch.inference_mode, which records "
-            "nothing: use torch.no_grad"
+            "a field or reward cannot be differentiated in torch.inference_mode, which records "
+            "nothing: use torch.no_grad instead"
         )
     with torch.enable_grad():
         x = x if create_graph else x.detach().requires_grad_(True)
@@ -79,7 +80,7 @@ def pullback(
 def velocity_and_vjp(
     field: VelocityField, x: Tensor, t: Tensor, cotangent: Tensor, cond: Cond | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Velocity v(x, t) and the vector-Jacobian product (dv/dx)^T cotangent, both detached.
+    """Return the velocity v(x, t) and the vector-Jacobian product (dv/dx)^T cotangent, detached.
 
     One forward and one backward pass; parameters receive no gradient.  Shapes: all (B, *).
     """

@@ -1,19 +1,20 @@
-"""What a flow is to this package: a velocity field, and the wrappers that compose velocity fields.
+"""A flow is a velocity field: the protocol of velocity fields, and wrappers that compose them.
 
 A velocity field is any callable ``v(x, t, cond)`` with ``x`` of shape (B, *), ``t`` a scalar
 tensor or one of shape (B,), and ``cond`` one explicit mapping from names to tensors of leading
 size B (or ``None``).  It returns a tensor of the shape of ``x``.  Time runs from noise at t = 0 to
 data at t = 1 along the canonical path X_t = t X_1 + (1 - t) X_0 (see ``flows.path``).
 
-Two things a field may offer besides, which save work where states of S times are given at once:
+A field may offer two more things, which save work where states at S times are given at once:
 
-- the attribute ``broadcasts``, if true: it also takes states (S, B, *) at times (S, 1), with
-  conditions of leading size B, and computes what depends on the time alone S times;
+- the attribute ``broadcasts``, if true: the field also takes states (S, B, *) at times (S, 1),
+  with conditions of leading size B, and computes what depends on the time alone only S times;
 - the method ``linearised(x, t, cond)``: for states (S, B, *) at times (S,) it returns velocities
   and a function (k, c) -> (dv/dx)^T c at the k-th state, of shape (B, *), with constant weights.
 
 Wrappers are modules, so they move between devices, are found by optimisers, and nest: guidance of
 a residual on a frozen base is ``Guided(Residual(frozen(base), correction), ...)``.
+`flows.testing.check_velocity_field` checks that a new field keeps these rules.
 """
 
 from __future__ import annotations
@@ -33,24 +34,25 @@ SomeCorrected = TypeVar("SomeCorrected", bound="Corrected")
 
 
 class VelocityField(Protocol):
-    """A callable ``v(x, t, cond)`` on the canonical path; see the module docstring for shapes."""
+    """A velocity field is a callable ``v(x, t, cond)``; the module docstring has the shapes."""
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond | None = None, /) -> Tensor:
-        """Velocity at ``x`` (B, *) and time ``t`` (scalar or (B,)), with the shape of ``x``."""
+        """Return the velocity at ``x`` (B, *) and time ``t`` (scalar or (B,)), shaped as ``x``."""
         ...
 
 
 def batch_time(t: Tensor | float, x: Tensor) -> Tensor:
-    """``t`` (scalar or (B,)) in the dtype and device of ``x``, shaped to broadcast against it.
+    """Return the time ``t`` (scalar or (B,)) shaped to broadcast against the states ``x``.
 
-    Returns shape (1, ..., 1) for a scalar and (B, 1, ..., 1) for a batch of times.
+    The result has the dtype and device of ``x``, and shape (1, ..., 1) for a scalar and
+    (B, 1, ..., 1) for a batch of times.
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     return t.reshape(-1, *([1] * (x.ndim - 1)))
 
 
 def check_velocity(v: Tensor, x: Tensor, name: str = "field") -> Tensor:
-    """``v`` itself if it is a floating tensor of the shape of ``x``.
+    """Return the velocity ``v`` after checking that it is a floating tensor of the shape of ``x``.
 
     Raises:
         TypeError: ``v`` is not a floating-point tensor.
@@ -68,7 +70,7 @@ def check_velocity(v: Tensor, x: Tensor, name: str = "field") -> Tensor:
 
 
 def check_cond(cond: Cond | None, x: Tensor) -> None:
-    """Refuse conditions that are not one for each sample of ``x`` (B, *).
+    """Check that every condition has one row for each sample of ``x`` (B, *).
 
     Raises:
         ValueError: naming the condition whose leading size is not B.
@@ -82,11 +84,11 @@ def check_cond(cond: Cond | None, x: Tensor) -> None:
 
 
 def frozen(field: Field) -> Field:
-    """A copy of ``field`` that no optimiser changes: evaluation mode, no parameter gradients.
+    """Return a copy of ``field`` in evaluation mode whose parameters require no gradient.
 
-    Fields that are not modules are returned as they are: they hold no parameters.  What says by
-    ``shares_weights = True`` that its parameters are shared and stay as they are, such as the base
-    of a low-rank tilt, keeps them: they are not copied.
+    Fields that are not modules are returned as they are: they hold no parameters.  A module with
+    the attribute ``shares_weights = True``, such as the base of a low-rank tilt, keeps its
+    parameters: they are shared with the copy.
     """
     if not isinstance(field, nn.Module):
         return field
@@ -96,7 +98,7 @@ def frozen(field: Field) -> Field:
 
 
 class Corrected(nn.Module):
-    """A frozen base and a correction to be trained; subclasses say how they make a velocity.
+    """A velocity field made of a frozen base and a trained correction; subclasses combine them.
 
     Arguments:
         base: velocity field, copied and frozen: it never receives parameter gradients.
@@ -109,7 +111,7 @@ class Corrected(nn.Module):
         self.correction = correction
 
     def train(self: SomeCorrected, mode: bool = True) -> SomeCorrected:
-        """Switch all but the frozen base, which stays in evaluation mode."""
+        """Set the mode of the correction; the frozen base stays in evaluation mode."""
         super().train(mode)
         if isinstance(self.base, nn.Module):
             self.base.eval()
@@ -117,24 +119,25 @@ class Corrected(nn.Module):
 
     @property
     def broadcasts(self) -> bool:
-        """Whether both parts do; see the module docstring."""
+        """True if base and correction take states (S, B, *) at times (S, 1)."""
         return all(getattr(part, "broadcasts", False) for part in (self.base, self.correction))
 
 
 class Residual(Corrected):
-    """``base + correction``, see `Corrected`."""
+    """The velocity field ``base + correction``, with a frozen base (see `Corrected`)."""
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the shape of ``x``."""
+        """Return the velocity, of the shape of ``x``."""
         return self.base(x, t, cond) + self.correction(x, t, cond)
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance v_u + w (v_c - v_u) as a velocity field.
+    """Classifier-free guidance v_u + w (v_c - v_u), which makes a velocity field of another.
 
     Both velocities come from one evaluation of ``field`` on 2B samples, the unconditional ones
     first; ``field`` must treat samples independently.  With w other than 0 and 1 the result is in
-    general not E[X_1 - X_0 | X_t] of any X_1: its ODE and its memoryless chain sample two laws.
+    general not E[X_1 - X_0 | X_t] of any X_1, so its ODE and its memoryless chain sample two
+    different distributions.
 
     Arguments:
         field: conditional velocity field.
@@ -175,7 +178,7 @@ class Guided(nn.Module):
             self.register_buffer(f"null_{name}", value)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Guided velocity of the shape of ``x``.
+        """Return the guided velocity, of the shape of ``x``.
 
         Raises:
             ValueError: ``cond`` lacks a name of ``null_cond``, has another leading size than ``x``,
@@ -198,7 +201,7 @@ class Guided(nn.Module):
         return v_u + self.weight * (v_c - v_u)
 
     def _null(self, name: str, value: Tensor) -> Tensor:
-        """The null condition in the shape and dtype of ``value`` (B, *)."""
+        """Return the null condition in the shape and dtype of ``value`` (B, *)."""
         null: Tensor = getattr(self, f"null_{name}").to(value.dtype)
         try:
             return null.expand(value.shape)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def uniform(steps: int) -> Tensor:
-    """K + 1 = ``steps`` + 1 equally spaced times from 0 to 1, float64.
+    """Return a uniform grid of ``steps`` + 1 times from 0 to 1, in float64.
 
     Raises:
         ValueError: ``steps`` is not a positive integer.
@@ -30,7 +30,9 @@ def uniform(steps: int) -> Tensor:
 
 
 def shifted(steps: int, shift: float) -> Tensor:
-    """The uniform grid shifted toward the noise, shape (K + 1,), float64; ``shift`` 1 is uniform.
+    """Return the grid of ``steps`` + 1 times, in float64, that is shifted toward the noise.
+
+    A ``shift`` of 1 gives the uniform grid; a larger one spends more steps near the noise.
 
     Source: Esser et al., "Scaling rectified flow transformers" (arXiv 2403.03206), eq. 23.
 
@@ -45,16 +47,18 @@ def shifted(steps: int, shift: float) -> Tensor:
 
 
 def from_times(times: Sequence[float] | Tensor) -> Tensor:
-    """``times`` as a float64 grid, after the checks of `check_grid`."""
+    """Return a grid of the given times, in float64, after the checks of `check_grid`."""
     return check_grid(torch.as_tensor(times, dtype=torch.float64))
 
 
 def check_grid(grid: Tensor) -> Tensor:
-    """``grid`` itself if it is a valid grid.  Synchronises with the device.
+    """Return ``grid`` after checking that its times increase within [0, 1].
+
+    The check synchronises with the device.
 
     Raises:
-        ValueError: it is not floating point and one-dimensional with at least two entries, or its
-            entries are not finite, within [0, 1] and strictly increasing.
+        ValueError: ``grid`` is not floating point and one-dimensional with at least two entries,
+            or its entries are not finite, within [0, 1] and strictly increasing.
     """
     if grid.ndim != 1 or grid.numel() < 2 or not grid.is_floating_point():
         raise ValueError(
@@ -74,7 +78,9 @@ def check_grid(grid: Tensor) -> Tensor:
 
 
 def check_time(t: Tensor | float, name: str = "t") -> None:
-    """Refuse times outside [0, 1].  For entry points only: it synchronises with the device.
+    """Check that times lie in [0, 1].
+
+    This is for entry points only, as it synchronises with the device.
 
     Raises:
         ValueError: an entry of ``t`` lies outside [0, 1] or is not a number.

@@ -4,9 +4,9 @@ For a pair (x0, x1) of noise and data and x_t = t x1 + (1 - t) x0, the minimiser
 
     E ‖v(X_t, t) - (X1 - X0)‖² / d,    t ~ U(0, 1),
 
-is v(x, t) = E[X1 - X0 | X_t = x], which transports the law of X0 to that of X1 for every coupling
-of the two (Lipman et al., arXiv 2210.02747, eq. 9; Tong et al., arXiv 2302.00482, for couplings).
-The minimum is not zero.  As X1 - X0 = (X1 - X_t)/(1 - t), it equals
+is v(x, t) = E[X1 - X0 | X_t = x], which transports the distribution of X0 to that of X1 for every
+coupling of the two (Lipman et al., arXiv 2210.02747, eq. 9; Tong et al., arXiv 2302.00482, for
+couplings).  The minimum is not zero.  As X1 - X0 = (X1 - X_t)/(1 - t), it equals
 
     E ‖X1 - E[X1 | X_t]‖² / (d (1 - t)²) = mmse(t) / (1 - t)²,   averaged over t.
 
@@ -35,7 +35,7 @@ def flow_matching_loss(
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over the batch of w ‖v(x_t, t) - (x1 - x0)‖² / d, and metrics.
+    """Return the flow-matching loss, the batch mean of w ‖v(x_t, t) - (x1 - x0)‖² / d, and metrics.
 
     Arguments:
         field: velocity field to fit.
@@ -44,7 +44,7 @@ def flow_matching_loss(
         t: times in [0, 1], scalar or (B,); uniform if not given.
         cond: conditions of leading size B.
         weights: w, shape (B,), as they are (not normalised); 1 if not given.
-        generator: for what is not given; x0 is drawn before t.
+        generator: source of the noise and times that are not given; x0 is drawn before t.
 
     Returns:
         The scalar loss, and the detached scalars ``loss`` and ``velocity_rms``.
@@ -71,13 +71,13 @@ def flow_matching_loss(
 
 
 def independent(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs as they are; shapes and permutation as for `optimal_transport`."""
+    """Return the pairs (x0, x1) as they are, with the identity permutation, shape (B,)."""
     _check_pair(x0, x1)
     return x0, x1, torch.arange(x1.shape[0], device=x1.device)
 
 
 def optimal_transport(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Re-pair a batch so that Σ ‖x1 - x0‖² is least; exact, O(B³), on the CPU.
+    """Re-pair a batch so that Σ ‖x1 - x0‖² is least; exact, in O(B³) on the CPU.
 
     Arguments:
         x0: noise, shape (B, *).

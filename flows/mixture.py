@@ -18,7 +18,7 @@ The tilt by r(x) = -½ xᵀA x + bᵀx keeps the family (complete the square in 
     S_k* = (S_k⁻¹ + A)⁻¹,   m_k* = S_k* (S_k⁻¹ m_k + b),
     log w_k* = log w_k + ½ log|S_k*| - ½ log|S_k| + ½ m_k*ᵀ S_k*⁻¹ m_k* - ½ m_kᵀ S_k⁻¹ m_k - log Z.
 
-This is the oracle of the tests: a flow whose tilt is known exactly, at every time.
+The tests use it as their reference: a flow whose tilt is known exactly, at every time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flows.field import Cond
 
 
 class GaussianMixture(nn.Module):
-    """The mixture Σ_k w_k N(m_k, S_k) in d dimensions, and its exact canonical velocity field.
+    """A Gaussian mixture Σ_k w_k N(m_k, S_k) in d dimensions, with its exact velocity field.
 
     A module without parameters: ``to``, ``double`` and ``state_dict`` work, nothing trains.  Inputs
     of another dtype are computed in the mixture's dtype and returned in their own.
@@ -84,7 +84,7 @@ class GaussianMixture(nn.Module):
     def isotropic(
         cls, means: Tensor, std: float | Tensor, weights: Tensor | None = None
     ) -> GaussianMixture:
-        """Components N(m_k, std_k² I); ``std`` a float or (C,), equal weights unless given."""
+        """Return a mixture of N(m_k, std_k² I), ``std`` a float or (C,), equal weights if None."""
         if means.ndim != 2:
             raise ValueError(f"means must have shape (C, d), got {tuple(means.shape)}")
         count, dim = means.shape
@@ -103,10 +103,10 @@ class GaussianMixture(nn.Module):
         return self.means.shape[1]
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """Velocity E[X1 - X0 | X_t = x], shape (B, d).
+        """Return the velocity E[X1 - X0 | X_t = x], shape (B, d).
 
-        ``t`` is a scalar or (B,), here and in every method; ``cond`` is ignored.  Here also x
-        (S, B, d) with t (S, 1).
+        ``t`` is a scalar or (B,), here and in every method; ``cond`` is ignored.  This method also
+        takes x (S, B, d) with t (S, 1).
         """
         if x.ndim == 3:
             times = torch.as_tensor(t).expand(x.shape[:2]).flatten()
@@ -115,29 +115,30 @@ class GaussianMixture(nn.Module):
         return self._average(x, time, time * self.eigenvalues - (1 - time), self.centres)
 
     def clean(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Posterior mean E[X1 | X_t = x], shape (B, d)."""
+        """Return the posterior mean E[X1 | X_t = x], shape (B, d)."""
         time = self._time(x, t)
         return self._average(x, time, time * self.eigenvalues, self.centres)
 
     def score(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Score ∇ log p_t(x) of the marginal at ``t``, shape (B, d)."""
+        """Return the score ∇ log p_t(x) of the marginal at ``t``, shape (B, d)."""
         time = self._time(x, t)
         return self._average(x, time, -torch.ones_like(time), torch.zeros_like(self.centres))
 
     def log_prob(self, x: Tensor, t: Tensor | float = 1.0) -> Tensor:
-        """Log density of the marginal at ``t`` in nats, shape (B,)."""
+        """Return the log density of the marginal at ``t`` in nats, shape (B,)."""
         log_joint, _, _ = self._components(x, self._time(x, t))
         return log_joint.logsumexp(0).to(x.dtype)
 
     def responsibilities(self, x: Tensor, t: Tensor | float = 1.0) -> Tensor:
-        """Posterior probability of each component given X_t = x, shape (B, C)."""
+        """Return the posterior probability of each component given X_t = x, shape (B, C)."""
         log_joint, _, _ = self._components(x, self._time(x, t))
         return log_joint.softmax(0).mT.to(x.dtype)
 
     def posterior_covariance(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Cov(X1 | X_t = x), shape (B, d, d); ((1 - t)²/t) times the Jacobian of ``clean``.
+        """Return the posterior covariance Cov(X1 | X_t = x), shape (B, d, d).
 
-        Within a component it is (1 - t)² S_k C_k⁻¹; the component means add their spread.
+        It is ((1 - t)²/t) times the Jacobian of ``clean``.  Within a component it is (1 - t)² S_k
+        C_k⁻¹; the component means add their spread.
         """
         time = self._time(x, t)
         log_joint, whitened, c = self._components(x, time)
@@ -150,7 +151,7 @@ class GaussianMixture(nn.Module):
         return (covariance + torch.einsum("kb,kib,klb->bil", gamma, spread, spread)).to(x.dtype)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` independent draws of X1, shape (n, d)."""
+        """Draw ``n`` independent samples of X1, shape (n, d)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(
             n, self.dim, generator=generator, dtype=self.means.dtype, device=self.means.device
@@ -159,7 +160,7 @@ class GaussianMixture(nn.Module):
         return self.means[k] + torch.einsum("bij,bj->bi", factors[k], noise)
 
     def marginal(self, t: float) -> GaussianMixture:
-        """The law of X_t as a mixture of its own: means t m_k, covariances t² S_k + (1 - t)² I.
+        """Return the distribution of X_t, a mixture of N(t m_k, t² S_k + (1 - t)² I).
 
         Raises:
             ValueError: ``t`` is outside [0, 1].
@@ -172,7 +173,7 @@ class GaussianMixture(nn.Module):
         return GaussianMixture(weights, t * self.means, covariances)
 
     def tilt(self, A: Tensor, b: Tensor) -> tuple[GaussianMixture, Tensor]:
-        """The mixture p*(x) = p(x) exp(r(x)) / Z for r(x) = -½ xᵀA x + bᵀx, and log Z (scalar).
+        """Return the tilt p*(x) = p(x) exp(r(x)) / Z by r(x) = -½ xᵀA x + bᵀx, and log Z (scalar).
 
         Weights that underflow are kept at the smallest normal double, about 1e-308.
 
@@ -182,7 +183,7 @@ class GaussianMixture(nn.Module):
 
         Raises:
             ValueError: a shape does not fit, or S_k⁻¹ + A is not positive definite for some k, for
-                which the tilt is not a probability law.
+                which the tilt is not a probability distribution.
         """
         dim = self.dim
         if A.shape != (dim, dim) or b.shape != (dim,):
@@ -216,30 +217,30 @@ class GaussianMixture(nn.Module):
         return GaussianMixture(weights, tilted_m.to(dtype), tilted_S), log_z.to(dtype)
 
     def mean(self) -> Tensor:
-        """E[X1], shape (d,)."""
+        """Return the mean E[X1], shape (d,)."""
         return self.weights @ self.means
 
     def covariance(self) -> Tensor:
-        """Cov(X1), shape (d, d)."""
+        """Return the covariance Cov(X1), shape (d, d)."""
         spread = self.means - self.mean()
         within = torch.einsum("k,kij->ij", self.weights, self.covariances)
         return within + torch.einsum("k,ki,kj->ij", self.weights, spread, spread)
 
     def _eigenvectors(self) -> Tensor:
-        """Q, shape (C, d, d), the eigenvectors of component k in the columns of Q_k."""
+        """Return Q, shape (C, d, d), with the eigenvectors of component k as the columns of Q_k."""
         return self.basis.reshape(self.dim, -1, self.dim).permute(1, 0, 2)
 
     def _time(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """``t`` in the mixture's dtype, shape (1, 1, 1) or (1, 1, B), after a check of ``x``."""
+        """Check ``x`` and return ``t`` in the mixture's dtype, shape (1, 1, 1) or (1, 1, B)."""
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x must have shape (B, {self.dim}), got {tuple(x.shape)}")
         return torch.as_tensor(t, dtype=self.means.dtype, device=x.device).reshape(1, 1, -1)
 
     def _components(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log w_k N(x; t m_k, C_k) (C, B); C_k⁻¹ (x - t m_k) and the variances c (C, d, B or 1).
+        """Return log w_k N(x; t m_k, C_k) (C, B), C_k⁻¹ (x - t m_k) and variances c (C, d, B or 1).
 
-        The last two are in each component's eigenbasis.  The batch comes last: sums over a handful
-        of dimensions or components are then vectorised.
+        C_k⁻¹ (x - t m_k) and c are in each component's eigenbasis.  The batch comes last: sums over
+        a handful of dimensions or components are then vectorised.
         """
         y = _matmul(self.basis.mT, x.to(self.means.dtype).mT).unflatten(0, self.means.shape)
         y = y - time * self.centres
@@ -251,7 +252,7 @@ class GaussianMixture(nn.Module):
         return log_joint, whitened, c
 
     def _average(self, x: Tensor, time: Tensor, coefficient: Tensor, centres: Tensor) -> Tensor:
-        """Σ_k γ_k Q_k (centres_k + coefficient · C_k⁻¹ (x - t m_k)), shape (B, d)."""
+        """Return Σ_k γ_k Q_k (centres_k + coefficient · C_k⁻¹ (x - t m_k)), shape (B, d)."""
         log_joint, whitened, _ = self._components(x, time)
         local = torch.addcmul(centres, coefficient, whitened)
         weighted = (log_joint.softmax(0)[:, None] * local).flatten(0, 1)
@@ -259,7 +260,7 @@ class GaussianMixture(nn.Module):
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` outside autocast: an oracle rounded to bfloat16 would be none."""
+    """Multiply outside autocast: an exact reference must not be rounded to bfloat16."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
@@ -272,7 +273,7 @@ def _require_positive(smallest: Tensor, requirement: str) -> None:
 
 
 def _check(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-    """Raise the ValueErrors that `GaussianMixture` documents, but for definiteness."""
+    """Check shapes, signs and symmetry of the arguments of `GaussianMixture`."""
     if not means.is_floating_point():
         raise ValueError(f"means must be floating point, got {means.dtype}")
     shapes = [tuple(value.shape) for value in (weights, means, covariances)]

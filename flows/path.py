@@ -1,4 +1,4 @@
-"""The path from noise to data, and what a network may predict on it.
+"""Gaussian paths from noise to data, and conversions between the quantities networks predict.
 
 On a Gaussian path X_t = α_t X1 + σ_t X0, X0 ~ N(0, I), the conditional means of its two ends,
 x̂1 = E[X1 | X_t] ("clean") and x̂0 = E[X0 | X_t] ("noise"), determine everything else:
@@ -13,8 +13,8 @@ Each of these with x gives both ends back; with D = α̇σ - σ̇α
     score         x̂1 = (x + σ² score) / α,        x̂0 = -σ score,
     v_prediction  x̂1 = (α x - σ o) / (α² + σ²),   x̂0 = (σ x + α o) / (α² + σ²).
 
-The canonical path, on which the rest of the package works, is α = t, σ = 1 - t, for which D = 1;
-it has functions of its own.  A model of any other path is carried over to it by equal
+The rest of the package works on the canonical path α = t, σ = 1 - t, for which D = 1; this file has
+functions for it.  A model of any other path is carried over to it by equal
 signal-to-noise, see `OnCanonicalPath`.
 
 Sources: Lipman et al., "Flow matching for generative modeling" (arXiv 2210.02747); Salimans and Ho,
@@ -37,46 +37,46 @@ MARGIN = 1e-3
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
-    """x_t = t x1 + (1 - t) x0, shape (B, *).
+    """Return the state x_t = t x1 + (1 - t) x0 of the canonical path, shape (B, *).
 
-    Here and below ``t`` is a scalar or (B,), every other argument and the result (B, *).
+    In this file ``t`` is a scalar or (B,), every other argument and the result (B, *).
     """
     time = batch_time(t, x1)
     return time * x1 + (1 - time) * x0
 
 
 def clean(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """x̂1 = E[X1 | X_t = x] = x + (1 - t) v."""
+    """Return the predicted data x̂1 = E[X1 | X_t = x] = x + (1 - t) v."""
     return x + (1 - batch_time(t, x)) * v
 
 
 def noise(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """x̂0 = E[X0 | X_t = x] = x - t v."""
+    """Return the predicted noise x̂0 = E[X0 | X_t = x] = x - t v."""
     return x - batch_time(t, x) * v
 
 
 def velocity(x1_hat: Tensor, x0_hat: Tensor) -> Tensor:
-    """v = x̂1 - x̂0."""
+    """Return the velocity v = x̂1 - x̂0."""
     return x1_hat - x0_hat
 
 
 def score(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """∇ log p_t(x) = -x̂0 / (1 - t); not finite at t = 1, where v does not determine it."""
+    """Return the score ∇ log p_t(x) = -x̂0 / (1 - t); v does not determine it at t = 1."""
     return -noise(x, v, t) / (1 - batch_time(t, x))
 
 
 def velocity_from_clean(x: Tensor, x1_hat: Tensor, t: Tensor | float) -> Tensor:
-    """v = (x̂1 - x) / (1 - t); not finite at t = 1, where x̂1 = x does not determine it."""
+    """Return the velocity (x̂1 - x) / (1 - t) from predicted data, not finite at t = 1."""
     return (x1_hat - x) / (1 - batch_time(t, x))
 
 
 def velocity_from_noise(x: Tensor, x0_hat: Tensor, t: Tensor | float) -> Tensor:
-    """v = (x - x̂0) / t; not finite at t = 0, where x̂0 = x does not determine it."""
+    """Return the velocity (x - x̂0) / t from predicted noise, not finite at t = 0."""
     return (x - x0_hat) / batch_time(t, x)
 
 
 def velocity_from_score(x: Tensor, score: Tensor, t: Tensor | float) -> Tensor:
-    """v = (x + (1 - t) score) / t; not finite at t = 0, where score = -x does not determine it."""
+    """Return the velocity (x + (1 - t) score) / t from a score, not finite at t = 0."""
     time = batch_time(t, x)
     return (x + (1 - time) * score) / time
 
@@ -84,13 +84,13 @@ def velocity_from_score(x: Tensor, score: Tensor, t: Tensor | float) -> Tensor:
 def convert(
     value: Tensor, x: Tensor, t: Tensor | float, *, source: str, target: str, schedule: Schedule
 ) -> Tensor:
-    """What a network that predicts ``source`` at (x, t) says about ``target``, shape (B, *).
+    """Convert a prediction at (x, t) from the quantity ``source`` to ``target``, shape (B, *).
 
     Arguments:
         value: the prediction, (B, *).
         x: the state on the path of ``schedule``, (B, *).
         t: native time of ``schedule``, scalar or (B,).
-        source, target: of `PREDICTIONS`.
+        source, target: two of `PREDICTIONS`.
 
     The result is not finite where ``source`` does not determine ``target`` (noise or score at
     α = 0, clean at σ = 0), or where σ̇ is infinite and ``target`` is the velocity.
@@ -120,7 +120,7 @@ def convert(
 
 
 class OnCanonicalPath(nn.Module):
-    """A model of any Gaussian path as a velocity field of the canonical one.
+    """A velocity field on the canonical path, made of a model of any Gaussian path.
 
     Two Gaussian paths carry the same information at equal signal-to-noise: with ρ = t / (1 - t)
     and τ the native time at which α/σ = ρ, the state x of the canonical path is z = (α + σ) x on
@@ -137,7 +137,7 @@ class OnCanonicalPath(nn.Module):
         model: called as ``model(z, tau, cond)`` with z (B, *) and tau shaped as the given ``t``;
             returns (B, *).  Shared, not copied.  A result of another dtype is cast to that of x.
         schedule: the native α and σ.
-        prediction: what the model returns, of `PREDICTIONS`.
+        prediction: the quantity that the model returns, one of `PREDICTIONS`.
         t_range: canonical times outside which the model must not be called; narrows the limits.
 
     Raises:
@@ -168,7 +168,7 @@ class OnCanonicalPath(nn.Module):
         self.prediction = prediction
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """Canonical velocity of the shape of ``x``.
+        """Return the canonical velocity, of the shape of ``x``.
 
         Raises:
             TypeError, ValueError: the model returns no floating-point tensor of the shape of ``x``.
@@ -188,7 +188,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _ends(source: str, coefficients: Coefficients) -> tuple[Pair, Pair]:
-    """(a, b) and (c, d) with x̂1 = a x + b value, x̂0 = c x + d value; shaped as the times."""
+    """Return (a, b) and (c, d) with x̂1 = a x + b value and x̂0 = c x + d value."""
     alpha, sigma, alpha_dot, sigma_dot = coefficients
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if source == "clean":
@@ -207,7 +207,7 @@ def _ends(source: str, coefficients: Coefficients) -> tuple[Pair, Pair]:
 
 
 def _determined(source: str, schedule: Schedule, tau: float) -> bool:
-    """Whether x and a prediction at native time ``tau`` determine both ends."""
+    """Tell whether x and a prediction at native time ``tau`` determine both ends."""
     coefficients = schedule.coefficients(torch.tensor(tau, dtype=torch.float64))
     of_x1, of_x0 = _ends(source, coefficients)
     return all(bool(value.isfinite()) for value in (*of_x1, *of_x0))

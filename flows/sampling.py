@@ -1,7 +1,8 @@
 """Sampling a flow by its ODE, and the log-likelihood along it.
 
-Samples: dx/dt = v(x, t, cond) from noise at t = 0 to data at t = 1, by torchdiffeq's solvers or by
-the two-step Adams-Bashforth method, which needs one evaluation per step and is of second order:
+A sample solves dx/dt = v(x, t, cond) from noise at t = 0 to data at t = 1, by a solver of
+torchdiffeq or by the two-step Adams-Bashforth method, which needs one evaluation per step and is of
+second order:
 
     x_{k+1} = x_k + h_k ((1 + ω/2) v_k - (ω/2) v_{k-1}),   ω = h_k / h_{k-1},   first step Euler.
 
@@ -42,7 +43,7 @@ def sample(
     atol: float = 1e-5,
     trajectory: bool = False,
 ) -> Tensor:
-    """Solve dx/dt = v(x, t, cond) from ``x0`` at the first time of ``grid`` to the last.
+    """Sample a flow: solve dx/dt = v(x, t, cond) from ``x0`` over the times of ``grid``.
 
     Arguments:
         field: velocity field; never evaluated outside the grid's range.
@@ -85,7 +86,7 @@ def log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Log density of the flow at ``x1`` in nats, and the noise the points come from.
+    """Return the log density of the flow at ``x1`` in nats, and the noise the points come from.
 
     Arguments:
         field: velocity field, differentiable in x.
@@ -95,7 +96,7 @@ def log_likelihood(
         divergence: "exact" (d backward passes per evaluation) or "hutchinson" (``probes`` of them).
         probes: random sign vectors per point for "hutchinson".
         cond: conditions of leading size B.
-        generator: for the sign vectors.
+        generator: source of the sign vectors.
         rtol, atol: as for `sample`.
 
     Returns:
@@ -108,7 +109,9 @@ def log_likelihood(
     """
     times = _times(grid)
     if times[0] != 0:
-        raise ValueError(f"grid must start at 0, where the law is N(0, I), got {float(times[0])}")
+        raise ValueError(
+            f"grid must start at 0, where the distribution is N(0, I), got {float(times[0])}"
+        )
     flat = x1.flatten(1)
     vectors = _trace_vectors(flat, divergence, probes, generator)
     scale = 1.0 / probes if divergence == "hutchinson" else 1.0
@@ -130,7 +133,7 @@ def log_likelihood(
 def _trace_vectors(
     flat: Tensor, divergence: str, probes: int, generator: torch.Generator | None
 ) -> Sequence[Tensor]:
-    """Vectors e, each (B, d), whose sum of eᵀ J e estimates (or is) the trace of J."""
+    """Return vectors e, each (B, d), whose sum of eᵀ J e estimates (or is) the trace of J."""
     if divergence == "exact":
         eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
         return [row.expand_as(flat) for row in eye]
@@ -143,7 +146,7 @@ def _trace_vectors(
 
 
 def _trace(v: Tensor, x: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    """Σ_e eᵀ (∂v/∂x) e per point, shape (B,); frees the graph of ``v`` at the last vector."""
+    """Return Σ_e eᵀ (∂v/∂x) e per point, (B,); frees the graph of ``v`` at the last vector."""
     total = x.new_zeros(x.shape[0])
     if not v.requires_grad:  # a constant velocity has no divergence
         return total
@@ -157,7 +160,7 @@ def _trace(v: Tensor, x: Tensor, vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _times(grid: Tensor | int) -> Tensor:
-    """A checked grid of times, or a uniform one of that many steps."""
+    """Return the checked grid of times, or a uniform one for a number of steps."""
     return check_grid(uniform(grid) if isinstance(grid, int) else grid)
 
 
@@ -171,7 +174,7 @@ def _integrate(
     *,
     trajectory: bool = False,
 ) -> Tensor:
-    """States at ``times`` (monotone, either direction), or only the first and last, stacked."""
+    """Return the states at all ``times`` (monotone), or at the first and last, stacked."""
     if method not in FIXED + ADAPTIVE:
         raise ValueError(f"method must be one of {', '.join(FIXED + ADAPTIVE)}, got {method!r}")
     times = times.to(device=start.device, dtype=torch.float64)
@@ -204,7 +207,7 @@ def _integrate(
 def _adams_bashforth(
     velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, trajectory: bool
 ) -> Tensor:
-    """Two-step Adams-Bashforth on any grid; see the module docstring."""
+    """Integrate by the two-step Adams-Bashforth method of the module docstring on any grid."""
     states, previous, ratio = [x], None, 0.0
     steps = times.diff().tolist()
     for k, h in enumerate(steps):

@@ -1,9 +1,9 @@
 """Schedules α(τ), σ(τ) of the Gaussian paths X_τ = α X1 + σ X0 of published models.
 
-A schedule is known to the rest of the package through its signal-to-noise ratio ρ = α/σ and the
-inverse of it: a model of any path is evaluated where its ρ is that of the canonical path,
-t / (1 - t) (see ``flows.path``).  Native time τ is the model's own: it may run either way and
-over any interval, and `Schedule.time_range` says which.
+The rest of the package uses a schedule through its signal-to-noise ratio ρ = α/σ and the inverse: a
+model of any path is evaluated where its ρ is that of the canonical path, t / (1 - t) (see
+``flows.path``).  Native time τ is the model's own: it may run either way and over any interval, and
+`Schedule.time_range` says which.
 
     class       α            σ                noise → data    τ(ρ)
     CondOT      τ            1 - τ            0 → 1           ρ / (1 + ρ)
@@ -37,7 +37,7 @@ from torch import Tensor
 
 
 class Coefficients(NamedTuple):
-    """α, σ and their derivatives in native time, each of the shape of the times."""
+    """The coefficients α and σ of a path and their derivatives, each shaped as the native times."""
 
     alpha: Tensor
     sigma: Tensor
@@ -46,7 +46,9 @@ class Coefficients(NamedTuple):
 
 
 class Schedule(ABC):
-    """α and σ as functions of native time; all methods are elementwise and keep shape and dtype.
+    """A schedule gives α and σ as functions of native time.
+
+    All methods are elementwise and keep shape and dtype.
 
     A schedule defines ``coefficients``, ``_time_at`` and, unless it is (0, 1), ``time_range``.
     """
@@ -56,57 +58,57 @@ class Schedule(ABC):
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, dα/dτ and dσ/dτ at native times ``t``."""
+        """Return α, σ, dα/dτ and dσ/dτ at native times ``t``."""
 
     @abstractmethod
     def _time_at(self, rho: Tensor) -> Tensor:
-        """τ at signal-to-noise ``rho``, which the schedule reaches."""
+        """Return the native time of a signal-to-noise ratio that the schedule reaches."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Coefficient of the data."""
+        """Return α, the coefficient of the data."""
         return self.coefficients(t).alpha
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Coefficient of the noise."""
+        """Return σ, the coefficient of the noise."""
         return self.coefficients(t).sigma
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """dα/dτ."""
+        """Return dα/dτ."""
         return self.coefficients(t).alpha_dot
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """dσ/dτ; -∞ at the data end of `LinearVP` and `VP`."""
+        """Return dσ/dτ, which is -∞ at the data end of `LinearVP` and `VP`."""
         return self.coefficients(t).sigma_dot
 
     def snr(self, t: Tensor) -> Tensor:
-        """ρ = α/σ, from 0 (or the least the schedule reaches) to ∞ (or the greatest)."""
+        """Return the signal-to-noise ratio ρ = α/σ, in [0, ∞]."""
         alpha, sigma, _, _ = self.coefficients(t)
         return alpha / sigma
 
     def snr_inverse(self, rho: Tensor) -> Tensor:
-        """τ at which α/σ is ``rho`` in [0, ∞]; the nearer end of `time_range` if out of reach."""
+        """Return the native time at which α/σ is ``rho``, or the nearer end of `time_range`."""
         tau = self._time_at(rho.clamp(*self._snr_range))
         return tau.clamp(min(self.time_range), max(self.time_range))
 
     @cached_property
     def canonical_range(self) -> tuple[float, float]:
-        """Canonical times t = α / (α + σ) of the noisiest and of the cleanest state."""
+        """The canonical times t = α / (α + σ) of the noisiest and of the cleanest state."""
         alpha, sigma, _, _ = self.coefficients(torch.tensor(self.time_range, dtype=torch.float64))
         noisy, clean = (alpha / (alpha + sigma)).tolist()
         return noisy, clean
 
     @cached_property
     def _snr_range(self) -> tuple[float, float]:
-        """The least and the greatest ρ."""
+        """The least and the greatest signal-to-noise ratio."""
         noisy, clean = self.snr(torch.tensor(self.time_range, dtype=torch.float64)).tolist()
         return noisy, clean
 
 
 class CondOT(Schedule):
-    """α = τ, σ = 1 - τ: the canonical path itself."""
+    """The optimal-transport schedule α = τ, σ = 1 - τ, which is the canonical path."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, α̇, σ̇."""
+        """Return α, σ, dα/dτ and dσ/dτ."""
         return Coefficients(t, 1 - t, torch.ones_like(t), -torch.ones_like(t))
 
     def _time_at(self, rho: Tensor) -> Tensor:
@@ -114,10 +116,10 @@ class CondOT(Schedule):
 
 
 class Cosine(Schedule):
-    """α = sin(πτ/2), σ = cos(πτ/2); torchcfm's variance-preserving matcher."""
+    """The cosine schedule α = sin(πτ/2), σ = cos(πτ/2), variance-preserving, as in torchcfm."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, α̇, σ̇."""
+        """Return α, σ, dα/dτ and dσ/dτ."""
         rate = math.pi / 2
         alpha = (rate * t).sin()
         sigma = (rate * (1 - t)).sin()  # exactly 0 at τ = 1, unlike the cosine
@@ -128,10 +130,10 @@ class Cosine(Schedule):
 
 
 class LinearVP(Schedule):
-    """α = τ, σ = √(1 - τ²)."""
+    """The linear variance-preserving schedule α = τ, σ = √(1 - τ²)."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, α̇, σ̇."""
+        """Return α, σ, dα/dτ and dσ/dτ."""
         sigma = ((1 - t) * (1 + t)).sqrt()
         return Coefficients(t, sigma, torch.ones_like(t), -t / sigma)
 
@@ -141,7 +143,7 @@ class LinearVP(Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """α = τⁿ, σ = 1 - τⁿ.
+    """The polynomial schedule α = τⁿ, σ = 1 - τⁿ.
 
     Raises:
         ValueError: ``n`` is not positive and finite.
@@ -154,7 +156,7 @@ class Polynomial(Schedule):
             raise ValueError(f"n must be positive and finite, got {self.n}")
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, α̇, σ̇."""
+        """Return α, σ, dα/dτ and dσ/dτ."""
         alpha, alpha_dot = t**self.n, self.n * t ** (self.n - 1)
         return Coefficients(alpha, 1 - alpha, alpha_dot, -alpha_dot)
 
@@ -164,7 +166,7 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class VP(Schedule):
-    """The variance-preserving diffusion whose rate falls from ``beta_max`` to ``beta_min``.
+    """The variance-preserving (VP) schedule with a rate that falls linearly toward the data.
 
     α = exp(-T/2) and σ² = 1 - α² with T = ½(1-τ)²(B-b) + (1-τ)b.  In the reversed time 1 - τ it is
     the VP of score_sde.  It does not reach pure noise: α(0) = exp(-(B+b)/4), 0.0066 by default.
@@ -184,7 +186,7 @@ class VP(Schedule):
             )
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, α̇, σ̇."""
+        """Return α, σ, dα/dτ and dσ/dτ."""
         s, growth = 1 - t, self.beta_max - self.beta_min
         T = 0.5 * growth * s.square() + self.beta_min * s
         alpha, sigma = (-0.5 * T).exp(), (-torch.expm1(-T)).sqrt()
@@ -199,10 +201,11 @@ class VP(Schedule):
 
 @dataclass(frozen=True)
 class VE(Schedule):
-    """The variance-exploding path α = 1, σ = τ: native time is the noise level itself.
+    """The variance-exploding (VE) schedule α = 1, σ = τ: native time is the noise level.
 
-    That is what the networks of EDM and k-diffusion, and score_sde's VE networks, are conditioned
-    on; it runs from ``sigma_max`` (noise) down to ``sigma_min`` (data).  The defaults are EDM's.
+    The networks of EDM and k-diffusion, and the VE networks of score_sde, take the noise level as
+    their time.  It runs from ``sigma_max`` (noise) down to ``sigma_min`` (data).  The defaults are
+    EDM's.
 
     Raises:
         ValueError: not 0 <= ``sigma_min`` < ``sigma_max`` < ∞.
@@ -220,7 +223,7 @@ class VE(Schedule):
         object.__setattr__(self, "time_range", (self.sigma_max, self.sigma_min))
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, α̇, σ̇."""
+        """Return α, σ, dα/dτ and dσ/dτ."""
         return Coefficients(torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t))
 
     def _time_at(self, rho: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ class VE(Schedule):
 
 
 class Table(Schedule):
-    """A discrete schedule: native time is the (fractional) index into two tables.
+    """A tabulated schedule, whose native time is the (fractional) index into two tables.
 
     Between the entries log(α/σ) and log(α² + σ²) are linear in the index, so that a
     variance-preserving table stays variance-preserving; at an entry the derivatives are those of
@@ -273,7 +276,7 @@ class Table(Schedule):
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, α̇, σ̇."""
+        """Return α, σ, dα/dτ and dσ/dτ."""
         index, log_snr, log_norm = self._copy(t)
         snr, snr_slope = _interpolate(t, index, log_snr)
         norm, norm_slope = _interpolate(t, index, log_norm)
@@ -289,7 +292,7 @@ class Table(Schedule):
         return _interpolate(rho.log(), log_snr, index)[0]
 
     def _copy(self, like: Tensor) -> Tensor:
-        """The table where and as ``like`` is; made once, since such a copy synchronises."""
+        """Return the table in dtype and device of ``like``, copied once, as copies synchronise."""
         key = (like.device, like.dtype)
         if key not in self._copies:
             self._copies[key] = self._rows.to(like)
@@ -297,7 +300,7 @@ class Table(Schedule):
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> tuple[Tensor, Tensor]:
-    """Piecewise linear y(x) through the nodes (``xs`` ascending, ``ys``), and dy/dx."""
+    """Interpolate linearly between nodes (``xs`` ascending, ``ys``); return y(x) and dy/dx."""
     k = (torch.searchsorted(xs, x.detach().contiguous(), right=True) - 1).clamp(0, len(xs) - 2)
     slope = (ys[k + 1] - ys[k]) / (xs[k + 1] - xs[k])
     return ys[k] + (x - xs[k]) * slope, slope

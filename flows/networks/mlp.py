@@ -1,7 +1,7 @@
 """Small velocity networks: a time embedding and a multilayer perceptron with conditions.
 
 A velocity field on the canonical path is smooth in t but changes its shape entirely: linear in x at
-t = 0, with steps between the modes as t grows.  Two choices follow, both measured on a ring of
+t = 0, with steps between the modes as t grows.  Two choices were measured on a ring of
 eight Gaussians (1200 steps of 512 samples, one seed, relative velocity error at
 t = .1, .3, .5, .7, .9):
 
@@ -29,7 +29,7 @@ MIN_FREQUENCY, MAX_FREQUENCY = 0.25, 4.0
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of 2π f_j t, f_j geometric from 1/4 to 4: (*) -> (*, dim).
+    """Embeds times (*) as sines and cosines of 2π f_j t (*, dim), with f_j geometric in [1/4, 4].
 
     Raises:
         ValueError: ``dim`` is not a positive even number.
@@ -48,13 +48,13 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", exponents.exp(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Features of shape (*, dim) for ``t`` of shape (*)."""
+        """Return features of shape (*, dim) for ``t`` of shape (*)."""
         phase = 2 * math.pi * t[..., None] * self.frequencies
         return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 
 class MLPVelocity(nn.Module):
-    """Perceptron v(x, t, cond) on x of shape (B, dim).
+    """A multilayer perceptron v(x, t, cond) on vectors x of shape (B, dim).
 
     The input is [x, conditions]; each hidden layer is SiLU((1 + a(t)) (W h + w) + b(t)), where a
     and b are linear in the time embedding, of which as many are computed as there are times: one
@@ -103,7 +103,9 @@ class MLPVelocity(nn.Module):
             nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity (B, dim) at ``x`` (B, dim) and ``t`` (scalar or (B,)); or (S, B, dim), (S, 1).
+        """Return the velocity (B, dim) at ``x`` (B, dim) and ``t`` (scalar or (B,)).
+
+        States (S, B, dim) at times (S, 1) give velocities (S, B, dim).
 
         Raises:
             ValueError: ``x`` has another shape, ``t`` is neither scalar nor (B,), a condition is
@@ -127,7 +129,7 @@ class MLPVelocity(nn.Module):
         return self.last(h)
 
     def _conditions(self, x: Tensor, cond: Cond) -> list[Tensor]:
-        """The conditions in the order of ``cond_dims``, dtype and batch of ``x``, checked."""
+        """Return the checked conditions in the order of ``cond_dims``, dtype and batch of ``x``."""
         if cond.keys() != self.cond_dims.keys():
             raise ValueError(f"cond must name {sorted(self.cond_dims)}, got {sorted(cond)}")
         for name, size in self.cond_dims.items():

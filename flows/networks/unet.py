@@ -1,22 +1,22 @@
 """A small UNet velocity field on images, with time and, if wanted, class labels.
 
 Each resolution has residual blocks of two convolutions; between resolutions a convolution with
-stride 2 goes down and its transpose up, where what was there before is joined by a 1×1 convolution:
+stride 2 goes down and its transpose up, where a 1×1 convolution joins the skip connection:
 
     h_i = blocks(...),  h_{i+1} = blocks(down(h_i)),  ...,  h_i <- blocks(join(h_i, up(h_{i+1}))).
 
 As in ``flows.networks.mlp``, time scales and shifts the middle of every block (FiLM) instead of
-entering once; the label of a class, embedded, is added to time's features before.  Where a pixel
-lies is told by two more channels of the input, as convolutions do not see it; images among the
-conditions join them.
+entering once; the embedded label of a class is added to the features of time before.  Convolutions
+do not see where a pixel lies, so two more channels of the input say it; images among the conditions
+are further channels.
 
 There are no normalisation layers, which on small images cost as much as the convolutions.  So the
 weights start at He's scale, which keeps the activations at the scale where SiLU bends (with
-PyTorch's default they fade from layer to layer), and the second convolution of a block, which adds
-to what is there, at half of it.  Rates of learning above a few 1e-3 are too high.
+PyTorch's default they fade from layer to layer), and the second convolution of a block, whose
+output is added to its input, at half of it.  Learning rates above a few 1e-3 are too high.
 
-Classifier-free guidance needs a velocity without a label as well: the label ``classes`` stands for
-none.  Train with some labels replaced by it, and guide by
+Classifier-free guidance also needs a velocity without a label: the label ``classes`` stands for no
+label.  Train with some labels replaced by it, and guide by
 ``Guided(field, weight, {"label": torch.tensor([classes])})``.
 
 Sources: Ronneberger et al., "U-Net" (arXiv 1505.04597); Liu et al., "CoordConv" (arXiv 1807.03247);
@@ -40,10 +40,12 @@ from flows.networks.mlp import TimeEmbedding
 
 
 class Block(nn.Module):
-    """h + conv(SiLU((1 + a) conv(SiLU(h)) + b)), where a and b are linear in the embedding.
+    """A residual block h + conv(SiLU((1 + a) conv(SiLU(h)) + b)), modulated by an embedding.
+
+    The scale a and the shift b are linear in the embedding.
 
     Arguments:
-        channels: of the images (B, channels, H, W).
+        channels: channels of the images (B, channels, H, W).
         embedding: size of the embedding (1 or B, embedding).
     """
 
@@ -56,14 +58,14 @@ class Block(nn.Module):
         set_scale(self.second, 0.5)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """Images of the shape of ``h``."""
+        """Return images of the shape of ``h``."""
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
         z = torch.addcmul(shift, self.first(functional.silu(h)), 1 + scale)
         return h + self.second(functional.silu(z))
 
 
 class UNetVelocity(nn.Module):
-    """Convolutional v(x, t, cond) on images x of shape (B, channels, H, W).
+    """A convolutional UNet v(x, t, cond) on images x of shape (B, channels, H, W).
 
     Arguments:
         channels: channels of the image.
@@ -71,9 +73,9 @@ class UNetVelocity(nn.Module):
             between two of them.
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         classes: number of classes; ``cond["label"]`` must be (B,) integers, 0 to ``classes``, the
-            last of which stands for no label.  On a CPU their range is checked, outside of compiled
-            functions and transforms; a GPU would have to be waited for, and fails an assertion of
-            its own.  0 is a network without labels.
+            last of which stands for no label.  Their range is checked on a CPU, outside of compiled
+            functions and transforms; on a GPU the check would have to wait, and a label out of
+            range fails an assertion of CUDA.  0 makes a network without labels.
         images: name and channels of each image among the conditions; ``cond[name]`` must be
             (B, channels, H, W).
         time_dim: size of the embedding of time and label, even.
@@ -132,7 +134,7 @@ class UNetVelocity(nn.Module):
             nn.init.zeros_(cast(Tensor, self.last.bias))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the shape of ``x`` at ``x`` and ``t`` (scalar or (B,)).
+        """Return the velocity at ``x`` and ``t`` (scalar or (B,)), of the shape of ``x``.
 
         Raises:
             TypeError: the labels are not integers.
@@ -161,7 +163,7 @@ class UNetVelocity(nn.Module):
         return self.last(functional.silu(h)).contiguous()
 
     def _embedding(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Features of time and label, (1 or B, time_dim)."""
+        """Return features of time and label, (1 or B, time_dim)."""
         batch = x.shape[0]
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if t.numel() != 1 and t.shape != (batch,):
@@ -175,7 +177,7 @@ class UNetVelocity(nn.Module):
         return functional.silu(e)
 
     def _labels(self, label: Tensor, batch: int) -> Tensor:
-        """The labels, of type int64; where that needs no waiting for a GPU, of the right range."""
+        """Return the labels as int64, with a check of their range where that needs no waiting."""
         if label.shape != (batch,):
             raise ValueError(f"cond['label'] must have shape ({batch},), got {tuple(label.shape)}")
         if label.is_floating_point() or label.is_complex():
@@ -189,7 +191,7 @@ class UNetVelocity(nn.Module):
         return label.long()
 
     def _shown(self, x: Tensor, cond: Cond) -> list[Tensor]:
-        """The images among the conditions, in the order of ``images`` and the dtype of ``x``."""
+        """Return the images among the conditions, in their order and in the dtype of ``x``."""
         for name, channels in self.images.items():
             shape = (x.shape[0], channels, *x.shape[2:])
             if cond[name].shape != shape:
@@ -200,9 +202,9 @@ class UNetVelocity(nn.Module):
 
 
 def set_scale(layer: nn.Module, factor: float = 1.0) -> None:
-    """He's initial weights times ``factor``, for a convolution or the transpose of one.
+    """Draw He's initial weights times ``factor`` for a convolution or a transposed one.
 
-    An output of a transpose by 2 with stride 2 is a sum over channels only.
+    An output of a transposed convolution of size and stride 2 is a sum over channels only.
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -211,13 +213,13 @@ def set_scale(layer: nn.Module, factor: float = 1.0) -> None:
 
 
 def position(x: Tensor) -> Tensor:
-    """Height and width in [-1, 1] of each pixel of ``x`` (B, C, H, W), shape (B, 2, H, W)."""
+    """Return the row and column in [-1, 1] of each pixel of ``x`` (B, C, H, W), (B, 2, H, W)."""
     axes = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[2:]]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(x), -1, -1, -1)
 
 
 def apply(blocks: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-    """``h`` after the blocks of one level."""
+    """Apply the blocks of one level to ``h``."""
     for block in blocks:  # type: ignore[attr-defined]
         h = block(h, embedding)
     return h

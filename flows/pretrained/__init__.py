@@ -1,8 +1,9 @@
 """Pretrained flow and diffusion models of other packages as velocity fields.
 
-`load` finds out by the classes of the model and of its scheduler how the model is called, what it
-predicts and which way its time runs, says so, and wraps it; the weights stay shared.  One file per
-convention; no package is imported for it.
+`load` recognises a model by its class and the class of its scheduler: how the model is called,
+which quantity it predicts and in which direction its time runs.  It prints what it recognised, and
+wraps the model; the weights stay shared.  Each convention has its file, and no other package is
+imported.
 """
 
 from __future__ import annotations
@@ -65,20 +66,20 @@ def load(
     t_range: tuple[float, float] = (0.0, 1.0),
     quiet: bool = False,
 ) -> Pretrained:
-    """A pretrained model as a velocity field; says on stderr in one line how it was understood.
+    """Load a pretrained model as a velocity field, and print in one line how it was recognised.
 
     Arguments:
         model: the network, or a pipeline of diffusers, of which the transformer or UNet and the
             scheduler are taken.  Shared, not copied.
-        scheduler: what decides the model's path where the model does not: a scheduler or path of
+        scheduler: decides the path of the model where the model does not: a scheduler or path of
             flow_matching, a matcher of torchcfm, a scheduler of diffusers, an SDE of score_sde.
         convention: a name of `CONVENTIONS` or a `Convention` of your own, for classes that are not
             recognised; by default found by class.
         constants, expanded, conditions, t_range: see `Pretrained`.
-        quiet: say nothing.
+        quiet: print nothing.
 
     Raises:
-        TypeError: the model is no module, or a velocity field of this package already.
+        TypeError: the model is not a module, or is a velocity field of this package already.
         ValueError: the class is not known, the scheduler is missing or does not fit, a name that
             the network does not take.
     """
@@ -110,7 +111,7 @@ def load(
 
 
 def _parts(model: Any, scheduler: object) -> tuple[nn.Module, object]:
-    """The network and the scheduler of a model that may be a pipeline."""
+    """Return the network and the scheduler of a model that may be a pipeline."""
     if is_class(model, ("DiffusionPipeline",), "diffusers"):
         network = getattr(model, "transformer", None) or getattr(model, "unet", None)
         if network is None:
@@ -131,10 +132,10 @@ def _parts(model: Any, scheduler: object) -> tuple[nn.Module, object]:
 
 
 def _recognise(network: nn.Module, scheduler: object) -> Convention:
-    """The convention of the classes of network and scheduler.
+    """Find the convention by the classes of network and scheduler.
 
     Raises:
-        ValueError: no convention knows them; says what is known and how to go on.
+        ValueError: no convention fits; the message says what is known and how to go on.
     """
     for name, recognises in _RECOGNISERS.items():
         if recognises(network, scheduler):

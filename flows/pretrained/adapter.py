@@ -1,4 +1,4 @@
-"""A pretrained network as a velocity field, and what it is given beside state and time.
+"""The adapter that makes a velocity field of a pretrained network, and its further arguments.
 
 The network is shared, not copied: its parameters are those of the original pipeline, and
 ``field.network`` is the original module.  `adjoint.tilt` trains a copy of the whole field, whose
@@ -6,8 +6,8 @@ The network is shared, not copied: its parameters are those of the original pipe
 
     original.load_state_dict(tilted.field.network.state_dict())
 
-What a network takes beside state and time reaches it under its own argument names, from one of
-three places: ``cond``, the conditions of a call, (B, *) each; ``expanded``, one condition for all
+Arguments of a network beside state and time keep their own names, and come from one of three
+places: ``cond``, the conditions of a call, (B, *) each; ``expanded``, one condition for all
 samples, (1, *) each, repeated to the batch (a prompt, a guidance scale); ``constants``, passed as
 they are (position ids, shapes, keyword dictionaries).  A name it does not take is an error, also
 where its own ``**kwargs`` would swallow it.
@@ -29,7 +29,7 @@ from flows.pretrained.convention import Convention, parameters, unwrapped
 
 
 class Network(nn.Module):
-    """A network called by its convention: the ``model`` of an `OnCanonicalPath`."""
+    """A network that is called by its convention, as the ``model`` of an `OnCanonicalPath`."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Network(nn.Module):
             self.register_buffer(f"extra_{name}", value.detach(), persistent=False)
 
     def forward(self, z: Tensor, tau: Tensor, cond: Cond | None = None) -> Tensor:
-        """Prediction (B, *) at native state ``z`` (B, *) and native time ``tau``, () or (B,).
+        """Return the prediction (B, *) at native state ``z`` (B, *) and time ``tau``, () or (B,).
 
         Raises:
             TypeError: a condition is no tensor.
@@ -73,7 +73,7 @@ class Network(nn.Module):
         return self.convention.call(self.network, z.to(dtype), tau.expand(z.shape[0]), extras)
 
     def _extras(self, x: Tensor, dtype: torch.dtype, cond: Cond) -> dict[str, object]:
-        """Everything the network gets beside state and time."""
+        """Return the arguments of the network beside state and time."""
         self._check_names(cond, "cond")
         given = {*self.plain, *self.fixed, *self.repeated}
         twice = sorted(given & set(cond))
@@ -113,25 +113,25 @@ class Network(nn.Module):
 
 
 class Pretrained(OnCanonicalPath):
-    """A pretrained network as a velocity field of the canonical path.
+    """A velocity field on the canonical path, made of a pretrained network.
 
     Outside ``t_min`` <= t <= ``t_max`` the velocity is held at its value there (see
-    `OnCanonicalPath`).  From t = 0 this leads to t_min with about the law that the path has there,
-    so a tilt may start at 0; a sampler that starts at t_min, as the pipelines of discrete models
-    do, starts from standard normal noise times ``prior_scale()``.
+    `OnCanonicalPath`).  From t = 0 this leads to t_min with about the distribution that the path
+    has there, so a tilt may start at 0; a sampler that starts at t_min, as the pipelines of
+    discrete models do, starts from standard normal noise times ``prior_scale()``.
 
     Arguments:
         network: the pretrained module, shared and not copied.
         convention: how it is called and what it predicts.
-        constants: what it is always given, as it is; see the module docstring.
+        constants: arguments that are always passed as they are; see the module docstring.
         expanded: conditions (1, *) for all samples, repeated to the batch.
-        conditions: names that its ``**kwargs`` understands.
-        t_range: canonical times outside which it must not be called.
+        conditions: names that the ``**kwargs`` of the network understands.
+        t_range: canonical times outside which the network must not be called.
 
     Raises:
         TypeError: ``network`` is not a module.
-        ValueError: the network does not take what the convention calls it with, a name it does not
-            take, or what `OnCanonicalPath` refuses.
+        ValueError: the network does not take an argument of the convention, of ``constants``, of
+            ``expanded`` or of ``conditions``, or `OnCanonicalPath` refuses the rest.
     """
 
     def __init__(
@@ -156,16 +156,17 @@ class Pretrained(OnCanonicalPath):
         return cast(Network, self.model).network
 
     def prior_scale(self, t: float | None = None) -> float:
-        """Standard deviation of X_t, by default at ``t_min``, for data of mean 0 and variance 1.
+        """Return the standard deviation of X_t for data of mean 0 and variance 1.
 
-        √(t² + (1-t)²), which is 1/(α + σ) on a variance-preserving path: what the pipelines of
-        such models start from, carried to the canonical path.
+        ``t`` is ``t_min`` if not given.  The result is √(t² + (1-t)²), which is 1/(α + σ) on a
+        variance-preserving path: the noise that the pipelines of such models start from, carried to
+        the canonical path.
         """
         t = self.t_min if t is None else t
         return math.hypot(t, 1 - t)
 
     def describe(self) -> str:
-        """What was understood of the network, as a few lines of text."""
+        """Describe in a few lines how the network was recognised."""
         model = cast(Network, self.model)
         count = sum(p.numel() for p in self.network.parameters())
         rows = {
@@ -179,14 +180,14 @@ class Pretrained(OnCanonicalPath):
         return "\n".join(f"{name:<16}{value}" for name, value in rows.items() if value)
 
     def extra_repr(self) -> str:
-        """The convention, in ``repr``."""
+        """Return the name of the convention, for ``repr``."""
         return self.convention.name
 
 
 def _arguments(
     network: nn.Module, convention: Convention, conditions: Collection[str]
 ) -> tuple[set[str], set[str], bool]:
-    """Names that the network takes, names it cannot do without, and whether it swallows others."""
+    """Return names that the network takes, names it requires, and whether it has ``**kwargs``."""
     everything = parameters(network)
     kinds = [p.kind for p in everything.values()]
     swallows = inspect.Parameter.VAR_KEYWORD in kinds
@@ -208,7 +209,7 @@ def _arguments(
 
 
 def _dtype(network: nn.Module, x: Tensor) -> torch.dtype:
-    """What the network computes in: what it says itself, or its first floating parameter."""
+    """Return the dtype in which the network computes: its own attribute, or its parameters'."""
     stated = getattr(unwrapped(network), "dtype", None)
     if isinstance(stated, torch.dtype):
         return stated

@@ -1,4 +1,4 @@
-"""Denoisers of azula: ``denoiser(x_t, t).mean`` is E[X1 | x_t], data at 0, noise at 1.
+"""The convention of azula's denoisers: ``denoiser(x_t, t).mean`` is E[X1 | x_t], data at t = 0.
 
 Any schedule of azula, which is a function t -> (α, σ) of falling signal-to-noise, is inverted by
 search, so that one of your own works too.  No schedule of the package reaches pure noise or data.
@@ -20,13 +20,13 @@ from flows.pretrained.convention import Convention, Extras, is_class, refuse_sch
 from flows.schedule import Coefficients, Schedule
 
 SECTIONS, ROUNDS = 64, 9
-"""Each round of the search finds the 64th of the bracket that the time is in: 2⁵⁴ in all."""
+"""Each round of the search divides the bracket of the time by 64: by 2⁵⁴ in all."""
 
 
 class Inverted(Schedule):
-    """α and σ of a function t -> (α, σ) with data at 0 and noise at 1, inverted by search.
+    """A schedule made of a function t -> (α, σ), with data at 0 and noise at 1, inverted by search.
 
-    It knows no derivatives (they are NaN), which a prediction of the data does not need.
+    It has no derivatives (they are NaN), which a prediction of the data does not need.
 
     Raises:
         ValueError: α/σ does not fall from 0 to 1.
@@ -46,7 +46,7 @@ class Inverted(Schedule):
             )
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """α, σ, and NaN twice."""
+        """Return α and σ, and NaN for their derivatives."""
         alpha, sigma = self.function(t)
         unknown = torch.full_like(alpha, math.nan)
         return Coefficients(alpha, sigma, unknown, unknown)
@@ -63,12 +63,12 @@ class Inverted(Schedule):
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the network is a denoiser of azula."""
+    """Tell whether the network is a denoiser of azula."""
     return is_class(network, ("Denoiser",), "azula")
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of a denoiser, whose ``schedule`` is its own.
+    """Return the convention of a denoiser, which has its ``schedule`` itself.
 
     Raises:
         ValueError: a scheduler, or a schedule that is not monotone.

@@ -1,10 +1,10 @@
-"""What distinguishes one kind of pretrained network from another: a `Convention`.
+"""A `Convention` says how one kind of pretrained network is called and what it predicts.
 
 Most published models are Gaussian paths, so that `flows.path.OnCanonicalPath` does the mathematics
 once their schedule and prediction are known.  What is left is how a network is called: the order
 and names of its arguments, the scale and direction of its time, the sign, shape and dtype of its
-output.  The other files of this package each hold one such convention; here is what they are made
-of, and what tells classes and arguments without importing the packages they come from.
+output.  The other files of this package each hold one such convention; this one holds their common
+parts, and recognises classes and arguments without importing the packages they come from.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Extras = Mapping[str, object]
 
 
 class Call(Protocol):
-    """How a network is evaluated at a state and a native time."""
+    """A function that evaluates a network at a state and a native time."""
 
     def __call__(self, network: nn.Module, x: Tensor, t: Tensor, extras: Extras, /) -> Tensor:
-        """Prediction (B, *) at ``x`` (B, *) and native times ``t`` (B,), given named extras."""
+        """Return the prediction (B, *) at ``x`` (B, *) and native times ``t`` (B,), with extras."""
         ...
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How a kind of network is called and what it predicts.
+    """The way in which a kind of network is called, and the quantity that it predicts.
 
     Attributes:
-        name: in words, for people.
+        name: a name for people.
         call: evaluates the network.  ``x`` comes in the network's dtype, ``t`` in that of the
             state; the result may have any floating dtype.
         schedule: α and σ in the network's own time.
@@ -43,7 +43,7 @@ class Convention:
         extra: names that ``call`` understands beside those in the network's signature.
         cast: whether states and floating conditions are cast to the network's dtype; off for
             networks that cast themselves.
-        note: what the user should know.
+        note: a remark that `load` prints.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Convention:
 def keyword_call(
     network: nn.Module, x: Tensor, t: Tensor, extras: Extras, *, x_name: str, t_name: str
 ) -> Tensor:
-    """The plain call: state, time and extras by name, time in the dtype of the state."""
+    """Call a network with state, time and extras by name, the time in the dtype of the state."""
     return network(**{x_name: x, t_name: t.to(x.dtype)}, **extras)
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, data parallelism and peft's wrapper."""
+    """Return the module inside the wrappers of ``torch.compile``, data parallelism and peft."""
     inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
     inner |= {"DataParallel": "module"}
     while True:
@@ -78,9 +78,10 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def is_class(thing: object, names: Collection[str], package: str = "") -> bool:
-    """Whether a class of ``thing`` has one of these names, in ``package`` if one is given.
+    """Tell whether ``thing`` is an instance of a class with one of these names.
 
-    By name, so that no package is imported to ask; of a module, what is inside its wrappers.
+    Names are compared so that no package has to be imported; ``package`` limits them to one
+    package.  Wrappers of a module are seen through.
     """
     thing = unwrapped(thing) if isinstance(thing, nn.Module) else thing
     return any(
@@ -90,15 +91,15 @@ def is_class(thing: object, names: Collection[str], package: str = "") -> bool:
 
 
 def parameters(network: nn.Module) -> dict[str, inspect.Parameter]:
-    """The parameters of the network's ``forward``, by name and in order."""
+    """Return the parameters of the network's ``forward``, by name and in order."""
     return dict(inspect.signature(unwrapped(network).forward).parameters)
 
 
 def leading(network: nn.Module, count: int, expected: str) -> tuple[str, ...]:
-    """Names of the first ``count`` parameters of the network's ``forward``.
+    """Return the names of the first ``count`` parameters of the network's ``forward``.
 
     Raises:
-        ValueError: it has fewer; ``expected`` says what was expected.
+        ValueError: ``forward`` has fewer; ``expected`` names them in the message.
     """
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [name for name, p in parameters(network).items() if p.kind not in starred]
@@ -111,7 +112,7 @@ def leading(network: nn.Module, count: int, expected: str) -> tuple[str, ...]:
 
 
 def refuse_scheduler(scheduler: object, convention: str) -> None:
-    """Raise ValueError if there is a scheduler where the convention knows none."""
+    """Raise ValueError if a scheduler is given to a convention that needs none."""
     if scheduler is not None:
         raise ValueError(
             f"scheduler must be None for {convention}, whose path is known without one, "

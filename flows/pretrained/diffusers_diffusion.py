@@ -1,12 +1,12 @@
-"""Diffusion networks of diffusers: a UNet or transformer and a scheduler with ``alphas_cumprod``.
+"""The convention of diffusers' diffusion networks, whose scheduler has ``alphas_cumprod``.
 
 ``network(z, k)`` at step k = 0 (clean) .. 999 (noise) of a variance-preserving table
 α = √ᾱ_k, σ = √(1 - ᾱ_k) predicts, by ``scheduler.config.prediction_type``, the noise ("epsilon"),
 the data ("sample") or αX0 - σX1 ("v_prediction").  Where it predicts twice the channels of z, the
 second half is a variance and left out.
 
-The network does not know which: the scheduler it was trained with does, and any scheduler of
-diffusers with the same betas and prediction type says the same.  Between two steps k is
+The network does not say which of these it predicts.  The scheduler it was trained with says it, and
+so does any scheduler of diffusers with equal betas and prediction type.  Between two steps k is
 interpolated in log-SNR and handed over as a fraction, in the state's dtype; sinusoidal embeddings
 take it, networks with a learned embedding of whole steps (``time_embedding_type="learned"``) do
 not.  Tables do not reach pure noise: ``t_min`` is α/(α + σ) of the last step, 0.064 for Stable
@@ -38,19 +38,19 @@ from flows.schedule import Table
 
 PREDICTIONS = {"epsilon": "noise", "sample": "clean", "v_prediction": "v_prediction"}
 ADDED = ("text_embeds", "time_ids")
-"""What Stable Diffusion XL takes inside ``added_cond_kwargs``; here conditions like any other."""
+"""Arguments that Stable Diffusion XL takes inside ``added_cond_kwargs``; here plain conditions."""
 TERMINAL = 2.0**-24
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the scheduler has a table of diffusers, or the network is one of its models."""
+    """Tell whether scheduler or network is a diffusion model of diffusers."""
     if scheduler is None:
         return is_class(network, ("ModelMixin",), "diffusers")
     return is_class(scheduler, ("SchedulerMixin",), "diffusers")
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of a network trained with a table of betas.
+    """Return the convention of a network trained with a table of betas.
 
     Arguments:
         network: takes the state first and the step as ``timestep``, or second.
@@ -89,7 +89,7 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
 
 
 def table(alphas_cumprod: Tensor) -> Table:
-    """The schedule of ᾱ (K,): α = √ᾱ, σ = √(1 - ᾱ)."""
+    """Return the schedule α = √ᾱ, σ = √(1 - ᾱ) of a table ᾱ (K,)."""
     share = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
     least = min(TERMINAL, float(share[share > 0].min()) / 4)  # below its neighbour
     share = torch.where(share == 0, least, share)
@@ -97,7 +97,7 @@ def table(alphas_cumprod: Tensor) -> Table:
 
 
 def grid(scheduler: object) -> Tensor:
-    """The canonical times α/(α + σ) of a DDIM-like scheduler, shape (K + 1,), float64.
+    """Return the canonical times α/(α + σ) of a DDIM-like scheduler, shape (K + 1,), float64.
 
     Its Euler steps from ``prior_scale(grid[0])`` times its noise are DDIM's (η = 0) without
     clipping: x̂1 and x̂0 are kept, α and σ exchanged.  So for ``timestep_spacing="leading"``, or a

@@ -1,4 +1,4 @@
-"""Flow transformers of diffusers.  Most run backward in time and predict noise - data.
+"""The convention of diffusers' flow transformers, most of which predict noise - data.
 
 Their schedulers hold noise levels σ = 1 - t, and their pipelines step x += (σ' - σ) out.  So
 
@@ -38,13 +38,13 @@ OWN = ("hidden_states", "timestep", "return_dict")
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the network is a flow transformer of diffusers, or the scheduler that of one."""
+    """Tell whether network or scheduler is a flow transformer of diffusers."""
     known = (*REVERSED, *FORWARD, *LISTS)
     return is_class(network, known, "diffusers") or _of_a_flow(scheduler)
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of a flow transformer; the scheduler changes nothing.
+    """Return the convention of a flow transformer; the scheduler changes nothing.
 
     Raises:
         ValueError: a class that is not known, whose direction of time cannot be told; or a
@@ -74,9 +74,9 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
 
 
 def reversed_flow(network: nn.Module, scale: float = 1000.0) -> Convention:
-    """v = -network(x, timestep = ``scale`` · (1 - t)), for any transformer of that kind.
+    """Return the convention v = -network(x, timestep = ``scale`` · (1 - t)).
 
-    The state is its first argument.  Where it predicts twice the channels of the state
+    The state is the first argument.  Where the network predicts twice the channels of the state
     (``out_channels``), the second half is a variance and left out.
     """
     (x_name,) = leading(network, 1, "the state first")
@@ -87,7 +87,7 @@ def reversed_flow(network: nn.Module, scale: float = 1000.0) -> Convention:
 
 
 def forward_flow(network: nn.Module) -> Convention:
-    """v = network(x, timestep = t), for any transformer of that kind; else `reversed_flow`."""
+    """Return the convention v = network(x, timestep = t); otherwise as in `reversed_flow`."""
     (x_name,) = leading(network, 1, "the state first")
     call = partial(_timestep, sign=1.0, scale=1.0, x_name=x_name)
     name = "diffusers flow, forward time: v = network(x, t)"
@@ -95,7 +95,7 @@ def forward_flow(network: nn.Module) -> Convention:
 
 
 def grid(scheduler: object) -> Tensor:
-    """The canonical times t_i = 1 - σ_i of a flow scheduler, shape (K + 1,), float64.
+    """Return the canonical times t_i = 1 - σ_i of a flow scheduler, shape (K + 1,), float64.
 
     Raises:
         ValueError: its ``sigmas`` do not end at 0 (before ``set_timesteps``), or are no grid.
@@ -111,7 +111,7 @@ def grid(scheduler: object) -> Tensor:
 
 
 def first_half(out: Tensor, x: Tensor) -> Tensor:
-    """``out`` without its variance: half the channels where it has twice those of ``x``."""
+    """Return ``out`` without its second half, a variance, if it has twice the channels of ``x``."""
     return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
 
 
@@ -136,7 +136,7 @@ def _timestep(
 
 
 def _lists(network: nn.Module, x: Tensor, t: Tensor, extras: Extras) -> Tensor:
-    """Z-Image: lists of (C, 1, H, W) and of captions (L, D); conditions come as (B, L, D)."""
+    """Call Z-Image, which takes lists of (C, 1, H, W) and of captions (L, D)."""
     lists = {
         name: list(value.unbind()) if isinstance(value, Tensor) else value
         for name, value in extras.items()

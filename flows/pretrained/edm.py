@@ -1,9 +1,10 @@
-"""Denoisers D(x, σ) of EDM and k-diffusion: E[X1 | X1 + σX0], noise level as the time.
+"""The convention of EDM's and k-diffusion's denoisers D(x, σ) = E[X1 | X1 + σX0 = x].
 
-The preconditioned classes, that is; not their bare inner networks.  Levels run from ``sigma_max``
-down to ``sigma_min``: those of EDM's sampler, 80 and 0.002, narrowed to what the network states.
-EDM's preconditioning works in float32 whatever it is given; ``iDDPMPrecond`` and the discrete
-denoisers of k-diffusion with ``quantize=True`` round σ to their table.
+The preconditioned classes are meant, not their bare inner networks; their time is the noise level.
+Levels run from ``sigma_max`` down to ``sigma_min``: those of EDM's sampler, 80 and 0.002, narrowed
+to what the network states.  EDM's preconditioning works in float32 whatever it is given;
+``iDDPMPrecond`` and the discrete denoisers of k-diffusion with ``quantize=True`` round σ to their
+table.
 
 A grid of noise levels σ_i is the canonical grid 1 / (1 + σ_i).  EDM starts from noise of standard
 deviation σ_max, on the canonical path σ_max / (1 + σ_max), which is 1 - ``t_min``.
@@ -31,7 +32,7 @@ K_DIFFUSION = ("Denoiser", "DiscreteSchedule", "VDenoiser")
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the network is a preconditioned one.
+    """Tell whether the network is a preconditioned denoiser.
 
     EDM's classes are known by name: their modules have names of their own once unpickled.
     """
@@ -45,7 +46,7 @@ def convention(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
 ) -> Convention:
-    """Convention of D(x, σ).
+    """Return the convention of a denoiser D(x, σ).
 
     Arguments:
         network: takes state and noise level first, in this order.

@@ -1,4 +1,4 @@
-"""Models of the flow_matching package: ``model(x=x, t=t, **extras)``, noise at 0, data at 1.
+"""The convention of the flow_matching package: ``model(x=x, t=t, **extras)``, noise at t = 0.
 
 They predict α̇ X1 + σ̇ X0 of their scheduler's path.  Times are passed as (B,), as in training.
 """
@@ -25,7 +25,7 @@ SCHEDULES: dict[str, Callable[[Any], Schedule]] = {
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the network is a ``ModelWrapper`` or the scheduler one of flow_matching."""
+    """Tell whether network or scheduler is of the package flow_matching."""
     paths = ("AffineProbPath", "Scheduler")
     return is_class(scheduler, paths, "flow_matching") or is_class(
         network, ("ModelWrapper",), "flow_matching"
@@ -33,7 +33,7 @@ def recognises(network: nn.Module, scheduler: object) -> bool:
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of a network trained with flow_matching.
+    """Return the convention of a network trained with flow_matching.
 
     Arguments:
         network: takes ``x`` and ``t`` by name.

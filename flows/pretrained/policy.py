@@ -1,4 +1,4 @@
-"""Flow policies: actions as the state, the observation as a condition.
+"""The conventions of flow policies, whose state is an action and whose condition an observation.
 
     FQL, QAM        ``network(observation, x, t)`` with t of shape (B, 1), noise at 0,
                     actions at 1, v = out.
@@ -32,12 +32,12 @@ NETWORKS = ("ActorVectorField",)
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the network is a flow actor in the manner of FQL."""
+    """Tell whether the network is a flow actor in the manner of FQL."""
     return is_class(network, NETWORKS)
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of FQL and QAM: observation, actions and times are the first three arguments.
+    """Return the convention network(observation, x, t) of FQL and QAM.
 
     Raises:
         ValueError: a scheduler, or fewer arguments.
@@ -49,7 +49,7 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
 
 
 def pi0_convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of π0 and SmolVLA: state and time are the first two arguments.
+    """Return the convention network(x, time, **observation) of π0 and SmolVLA.
 
     Raises:
         ValueError: a scheduler, or fewer arguments.

@@ -1,4 +1,4 @@
-"""Networks of score_sde_pytorch, trained with continuous times: ``network(x, labels)``.
+"""The convention of score_sde_pytorch's continuous-time networks: ``network(x, labels)``.
 
     VPSDE   labels = 999 s, s from 0 (data) to 1 (noise); the output is E[X0 | x]: the package's
             score function divides it by -σ.
@@ -23,12 +23,12 @@ STEPS = 999.0
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the scheduler is an SDE of score_sde, or the network one of its networks."""
+    """Tell whether network or scheduler is of score_sde."""
     return is_class(scheduler, ("VPSDE", "VESDE")) or is_class(network, NETWORKS, "models")
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of a network of score_sde.
+    """Return the convention of a network of score_sde.
 
     Arguments:
         network: takes state and labels first, in this order.

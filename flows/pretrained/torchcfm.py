@@ -1,4 +1,4 @@
-"""Models of torchcfm: ``model(t, x, y)``, or its MLP ``model(cat[x, t])``; noise at 0, data at 1.
+"""The convention of torchcfm: ``model(t, x, y)``, or its MLP ``model(cat[x, t])``, noise at t = 0.
 
 All its matchers but two regress X1 - X0 on the canonical path.  `VariancePreserving` has
 sin, cos(πt/2) and their derivatives; the Schrödinger bridge adds noise of its own on the way and is
@@ -32,12 +32,12 @@ NETWORKS = ("UNetModel", "MLP")
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
-    """Whether the network or the matcher is one of torchcfm."""
+    """Tell whether network or matcher is of torchcfm."""
     return is_class(scheduler, BASE, "torchcfm") or is_class(network, NETWORKS, "torchcfm")
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
-    """Convention of a network trained with torchcfm.
+    """Return the convention of a network trained with torchcfm.
 
     Arguments:
         network: takes ``t`` and ``x`` by these names, or time and state first and in this order,
@@ -59,7 +59,9 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
         )
     notes = []
     if is_class(scheduler, COUPLED):
-        notes.append("optimal-transport couplings: a tilt is that of the memoryless chain's law")
+        notes.append(
+            "optimal-transport couplings: a tilt is that of the memoryless chain's distribution"
+        )
     if getattr(scheduler, "sigma", 0):
         notes.append(f"the matcher's sigma = {scheduler.sigma} blurs the data")  # type: ignore[attr-defined]
     call, own = _call(network)
@@ -69,7 +71,7 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
 
 
 def _call(network: nn.Module) -> tuple[partial[Tensor], tuple[str, ...]]:
-    """How the network is called, and the arguments that takes."""
+    """Return the function that calls the network, and the arguments that it fills in."""
     first = leading(network, 1, "time and state, or both in one tensor")
     if len(parameters(network)) == 1:
         if getattr(unwrapped(network), "time_varying", True) is False:

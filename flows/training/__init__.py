@@ -1,4 +1,4 @@
-"""Training: the loop, what watches it, checkpoints, several seeds and several processes.
+"""The training loop, with callbacks, checkpoints, several seeds and several processes.
 
 `fit_flow` is one call; `Trainer` is the loop for a loss of one's own.
 """

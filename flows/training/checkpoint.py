@@ -65,7 +65,7 @@ def load(
     expect: Mapping[str, object] | None = None,
     map_location: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """The dict that ``save`` wrote to ``path``.
+    """Read the dict that ``save`` wrote to ``path``.
 
     Arguments:
         path: the file.
@@ -124,7 +124,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
-    """A binary file that becomes ``path`` atomically at the end, or nothing if the body raises.
+    """Open a binary file that replaces ``path`` atomically at the end, unless the body raises.
 
     Raises:
         OSError: the file cannot be written; the message starts with ``name``.
@@ -157,9 +157,10 @@ def write_json(
     content: Mapping[str, object] | Sequence[object],
     name: str = "folder",
 ) -> None:
-    """Write ``content`` as JSON, atomically; what JSON does not know, such as paths, as strings.
+    """Write ``content`` as JSON, atomically.
 
-    Numbers that are not finite become null.
+    Values that JSON does not have, such as paths, become strings; numbers that are not finite
+    become null.
 
     Raises:
         OSError: the file cannot be written; the message starts with ``name``.
@@ -170,7 +171,7 @@ def write_json(
 
 
 def finite(content: object) -> object:
-    """``content`` with None for every float in it that is not finite, as JSON has it."""
+    """Return ``content`` with None for every float in it that is not finite, as JSON requires."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
@@ -181,10 +182,10 @@ def finite(content: object) -> object:
 
 
 def ensure_writable(path: str | Path, name: str = "path") -> Path:
-    """``path``, after creating its folder and proving that a file can be written there.
+    """Return ``path`` after creating its folder and proving that a file can be written there.
 
     Raises:
-        OSError: it cannot; the message gives ``name``, the path and the reason.
+        OSError: no file can be written; the message gives ``name``, the path and the reason.
     """
     path = Path(path)
     _open_temporary(path, name).close()
@@ -216,7 +217,7 @@ def _unwritable(path: Path, name: str, error: OSError) -> OSError:
 
 
 def _plain(value: Any, place: str) -> Any:
-    """``value`` with dicts and tuples of derived types made plain and tensors detached."""
+    """Return ``value`` with plain dicts and tuples and detached tensors."""
     if isinstance(value, Tensor):
         value = value.detach()
         if value.layout == torch.strided and value.untyped_storage().nbytes() > value.nbytes:

@@ -10,7 +10,7 @@ from typing import Literal, get_type_hints
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How to train; what is trained and on what loss are arguments of the trainer."""
+    """The options of a training; module and loss are arguments of the trainer."""
 
     iterations: int = 2000
     """Optimiser steps."""
@@ -36,7 +36,7 @@ class TrainerConfig:
     """Iterations between two checkpoints."""
 
     def __post_init__(self) -> None:
-        """Refuse values of the wrong type or out of range.
+        """Check the types and ranges of the options.
 
         Raises:
             TypeError, ValueError: naming the option, its value and what was expected.
@@ -58,11 +58,11 @@ class TrainerConfig:
 
     @property
     def restart(self) -> int | None:
-        """Iteration before which training restarts from the average; None for never."""
+        """The iteration before which training restarts from the average; None for never."""
         return None
 
     def stage(self, iteration: int) -> tuple[int, int]:
-        """Iterations since the last (re)start, and how many there are from it to the next."""
+        """Return the iterations since the last (re)start, and those from it to the next one."""
         if self.restart is None or self.restart >= self.iterations:
             return iteration, self.iterations
         if iteration < self.restart:
@@ -71,7 +71,7 @@ class TrainerConfig:
 
 
 def _convert(config: TrainerConfig) -> None:
-    """Make numbers of other libraries plain, which a checkpoint takes; refuse what is none.
+    """Convert numbers of other libraries to plain ones, as checkpoints need them.
 
     Raises:
         TypeError: a value of another type than the option's.
@@ -88,7 +88,7 @@ def _convert(config: TrainerConfig) -> None:
 
 
 def learning_rate(config: TrainerConfig, iteration: int) -> float:
-    """The rate of the iteration with index ``iteration`` = 0, 1, ..."""
+    """Return the learning rate of the iteration with index ``iteration`` = 0, 1, ..."""
     done, length = config.stage(iteration)
     if done < config.warmup:
         return config.lr * (done + 1) / config.warmup

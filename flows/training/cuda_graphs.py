@@ -27,7 +27,7 @@ Capture = Callable[[Block, Sequence[torch.Generator]], Block]
 
 
 def cuda_graph(block: Block, generators: Sequence[torch.Generator]) -> Block:
-    """A CUDA graph of ``block``; each call of the result replays it and copies what it gave."""
+    """Record ``block`` as a CUDA graph; return a function that replays it and copies its result."""
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
@@ -46,32 +46,32 @@ def cuda_graph(block: Block, generators: Sequence[torch.Generator]) -> Block:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Where streams and graphs are of ``device``, if it is a GPU."""
+    """Return the context in which streams and graphs belong to ``device``, if it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class SecondStream(AbstractContextManager[None]):
-    """A second stream, for what can be done beside what the current one is given next."""
+    """A second CUDA stream, for work that can run beside the next work of the current stream."""
 
     def __init__(self) -> None:
         self._current, self._second = torch.cuda.current_stream(), torch.cuda.Stream()
 
     def __enter__(self) -> None:
-        """Use it, after all that the first has been given."""
+        """Switch to the second stream, after all work that the first one has been given."""
         self._second.wait_stream(self._current)
         torch.cuda.set_stream(self._second)
 
     def __exit__(self, *_: object) -> None:
-        """Use the first again."""
+        """Switch back to the first stream."""
         torch.cuda.set_stream(self._current)
 
     def join(self) -> None:
-        """Let the first wait for the second."""
+        """Let the first stream wait for the second one."""
         self._current.wait_stream(self._second)
 
 
 def on_side_stream(block: Callable[[], Result], *, on_cuda: bool) -> Result:
-    """The block, for once not recorded, on a stream like that on which it will be."""
+    """Run a block on a side stream without recording it, to warm it up for a recording."""
     if not on_cuda:
         return block()
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()

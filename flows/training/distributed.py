@@ -1,7 +1,7 @@
-r"""Several processes train one model: everything here that knows of ``torch.distributed``.
+r"""Several processes train one model: communication by ``torch.distributed``.
 
-Started by ``torchrun``, every process runs the same program, and what is written without a thought
-of that trains together: a total (trajectories an update, samples of a certificate) is split into
+``torchrun`` starts the same program in every process, and code written for one process then trains
+in all of them together: a total (trajectories an update, samples of a certificate) is split into
 equal shares, each process draws its share from a generator of its own, gradients and metrics are
 averaged, and what needs the whole batch gets it by `gather`.  With the loss of a share l_r(θ),
 
@@ -56,9 +56,9 @@ class ProcessLost(RuntimeError):  # noqa: N818  (it names the event, as Training
 
 
 def start() -> None:
-    """Join the processes of ``torchrun``, if that started this one and nobody has joined yet.
+    """Join the processes of ``torchrun``, if it started this one and the group does not exist yet.
 
-    Each gets the GPU of its number on the machine, which is "cuda" from then on.
+    Each process gets the GPU of its number on the machine, which is "cuda" from then on.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         return
@@ -69,10 +69,10 @@ def start() -> None:
 
 
 def leave() -> None:
-    """End the group, but not after an error: that could wait for the others, who wait for us.
+    """Leave the group of processes, except after an error, when leaving could wait forever.
 
     Before PyTorch 2.8 this joins the threads of gloo without giving up Python's lock, for which the
-    last of them may wait to free what it sent: so they are given the time for that first.
+    last of them may wait to free what it sent: so they are given time for that first.
     """
     if dist.is_initialized() and not hasattr(sys, "last_value"):
         time.sleep(0.1)
@@ -80,25 +80,25 @@ def leave() -> None:
 
 
 def size() -> int:
-    """Number of processes; 1 without ``torch.distributed``."""
+    """Return the number of processes; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, 0 for the first: the one that writes files."""
+    """Return the number of this process; process 0 writes the files."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def share(total: int) -> int:
-    """Of ``total`` samples, how many each process takes: a multiple of `size` is made of it."""
+    """Return the samples that each process takes of ``total``, rounded up to equal shares."""
     return -(-total // size())
 
 
 def seed_of(seed: int, *more: int) -> int:
-    """Seed of this process: ``seed`` itself in the first, unless ``more`` numbers tell it apart.
+    """Return the seed of this process, which is ``seed`` itself in the first process.
 
-    In the others a digest, so that neither neighbouring processes nor neighbouring seeds share a
-    stream.
+    In the others, and where ``more`` numbers are given, it is a digest of all of them, so that
+    neither neighbouring processes nor neighbouring seeds share a stream.
     """
     if not rank() and not more:
         return seed
@@ -107,7 +107,7 @@ def seed_of(seed: int, *more: int) -> int:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside ``DistributedDataParallel``, whose hooks then stay silent; or itself."""
+    """Return the module inside ``DistributedDataParallel``, if it is wrapped."""
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
@@ -116,7 +116,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def broadcast_(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors of any dtype by those of the first process; shards are left alone."""
+    """Overwrite tensors with their values in the first process; shards are left alone."""
     if size() == 1:
         return
     for tensor in tensors:
@@ -130,7 +130,7 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors (of the same shapes everywhere) by their means over the processes."""
+    """Overwrite tensors, of equal shapes everywhere, with their means over the processes."""
     if size() == 1:
         return
     for bucket in _buckets(tensors):
@@ -144,9 +144,9 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Average the gradients of the plain parameters; those of shards are averaged already.
+    """Average the gradients of plain parameters over the processes; shards are averaged already.
 
-    One that has a gradient in some processes only gets zeros in the others, for their mean.
+    A parameter that has a gradient in some processes only counts as zero in the others.
     """
     plain = [parameter for parameter in parameters if not is_sharded(parameter)]
     if size() == 1 or not plain:
@@ -161,7 +161,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def gather(part: Tensor) -> Tensor:
-    """The parts (n, *) of all processes joined to (R n, *), in order.
+    """Join the parts (n, *) of all processes to a tensor (R n, *), in order.
 
     If ``part`` has a gradient, so has its place in the result, times R: a loss that every process
     computes of the joined tensor has, averaged over them, the gradient in all parts.
@@ -179,12 +179,12 @@ def gather(part: Tensor) -> Tensor:
 
 
 def own(joined: Tensor) -> Tensor:
-    """The part of this process of a joined tensor (R n, *)."""
+    """Return the part of this process of a joined tensor (R n, *)."""
     return joined.chunk(size())[rank()]
 
 
 def to_first(value: T) -> list[T]:
-    """The values of all processes, in order, in the first one; an empty list in the others."""
+    """Return the values of all processes in the first one, and an empty list in the others."""
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size() if rank() == 0 else []
@@ -207,7 +207,7 @@ def first_of(value: str | None) -> str | None:
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What ``function`` returns in the first process, the only one to call it, or its exception."""
+    """Call ``function`` in the first process; return its result, or raise its error, in all."""
     if size() == 1:
         return function()
     outcome: list[Any] = [None, None]
@@ -227,33 +227,33 @@ def from_first(function: Callable[[], T]) -> T:
 
 
 def is_sharded(what: Any) -> bool:
-    """Whether a tensor is a DTensor, or ``fully_shard`` was called on any part of a module."""
+    """Tell whether a tensor is a DTensor, or a module has been sharded by ``fully_shard``."""
     if isinstance(what, nn.Module):
         return any(hasattr(part, "unshard") for part in what.modules())
     return hasattr(what, "full_tensor")
 
 
 def reshard(module: nn.Module) -> None:
-    """Make the parameters DTensors again, which an evaluation without gradient leaves whole."""
+    """Shard the parameters again, which an evaluation without gradient leaves whole."""
     for part in module.modules():
         if hasattr(part, "unshard"):
             part.reshard()  # type: ignore[operator]
 
 
 def local(tensor: Any) -> Tensor:
-    """The memory of this process: the shard of a DTensor, a plain tensor itself."""
+    """Return the shard of a DTensor that this process holds, or a plain tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of tensors that are all sharded or all plain, without gradients."""
+    """Return the local shards of tensors that are all sharded, or the plain tensors."""
     if tensors and is_sharded(tensors[0]):
         return [local(t.detach()) for t in tensors]
     return list(tensors)
 
 
 def whole(value: Any) -> Any:
-    """Nested dicts with DTensors made whole, on the CPU of the first process, empty in others."""
+    """Join the shards in nested dicts on the CPU of the first process; others get empty tensors."""
     if isinstance(value, dict):
         made = {key: whole(item) for key, item in value.items()}
         return made if any(made[key] is not item for key, item in value.items()) else value
@@ -265,7 +265,7 @@ def whole(value: Any) -> Any:
 
 
 def sharded_like(full: Tensor, target: Tensor) -> Tensor:
-    """``full``, which all processes hold, distributed as ``target`` is."""
+    """Distribute the tensor ``full``, which all processes hold, as ``target`` is distributed."""
     if not is_sharded(target) or full.ndim == 0:
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -278,7 +278,7 @@ def sharded_like(full: Tensor, target: Tensor) -> Tensor:
 def load_whole(
     module: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]
 ) -> None:
-    """Load what `whole` made of the module's state dict; ``kept`` are entries as they are now."""
+    """Load a state dict of whole tensors into a module; the entries ``kept`` stay as they are."""
     if is_sharded(module):
         targets = module.state_dict()
         weights = {
@@ -292,7 +292,7 @@ def load_whole(
 
 @contextmanager
 def _together(what: str) -> Iterator[None]:
-    """Say in one line what the many errors of the backends mean."""
+    """Turn the errors of the backends into one that says what happened."""
     try:
         yield
     except RuntimeError as error:
@@ -305,7 +305,7 @@ def _together(what: str) -> Iterator[None]:
 
 
 def _carrier(tensor: Tensor) -> torch.device:
-    """The device of ``tensor`` if the group serves it, else one that it serves."""
+    """Return a device whose tensors the group can send, that of ``tensor`` if possible."""
     served = dist.get_backend_config()
     if f"{tensor.device.type}:" in served:
         return tensor.device
@@ -313,7 +313,7 @@ def _carrier(tensor: Tensor) -> torch.device:
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, up to ``BUCKET`` bytes together."""
+    """Group neighbouring tensors of one dtype and device, up to ``BUCKET`` bytes together."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         kind = [(t.dtype, t.device) for t in (tensor, *bucket[:1])]

@@ -1,4 +1,4 @@
-"""Divergence: a loss, gradient norm or weight that is not finite."""
+"""Checks that losses and gradient norms stay finite, and the error that ends a training."""
 
 from __future__ import annotations
 

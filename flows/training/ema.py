@@ -12,17 +12,17 @@ from flows.weights import copy_sharing
 
 
 class WeightAverage:
-    """Average of the trained weights of a module, beside the module.
+    """The running average of the trained weights of a module, kept in a copy of the module.
 
     A module sharded by ``fully_shard`` cannot be copied: its averages are kept shard by shard, and
     its ``module`` is the module itself, which `take` makes the average.
 
     Arguments:
-        module: whose weights are averaged, from what they are now.
-        named: its parameters that are trained, with their names.
+        module: the module whose weights are averaged, from their present values.
+        named: the parameters that are trained, with their names.
 
     Attributes:
-        module: the average in evaluation mode, with buffers copied; what is not trained is shared.
+        module: the average in evaluation mode, with buffers copied and frozen weights shared.
     """
 
     def __init__(self, module: nn.Module, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -41,7 +41,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """average + (1 - decay) (weight - average); buffers follow those of the module."""
+        """Move the average by (1 - decay) (weight - average), and copy the module's buffers."""
         averages, weights = distributed.shards(self._averages), distributed.shards(self._weights)
         torch._foreach_lerp_(averages, weights, 1 - decay)
         if self._buffers[0]:
@@ -49,23 +49,23 @@ class WeightAverage:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Make the averages the weights."""
+        """Overwrite the weights with the averages."""
         averages, weights = distributed.shards(self._averages), distributed.shards(self._weights)
         torch._foreach_copy_(weights, averages)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Averages, buffers and what is shared under the names of the module; shards if sharded."""
+        """Return averages, buffers and shared weights under the names of the module."""
         return {**self.module.state_dict(), **self._shards()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the whole tensors of ``state``."""
+        """Restore the averages from the whole tensors of ``state``."""
         if not self._sharded:
             self.module.load_state_dict(state)
         for name, average in self._shards().items():
             average.copy_(distributed.sharded_like(state[name], average))
 
     def _shards(self) -> dict[str, Tensor]:
-        """The averages of a sharded module under the names of its state dict; else none."""
+        """Return the averages of a sharded module by name, and nothing for other modules."""
         if not self._sharded:
             return {}
         of = {id(p): average for p, average in zip(self._weights, self._averages, strict=True)}

@@ -2,7 +2,6 @@
 
 Each iteration draws data x_1 from a sampler and noise x_0 ~ N(0, I), couples the two, and takes one
 step on E || v(x_t, t) - (x_1 - x_0) ||^2 with x_t = t x_1 + (1 - t) x_0 (see ``flows.matching``).
-The parts of the loop are importable from here too.
 """
 
 from __future__ import annotations
@@ -44,10 +43,12 @@ COUPLINGS = {"independent": independent, "optimal_transport": optimal_transport}
 
 
 def data_sampler(data: Tensor, cond: Cond | None = None) -> Sampler:
-    """A sampler that draws rows of ``data`` (N, *) with replacement, each with its conditions.
+    """Return a sampler that draws rows of ``data`` (N, *) with replacement.
+
 
     Arguments:
-        cond: conditions of the rows, of leading size N.
+        data: samples, shape (N, *).
+        cond: conditions of leading size N, drawn with their rows.
 
     Raises:
         ValueError: ``data`` is empty, has no batch dimension, or is not finite; or a condition has
@@ -83,7 +84,7 @@ def fit_flow(
     resume: bool = False,
     identity: Identity | None = None,
 ) -> nn.Module:
-    """Train ``field`` to transport N(0, I) to the law of ``sampler``; returns the averaged field.
+    """Fit a flow: train ``field`` to transport N(0, I) to the samples; return the averaged field.
 
     Arguments:
         field: velocity network, trained in place.

@@ -1,4 +1,4 @@
-"""A launch an update: losses and gradients of a trainer recorded as a CUDA graph, then replayed.
+"""One launch per update: losses and gradients of a trainer recorded as a CUDA graph, replayed.
 
 Loss and gradient are recorded, and the host does the rest: schedules of rates and averages may be
 as they like.  A loss must do the same at each call of one phase (`flows.training.loss.Loss.phase`);
@@ -19,12 +19,12 @@ from flows.training.trainer import Trainer
 
 
 class GradientGraph:
-    """Losses and gradients of the updates of a trainer, recorded once, then replayed.
+    """Records the losses and gradients of a trainer's updates once, and then replays them.
 
-    What ``trainer.backward()`` does becomes one launch, and all else of an update stays with the
-    host: its schedule of rates, clipping, the optimiser, the average.  That is for updates of so
-    many kernels that the rest does not count, such as those of a tilt.  The first `WARM` of a
-    phase of the loss are made one by one.
+    ``trainer.backward()`` becomes one launch, and the rest of an update stays with the host: its
+    schedule of rates, clipping, the optimiser, the average.  That is for updates of so many kernels
+    that the rest does not count, such as those of a tilt.  The first `WARM` of a phase of the loss
+    are made one by one.
 
     Arguments:
         trainer: on a CUDA device, whose loss says its phase.
@@ -58,10 +58,10 @@ class GradientGraph:
         self._gradients: list[Tensor | None] = []
 
     def __call__(self) -> None:
-        """What ``trainer.backward()`` does.
+        """Evaluate losses and gradients as ``trainer.backward()`` does.
 
         Raises:
-            ValueError: what it does cannot be recorded, such as a reward that reads numbers of it.
+            ValueError: the loss cannot be recorded, as one with a reward that reads numbers.
         """
         with on_device(self._device):
             self._make()

@@ -1,4 +1,4 @@
-"""Loggers of the metrics of a training: CSV, JSON lines, and TensorBoard.
+"""Callbacks that log the metrics of a training: CSV, JSON lines, and TensorBoard.
 
 A logged file is a function of the run alone (no clock, no host), and a run that is killed and
 resumed writes the same file as one left undisturbed: rows are written out before the checkpoint of
@@ -19,7 +19,7 @@ from flows.training.checkpoint import ensure_writable, finite, replacing
 
 
 class CSVLogger(Callback):
-    """Metrics as a table: the column ``iteration``, then one column per metric.
+    """Writes metrics as a CSV table: the column ``iteration``, then one column per metric.
 
     A metric that first appears later widens the table; its earlier cells are empty.
 
@@ -79,9 +79,9 @@ class CSVLogger(Callback):
 
 
 class JSONLLogger(Callback):
-    """Metrics as one JSON object per line, with the key ``iteration``; non-finite values are null.
+    """Writes metrics as one JSON object per line, with the key ``iteration``.
 
-    Arguments and errors as for ``CSVLogger``.
+    Values that are not finite become null.  Arguments and errors are those of ``CSVLogger``.
     """
 
     writes = True
@@ -116,10 +116,10 @@ class JSONLLogger(Callback):
 
 
 class TensorBoardLogger(Callback):
-    """Metrics as TensorBoard scalars; after a resume TensorBoard hides what came later.
+    """Writes metrics as TensorBoard scalars; points beyond a resume are hidden.
 
     Arguments:
-        folder: of the event files.
+        folder: where the event files are written.
         every: iterations between two points; the last iteration always has one.
 
     Raises (when training starts):
@@ -160,7 +160,7 @@ class TensorBoardLogger(Callback):
 
 
 def _numbers(metrics: Metrics) -> dict[str, float]:
-    """The metrics with nine significant digits, which tell any two float32 numbers apart."""
+    """Return metrics with nine significant digits, which tell any two float32 numbers apart."""
     return {name: float(f"{float(value):.9g}") for name, value in metrics.items()}
 
 
@@ -171,7 +171,7 @@ def _csv_line(cells: Any) -> str:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """Lines of ``path``, without a last one that a kill cut short; none if there is no file."""
+    """Return the lines of a file, without a last one that a kill cut short."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -179,7 +179,7 @@ def _complete_lines(path: Path) -> list[str]:
 
 
 def _rewrite(path: Path, text: str) -> TextIO:
-    """``path`` with the content ``text``, replaced atomically, and open for appending."""
+    """Replace the content of ``path`` by ``text`` atomically, and open it for appending."""
     with replacing(path, "logger") as file:
         file.write(text.encode())
     return path.open("a", newline="", encoding="utf-8")

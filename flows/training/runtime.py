@@ -1,7 +1,7 @@
-"""Settings of a whole process that make the same numbers come sooner on a CPU.
+"""Settings of a whole process: faster numbers on a CPU, and the choice of the device.
 
-For the entry points of programs, not for functions that others call: both settings outlive the
-call.
+`prepare_process` is for the entry points of programs, not for functions that others call: its
+settings outlive the call.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def prepare_process() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is a GPU where there is one.
+    """Return the device of a name; ``auto`` is a GPU where there is one.
 
     Raises:
-        ValueError: no such device, or none on this machine.
+        ValueError: the name is no device, or this machine does not have it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Several trainings at once: one evaluation of the loss for all, and nothing else in common.
+"""Several trainings at once, which share the evaluation of the loss and nothing else.
 
 Modules of one architecture are stacked: each parameter and buffer of S modules becomes one tensor
 of shape (S, *), and what the modules hold becomes its slices.  So every module, its optimiser, its
@@ -39,7 +39,7 @@ MakeUpdates = Callable[[tuple[Trainer, ...], "StackedTrainers | None"], None]
 
 
 class StackedTrainers:
-    """Trainers whose losses are evaluated as one.
+    """A group of trainers whose losses are evaluated together.
 
     Arguments:
         trainers: of modules of one architecture, with a `SplitLoss` and one configuration but for
@@ -85,7 +85,7 @@ class StackedTrainers:
             self._evaluate = torch.compile(self._evaluate, dynamic=False)
 
     def step(self) -> list[dict[str, Tensor]]:
-        """One optimiser step of each; the metrics that `Trainer.step` returns, of each.
+        """Make one optimiser step of each trainer; return the metrics of each.
 
         Raises:
             TrainingDiverged, ValueError: as in `Trainer.step`.
@@ -96,10 +96,10 @@ class StackedTrainers:
         return [trainer.apply() for trainer in self.trainers]
 
     def backward(self, drawn: Sequence[Sequence[Drawn]]) -> None:
-        """What `Trainer.backward` does, for all.
+        """Evaluate the losses and gradients of all trainers, as `Trainer.backward` does for one.
 
         Arguments:
-            drawn: what `draw` gave, of each trainer.
+            drawn: the result of `draw` for each trainer.
 
         Raises:
             ValueError: the loss is not a scalar.
@@ -124,7 +124,7 @@ class StackedTrainers:
                 stack.grad = None
 
     def release(self) -> None:
-        """Give each module storage of its own again; this object is then of no more use."""
+        """Give each module storage of its own again; the group cannot be used afterwards."""
         for members in self._members.values():
             for member in members:
                 member.data = member.data.clone()
@@ -134,7 +134,7 @@ class StackedTrainers:
 
 
 def draw(trainer: Trainer) -> list[Drawn]:
-    """What the losses of the next step draw, one for each that is accumulated."""
+    """Draw the inputs of the losses of the next step, one for each accumulated loss."""
     loss, module, generator = cast(SplitLoss, trainer.loss), trainer.module, trainer.generator
     drawn = []
     for _ in range(trainer.config.accumulate):
@@ -146,14 +146,15 @@ def draw(trainer: Trainer) -> list[Drawn]:
 def train_stacked(
     runs: Sequence[Generator[Trainer, None, Result]], *, update_graph: MakeUpdates | None = None
 ) -> list[Result | Exception]:
-    """Bring all runs to their end; what each returned, or the error that it ended with.
+    """Train several runs to their ends; return the result of each, or the error that ended it.
 
     An error of one run, such as its divergence, ends that one only; an error of the evaluation
     that all have in common is raised.
 
     Arguments:
-        runs: not begun, each what `Trainer.training` gives, perhaps with more around it: an item is
-            the run's trainer, always the same one, and asks for its gradients.  All are closed.
+        runs: generators such as `Trainer.training`, not begun, perhaps with more around it.  Each
+            yields its trainer, always one and the same, when it needs its gradients.  All are
+            closed at the end.
         update_graph: makes the updates of several iterations at once where it can.
 
     Raises:
@@ -211,7 +212,7 @@ def train_stacked(
 
 @contextmanager
 def _told(run: Generator[Trainer, None, Any]) -> Iterator[None]:
-    """Raise an error of the body in the run, at the place where it waits."""
+    """Raise an error of the body inside the run, at the place where it waits."""
     try:
         yield
     except Exception as error:
@@ -219,7 +220,7 @@ def _told(run: Generator[Trainer, None, Any]) -> Iterator[None]:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under the names by which `_Evaluation` has them."""
+    """Return parameters and buffers under their names in `_Evaluation`."""
     held = [*module.named_parameters(), *module.named_buffers()]
     return {f"module.{name}": tensor for name, tensor in held}
 
@@ -233,5 +234,5 @@ class _Evaluation(nn.Module):
         self._loss = cast(SplitLoss, trainer.loss)
 
     def forward(self, *inputs: Any) -> Evaluated:
-        """Loss and metrics."""
+        """Return loss and metrics."""
         return self._loss.evaluate(self.module, inputs)

@@ -1,4 +1,4 @@
-"""Many updates a launch: N whole updates of trainers recorded as one CUDA graph, then replayed.
+"""Many updates per launch: N whole updates of trainers recorded as one CUDA graph, replayed.
 
 An update is recorded whole (inputs drawn, loss, gradient, target networks, optimiser): the same
 functions in the same order on the same random streams.  The host does what is left to it, which is
@@ -33,7 +33,7 @@ from flows.training.trainer import Trainer
 
 
 class UpdateGraph:
-    """Makes N updates of trainers at a time, where they can be made ahead of callbacks.
+    """Records N updates of trainers as a CUDA graph, and makes N updates with one launch.
 
     Arguments:
         updates: N.
@@ -56,13 +56,13 @@ class UpdateGraph:
         self._replay: Block | None = None
 
     def __call__(self, trainers: tuple[Trainer, ...], stacked: StackedTrainers | None) -> None:
-        """Make the next N updates of each, whose ``unreported`` then holds what they are to report.
+        """Make the next N updates of each trainer, and put their metrics into its ``unreported``.
 
         Does nothing where fewer are left, where they need the host, or between multiples of N.
 
         Arguments:
             trainers: on one CUDA device.
-            stacked: what evaluates their losses as one, if they are several.
+            stacked: the group that evaluates their losses together, if they are several.
 
         Raises:
             TypeError, ValueError: what cannot be recorded, see `check_recordable`.
@@ -102,10 +102,10 @@ class UpdateGraph:
         return left >= self.updates and trainer.iteration % self.updates == 0
 
     def _block(self) -> list[list[Metrics]]:
-        """N updates; their metrics by trainer.
+        """Make N updates; return their metrics by update and trainer.
 
-        What the next update draws does not depend on this one: a second stream draws it meanwhile.
-        That stream waits for each update before, so that it never takes memory still in use.
+        The inputs of the next update do not depend on this one, so a second stream draws them
+        meanwhile.  It waits for the update before, so that it never takes memory still in use.
         """
         beside = SecondStream() if self._on_cuda else nullcontext()
         results, following = [], self._draw()
@@ -120,7 +120,7 @@ class UpdateGraph:
         return results
 
     def _draw(self) -> list[tuple[Any, ...]]:
-        """The inputs of an update of each trainer."""
+        """Draw the inputs of one update of each trainer."""
         return [
             cast(SplitLoss, trainer.loss).sample(trainer.module, trainer.generator)
             for trainer in self._trainers
@@ -141,12 +141,12 @@ class UpdateGraph:
 
 
 def check_recordable(trainer: Trainer, updates: int, *, cuda: bool = True) -> None:
-    """Refuse a trainer whose updates need the host.
+    """Check that the updates of a trainer can be recorded, as they do not need the host.
 
     Raises:
         TypeError: its loss is not a `SplitLoss`.
-        ValueError: it is not on a CUDA device, one of several processes, accumulates losses, has a
-            schedule of rates, an average or a restart, or saves within N updates.
+        ValueError: the trainer is not on a CUDA device, is one of several processes, accumulates
+            losses, has a schedule of rates, an average or a restart, or saves within N updates.
     """
     config, device = trainer.config, trainer.generator.device
     if cuda and device.type != "cuda":

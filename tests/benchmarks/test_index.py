@@ -1,10 +1,11 @@
 """The table of benchmarks/README.md has every question and every record there is."""
 
+import ast
 import re
 from fnmatch import fnmatch
 
 import pytest
-from helpers.pages import ROOT, Page, options_of
+from helpers.pages import ROOT, Page, options_of, parse
 
 FOLDER = ROOT / "benchmarks"
 TABLE = Page("benchmarks/README.md")
@@ -37,3 +38,17 @@ def test_every_record_is_in_the_table():
 @pytest.mark.parametrize("question", sorted(questions()))
 def test_every_benchmark_writes_where_output_says(question):
     assert options_of(f"benchmarks.{question}")().output.parent == FOLDER / "results"
+
+
+def commands():
+    """The commands in the docstrings of the questions, without optional parts."""
+    for path in FOLDER.rglob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith("    python -m"):
+                yield re.split(r"\s#|\[", line)[0].strip()
+
+
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_commands_in_docstrings_parse(command):
+    parse(command)

@@ -34,6 +34,7 @@ from flows.training import Trainer, distributed
 from flows.training.callbacks import Callback, ProgressBar, check_callbacks
 from flows.training.checkpoint import ensure_writable
 from flows.training.gradient_graph import GradientGraph
+from flows.training.sharding import is_sharded
 from flows.weights import fingerprint
 
 __all__ = ["CondSampler", "TiltConfig", "TiltLoss", "Tilted", "tilt", "trainable"]
@@ -80,7 +81,7 @@ def _shareable(base: nn.Module, model: nn.Module | None) -> nn.Module:
     Raises:
         ValueError: a sharded base without a model, or with itself as the model.
     """
-    if not distributed.is_sharded(base):
+    if not is_sharded(base):
         return frozen(base)
     if model is None or any(part is base for part in model.modules()):
         raise ValueError(

@@ -52,6 +52,7 @@ from adjoint.trajectory_buffer import TrajectoryBuffer
 from flows.field import Cond, VelocityField
 from flows.training import distributed
 from flows.training.loss import Loss
+from flows.training.sharding import is_sharded
 
 CondSampler = Callable[[int, torch.Generator], Cond]
 
@@ -393,7 +394,7 @@ def compiled(field: VelocityField) -> VelocityField:
     Raises:
         ValueError: the field is sharded, so that its weights are gathered by hooks.
     """
-    if distributed.is_sharded(field):
+    if is_sharded(field):
         raise ValueError("compile must be False for a base or model sharded by fully_shard")
     # Compiled forms are kept with the code of ``forward``, at most this many for all fields of one
     # class in a process; a field more would run as it is.

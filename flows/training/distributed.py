@@ -42,6 +42,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flows.training.sharding import is_sharded
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
@@ -226,32 +228,6 @@ def from_first(function: Callable[[], T]) -> T:
 # --- modules sharded by fully_shard --------------------------------------------------------------
 
 
-def is_sharded(what: Any) -> bool:
-    """Tell whether a tensor is a DTensor, or a module has been sharded by ``fully_shard``."""
-    if isinstance(what, nn.Module):
-        return any(hasattr(part, "unshard") for part in what.modules())
-    return hasattr(what, "full_tensor")
-
-
-def reshard(module: nn.Module) -> None:
-    """Shard the parameters again, which an evaluation without gradient leaves whole."""
-    for part in module.modules():
-        if hasattr(part, "unshard"):
-            part.reshard()  # type: ignore[operator]
-
-
-def local(tensor: Any) -> Tensor:
-    """Return the shard of a DTensor that this process holds, or a plain tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the local shards of tensors that are all sharded, or the plain tensors."""
-    if tensors and is_sharded(tensors[0]):
-        return [local(t.detach()) for t in tensors]
-    return list(tensors)
-
-
 def whole(value: Any) -> Any:
     """Join the shards in nested dicts on the CPU of the first process; others get empty tensors."""
     if isinstance(value, dict):
@@ -285,9 +261,6 @@ def load_whole(
             n: sharded_like(w, targets[n]) if n in targets else w for n, w in weights.items()
         }
     module.load_state_dict({**weights, **kept})
-
-
-# --- private -------------------------------------------------------------------------------------
 
 
 @contextmanager

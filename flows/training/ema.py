@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.training import distributed
+from flows.training.sharding import is_sharded, shards
 from flows.weights import copy_sharing
 
 
@@ -28,7 +29,7 @@ class WeightAverage:
     def __init__(self, module: nn.Module, named: Sequence[tuple[str, Tensor]]) -> None:
         self._weights = [p for _, p in named]
         self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._sharded = distributed.is_sharded(module)
+        self._sharded = is_sharded(module)
         if self._sharded:
             self.module = module
             self._averages = [p.detach().clone() for p in self._weights]
@@ -42,7 +43,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """Move the average by (1 - decay) (weight - average), and copy the module's buffers."""
-        averages, weights = distributed.shards(self._averages), distributed.shards(self._weights)
+        averages, weights = shards(self._averages), shards(self._weights)
         torch._foreach_lerp_(averages, weights, 1 - decay)
         if self._buffers[0]:
             torch._foreach_copy_(*self._buffers)
@@ -50,7 +51,7 @@ class WeightAverage:
     @torch.no_grad()
     def take(self) -> None:
         """Overwrite the weights with the averages."""
-        averages, weights = distributed.shards(self._averages), distributed.shards(self._weights)
+        averages, weights = shards(self._averages), shards(self._weights)
         torch._foreach_copy_(weights, averages)
 
     def state_dict(self) -> dict[str, Tensor]:

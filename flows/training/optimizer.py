@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from flows.training import distributed
 from flows.training.config import TrainerConfig, learning_rate
 from flows.training.ema import WeightAverage
+from flows.training.sharding import is_sharded, shards
 
 
 class AveragedAdam:
@@ -47,7 +48,7 @@ class AveragedAdam:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("module has no parameter that requires a gradient")
-        if len({distributed.is_sharded(p) for _, p in named}) > 1:
+        if len({is_sharded(p) for _, p in named}) > 1:
             raise ValueError(
                 "some parameters that require a gradient are sharded and others are not: call "
                 "fully_shard on the whole module after its parts"
@@ -80,7 +81,7 @@ class AveragedAdam:
         distributed.average_gradients(self.parameters)
         largest = self.config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, largest).detach()
-        return norm.full_tensor() if distributed.is_sharded(norm) else norm  # type: ignore
+        return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore
 
     def step(self, iteration: int) -> None:
         """Move weights and average along the gradients.
@@ -107,7 +108,7 @@ class AveragedAdam:
 
     def finite(self) -> bool:
         """Tell whether the weights are finite in all processes; waits for the device."""
-        weights = distributed.shards(self.parameters)
+        weights = shards(self.parameters)
         finite = torch.stack([p.isfinite().all() for p in weights]).all()
         distributed.average_([found := finite.float()])
         return bool(found == 1)

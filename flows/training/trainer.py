@@ -2,35 +2,27 @@
 
 A loss is any callable (module, generator) -> (loss, metrics), and one iteration i = 0, 1, ... is
 
-    g     = gradient of the mean of ``accumulate`` losses, clipped to the norm ``grad_clip``
-    theta = Adam(theta, g, lr_i)            (AdamW with a weight decay)
-    ema   = ema + (1 - d_i) (theta - ema),  d_i = min(ema_decay, (1 + i) / (10 + i))
-
-where the warm-up of d_i keeps the random initialisation from lingering in the average.  The rate
-lr_i is a function of i alone (``learning_rate``), so it needs no state.
+    g          = gradient of the mean of ``accumulate`` losses, clipped to the norm ``grad_clip``
+    theta, ema = one step of Adam along g, and the running average (`flows.training.optimizer`).
 
 Before the iteration ``restart``, where a configuration has one, the average becomes the weights,
-Adam forgets its moments, and the schedules of lr_i and d_i start anew: a second training, say on
-another loss, from the result of the first.
+Adam forgets its moments, and the schedules of the learning rate and the average start anew: a
+second training, say on another loss, from the result of the first.
 
 A loss that derives from `flows.training.loss.Loss` may have the hook ``before_update(module)``.  It
 runs when g is known, clipped and (on a CPU) found finite, while the weights are still theta: the
 moment to move networks that follow the weights, such as target networks.
 
-Parameters that require no gradient are not averaged: module and average share them.
-
 Divergence.  A loss or gradient norm that is not finite stops the training.  On a CPU it is seen
 before the weights change; elsewhere numbers are read only once in several iterations, so as not to
 wait for the device (``flows.training.divergence``), and always before a checkpoint is written.
-
-A resumed training is equal to an undisturbed one, see ``flows.training.resume``.
+`flows.training.resume` says what a checkpoint holds.
 
 Several processes (``torchrun``, see ``flows.training.distributed``).  Each evaluates the loss with
 random numbers of its own; g and the metrics are means over the processes, so that weights that are
 equal at the start, those of the first process, stay equal, and that a NaN anywhere stops them all.
-Every process must make the same trainers and
-call the same methods of them.  Buffers that change in training (batch statistics) are not made
-equal.
+Every process must make the same trainers and call the same methods of them.  Buffers that change in
+training (batch statistics) are not made equal.
 
 A module sharded by ``fully_shard`` is trained shard by shard.  As it cannot be copied, ``ema`` is
 the module itself, which gets the average as its weights at the end of ``fit``.
@@ -54,6 +46,7 @@ from flows.training.divergence import FiniteNumbers, TrainingDiverged
 from flows.training.loss import LossFunction, Metrics, as_loss, mean_metrics
 from flows.training.optimizer import AveragedAdam
 from flows.training.resume import Identity, TrainerCheckpoint
+from flows.training.sharding import is_sharded, reshard
 
 
 class Trainer:
@@ -74,9 +67,8 @@ class Trainer:
 
     Attributes:
         iteration: optimiser steps done so far.
-        optimizer: Adam and the running average.
-        ema: the average of the weights as a module in evaluation mode, with buffers copied and
-            parameters that require no gradient shared (the module itself if averaging is off).
+        optimizer: Adam and the running average, see `flows.training.optimizer.AveragedAdam`.
+        ema: the average of the weights as a module (the module itself if averaging is off).
         generator: source of all random numbers of the loss, on the device of the module.
         stopped: the message of the callback that stopped the training; None if none did.
         loss_metrics: metrics, with the ``loss``, of each loss of the step that is being made.
@@ -115,7 +107,7 @@ class Trainer:
         self._file = TrainerCheckpoint(module, self.checkpoint, identity, save_frozen=save_frozen)
         self._finite = FiniteNumbers()
 
-        distributed.reshard(module)
+        reshard(module)
         distributed.broadcast_([*module.parameters(), *module.buffers()])
         self.optimizer = AveragedAdam(module, config)
         self.ema = self.optimizer.ema
@@ -123,8 +115,6 @@ class Trainer:
         self.generator = torch.Generator(device=self._device)
         self.generator.manual_seed(distributed.seed_of(config.seed))
         module.train()
-
-    # --- a training, from its first iteration to its last ----------------------------------------
 
     def fit(self, *, resume: bool = False, backward: Callable[[], None] | None = None) -> nn.Module:
         """Train to the end, with callbacks and checkpoints; return ``ema`` in evaluation mode.
@@ -181,8 +171,8 @@ class Trainer:
         finally:
             for callback in self.callbacks:
                 callback.on_end(self)
-        if distributed.is_sharded(self.module):
-            distributed.reshard(self.module)
+        if is_sharded(self.module):
+            reshard(self.module)
             self.optimizer.take_average()
 
     def _ended(self) -> bool:
@@ -203,8 +193,6 @@ class Trainer:
         self.stopped = self.stopped or message
         if self._ended() or self.iteration % self.config.checkpoint_every == 0:
             self._save()
-
-    # --- one step --------------------------------------------------------------------------------
 
     def step(self) -> Metrics:
         """Make one optimiser step; return the metrics, ``loss`` and ``grad_norm`` first.
@@ -272,8 +260,6 @@ class Trainer:
         # evaluated the module first without gradients (a rollout) and then with them.
         return torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False)
 
-    # --- divergence ------------------------------------------------------------------------------
-
     def _check_finite_later(self, metrics: Metrics) -> None:
         """Check the numbers of the next iteration, at once on a CPU and later on a GPU."""
         self._finite.add(self.iteration + 1, metrics["loss"], metrics["grad_norm"])
@@ -281,13 +267,12 @@ class Trainer:
             self._check_finite()
 
     def _check_finite(self) -> None:
+        """Raise `TrainingDiverged` if a number noted so far is not finite."""
         if (problem := self._finite.problem()) is not None:
             raise self._diverged(problem)
 
     def _diverged(self, problem: str) -> TrainingDiverged:
         return TrainingDiverged(f"training stopped: {problem}; {self._file.last_good()}")
-
-    # --- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next iteration depends on, as tensors and plain data.

@@ -18,6 +18,7 @@ from flows.training.callbacks import Callback
 from flows.training.checkpoint import CheckpointError
 from flows.training.fit import TrainingDiverged
 from flows.training.loggers import CSVLogger
+from flows.training.sharding import local
 
 CONFIG = TrainerConfig(
     iterations=12, lr=0.01, ema_decay=0.9, accumulate=2, grad_clip=0.5, checkpoint_every=4
@@ -298,7 +299,7 @@ def train_sharded(rank, folder, iterations):
     config = replace(CONFIG, iterations=iterations)
     trainer = Trainer(module, joined_regression, config, checkpoint=folder / "c.pt")
     same_numbers(trainer).fit(resume=True)
-    kept = sum(distributed.local(p).numel() for p in module.parameters())
+    kept = sum(local(p).numel() for p in module.parameters())
     ema = distributed.whole(trainer.ema.state_dict())
     return ema, kept
 

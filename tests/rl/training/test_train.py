@@ -513,3 +513,20 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     with pytest.raises(ValueError, match="online_steps needs a collector and a replay of capacity"):
         AgentLoss(replay, Phases(1, 1), collector=None)
     assert Episodes(Corridor, 0).env.action_space.shape == (2,)
+
+
+def test_threads_are_set_for_the_training_and_restored_after_it(tmp_path):
+    class Threads(Callback):
+        seen = 0
+
+        def on_step(self, trainer, iteration, metrics):
+            self.seen = torch.get_num_threads()
+
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    short = {"offline_steps": 2, "online_steps": 0}
+    fit(tmp_path / "two", short, threads=2, eval_every=0, callbacks=[during := Threads()])
+    assert during.seen == 2
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(tmp_path / "two", short, threads=2, resume=False)
+    assert torch.get_num_threads() == before[0]

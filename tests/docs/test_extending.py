@@ -93,6 +93,7 @@ def folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_the_page_from_top_to_bottom(folder):
     pytest.importorskip("gymnasium", reason="needs the packages of the extra rl")
     names, done = {}, []
@@ -108,6 +109,7 @@ def test_the_page_from_top_to_bottom(folder):
     assert (folder / "outputs").is_dir()
 
 
+@pytest.mark.slow
 def test_the_callback_of_the_page_ends_a_training(folder):
     files = {kind: code for kind, code in steps() if kind.endswith(".py")}
     (folder / "my_callback.py").write_text(files["my_callback.py"])

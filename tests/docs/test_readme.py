@@ -29,8 +29,8 @@ def test_kernels_are_described_in_the_same_words_as_by_the_command_line(name):
     assert f"| `{name}` | {DESCRIPTIONS[name]} |" in README.text.replace("–", "-")
 
 
-def test_opens_with_two_commands():
-    assert README.commands()[:2] == ["make demo", "make test"]
+def test_opens_with_the_commands_of_make():
+    assert README.commands()[:3] == ["make demo", "make test", "make quick"]
 
 
 def test_no_placeholder_remains():

@@ -41,6 +41,7 @@ _FILES = {
     "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss edit_loss expectile_loss "
     "one_step_loss td_target",
     "agents.domains": "by_domain",
+    "agents.testing": "check_agent",
     # Tasks and their environments
     "environments.tasks": "Task find_task make_environment task_names",
     "environments.wrappers": "Standard standardise",
@@ -128,6 +129,7 @@ if TYPE_CHECKING:
         td_target,
     )
     from applications.rl.agents.domains import by_domain
+    from applications.rl.agents.testing import check_agent
 
     # Tasks and their environments
     from applications.rl.environments.tasks import Task, find_task, make_environment, task_names

@@ -57,11 +57,12 @@ def _check_options(default: Any, arguments: Sequence[str]) -> None:
     for name, agent in AGENTS.items():
         for field in fields(agent.config_class):
             owners.setdefault(field.name, []).append(name)
+    own = {field.name for field in fields(default.options)}
     for argument in arguments:
         option = argument.partition("=")[0]
         name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
         agents = owners.get(name, [default.agent])
-        if option.startswith("--") and default.agent not in agents:
+        if option.startswith("--") and name not in own and default.agent not in agents:
             raise ValueError(
                 f"agent {default.agent!r} has no option {option}; it is one of {', '.join(agents)}"
             )

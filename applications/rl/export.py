@@ -58,6 +58,8 @@ class ExportConfig:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, or its checkpoint."""
+    agent: str | None = None
+    """Agent of your own that the run holds, as module:Name; its module is imported."""
     folder: Path | None = None
     """Folder to write policy.pt2 and policy.json to; the folder of the run if not given."""
     device: str = "cpu"
@@ -126,7 +128,7 @@ def run_export(config: ExportConfig) -> Exported:
     except (RuntimeError, AssertionError) as error:  # an unknown name, or no such hardware
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: cannot use {config.device!r}: {reason}") from None
-    trained = load_agent(config.run, config.device)
+    trained = load_agent(config.run, config.device, agent=config.agent)
     own = config.run if config.run.is_dir() else config.run.parent
     path = ensure_writable((config.folder or own) / "policy.pt2", "folder")
     policy = Policy(trained.agent)

@@ -30,7 +30,7 @@ def show_list(_: ListConfig) -> None:
     print("\nagents, and options with their general defaults (`train --help` shows the preset's)")
     for name, agent in AGENTS.items():
         summary = (inspect.getdoc(agent) or "").splitlines()[0].rstrip(".")
-        print(f"  {name:<10}{summary}")
+        print(f"  {name:<10}{summary} ({agent.page})")
         config = agent.config_class()
         own = [f"{field.name}={getattr(config, field.name)}" for field in fields(config)]
         print("\n".join(f"{'':<12}{option}" for option in own if own))

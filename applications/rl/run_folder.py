@@ -24,7 +24,7 @@ import torch
 
 from applications.common import run_folder as common
 from applications.common.run_folder import CONFIG, RunFiles, write_config
-from applications.rl.agents import find_agent, make_agent
+from applications.rl.agents import AgentLike, UntrustedAgentError, find_agent, make_agent
 from applications.rl.agents.base import Agent, AgentConfig
 from applications.rl.environments.spaces import Spaces
 from applications.rl.renamed import RENAMED
@@ -54,7 +54,7 @@ class TrainedAgent:
 
     Attributes:
         agent: the agent, in evaluation mode.
-        name: name of the agent, a key of ``AGENTS``.
+        name: name of the agent, short or ``module:Name``.
         task: name of the task it was trained on.
         updates: number of updates done.
         identity: what the checkpoint says it belongs to.
@@ -111,12 +111,25 @@ def run_folders(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.rglob(CHECKPOINT))
 
 
-def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedAgent:
+def load_agent(
+    path: str | Path, device: torch.device | str = "cpu", *, agent: AgentLike | None = None
+) -> TrainedAgent:
     """Load the agent of a checkpoint file or of a run folder.
+
+    A checkpoint is data: loading it imports no module that it names.  An agent from outside this
+    package is loaded only if the program has imported its module, or if ``agent`` names it.
+
+    Arguments:
+        path: the checkpoint, or the folder of a run.
+        device: where the agent is put.
+        agent: the agent from outside this package that the checkpoint may hold, as ``module:Name``
+            (its module is imported), as its class, or by options of it.
 
     Raises:
         FileNotFoundError: there is none; the message names runs in folders below.
-        CheckpointError: the file is damaged, or is no checkpoint of an agent.
+        CheckpointError: the file is damaged, is no checkpoint of an agent, or holds an agent from
+            outside this package whose module is not imported.
+        ValueError: there is no such ``agent``.
     """
     folder = path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
@@ -124,6 +137,7 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
         below = run_folders(folder)
         hint = f"; name a run below it, such as {below[0]}" if below else ""
         raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}{hint}")
+    allowed = None if agent is None else find_agent(agent)
     state = checkpoints.load(path)
     try:
         identity = state["identity"]
@@ -133,18 +147,42 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> TrainedA
             for key, value in identity.items()
             if key.startswith("options.")
         }
-        config = find_agent(name).config_class(**options)
-        agent = make_agent(config, identity["observation_dim"], identity["action_dim"])
-        agent.load_state_dict(state["module"])
+        config = _stored_agent(path, name, allowed).config_class(**options)
+        made = make_agent(config, identity["observation_dim"], identity["action_dim"])
+        made.load_state_dict(state["module"])
         trained = TrainedAgent(
-            agent.to(device), name, identity["task"], state["iteration"], identity
+            made.to(device), name, identity["task"], state["iteration"], identity
         )
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is no checkpoint of an agent of this version: {type(error).__name__}: {error}"
         ) from error
     trained.agent.eval().requires_grad_(False)
     return trained
+
+
+def _stored_agent(path: Path, name: str, allowed: type[Agent] | None) -> type[Agent]:
+    """Return the class that a checkpoint names, without importing a module for it.
+
+    Arguments:
+        allowed: the class that the user has named, which may lie in another module by now.
+
+    Raises:
+        CheckpointError: the name is of an agent from outside that is neither allowed nor imported.
+        ValueError: there is no agent of that name.
+    """
+    class_name = name.partition(":")[2]  # none where the name is a short one
+    if allowed is not None and class_name == allowed.__qualname__:
+        return allowed
+    try:
+        return find_agent(name, importing=False)
+    except UntrustedAgentError as error:
+        raise CheckpointError(
+            f"{path}: {error}; if you trust it, name it: --agent {name}, or in Python "
+            f"agent={name!r}"
+        ) from error
 
 
 def full_disk_explained(folder: Path) -> AbstractContextManager[None]:

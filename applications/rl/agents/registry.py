@@ -73,8 +73,8 @@ def find_agent(agent: AgentLike, *, importing: bool = True) -> type[Agent]:
     module = _imported(module_name)
     if module is None and not importing:
         raise UntrustedAgentError(
-            f"agent {agent!r} is not part of this package, and its module is not imported because "
-            "importing runs its code"
+            f"the agent {agent!r} is not part of this package, and its module is not imported "
+            "unasked, for that runs its code"
         )
     if module is None:
         try:

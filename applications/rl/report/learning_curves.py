@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from applications.common.pictures import style
-from applications.rl.agents import AGENTS
+from applications.rl.agents import AGENTS, find_agent
 from applications.rl.evaluation.statistics import bootstrap_interval
 from applications.rl.report.published import PublishedCurve
 
@@ -113,7 +113,7 @@ def colors(labels: Sequence[str]) -> list[str]:
     """Choose a colour for each label: its agent's, or a spare one if that is taken or unknown."""
     taken: list[str] = []
     for label in labels:
-        own = HUES.get(_agent(label))
+        own = agent_color(label)
         free = [c for c in SPARE if c not in taken] or list(SPARE)
         taken.append(own if own is not None and own not in taken else free[0])
     return taken
@@ -252,6 +252,18 @@ def _name_ends(ax: Axes, ends: Sequence[_End]) -> None:
             va="center_baseline",
             annotation_clip=False,
         )
+
+
+def agent_color(label: str) -> str | None:
+    """Return the colour of the agent that a label begins with; None if it has none.
+
+    An agent from outside this package has its colour where its module is imported.
+    """
+    word = label.partition(" ")[0]
+    try:
+        return HUES.get(word.lower()) or find_agent(word, importing=False).color or None
+    except ValueError:
+        return None
 
 
 def _agent(label: str) -> str:

@@ -1,7 +1,7 @@
 """Figures of a maze: its walls, and the trajectories of policies.
 
 The functions take arrays and write a PNG.  The behaviour is blue, the tilt amber; other agents have
-their colour in `applications.rl.report.learning_curves.HUES`.
+their colour in `applications.rl.report.learning_curves.agent_color`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.patches import Circle, Rectangle
 
 from applications.common.pictures import style
 from applications.common.pictures.arrays import Array, checked
-from applications.rl.report.learning_curves import HUES
+from applications.rl.report.learning_curves import agent_color
 
 WALL, EDGE = "#232b38", "#46536a"
 
@@ -198,7 +198,7 @@ def _draw_ends(ax: Axes, start: np.ndarray, goal: np.ndarray, radius: float) -> 
 
 
 def _hue(name: str) -> str:
-    return HUES.get(name.partition(" ")[0].lower(), style.INK)
+    return agent_color(name) or style.INK
 
 
 def _colors(name: str) -> Colormap:

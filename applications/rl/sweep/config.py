@@ -38,7 +38,7 @@ class SweepConfig:
     tasks: tuple[str, ...]
     """Tasks; `published` stands for the 50 tasks of the published table."""
     agents: tuple[str, ...] = ("qam",)
-    """Agents; `list` shows the names."""
+    """Agents: names that `list` shows, or module:Name of your own, whose module is imported."""
     seeds: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--seed"])] = ("0-11",)
     """Seeds, numbers or ranges such as 0-11."""
     seeds_per_job: int = 1

@@ -23,7 +23,7 @@ from applications.rl.agents.domains import DOMAINS
 from applications.rl.agents.presets import preset
 from applications.rl.environments.tasks import ENVIRONMENTS, TASK_NUMBERS, find_task
 from applications.rl.report.published import SPARSE
-from applications.rl.training.config import TrainConfig
+from applications.rl.training.config import TrainConfig, folder_name
 
 PUBLISHED = "published"
 """Word that stands for the tasks of the published table."""
@@ -163,7 +163,7 @@ def make_plan(
                     task=task,
                     agent=agent,
                     seeds=tuple(seeds[start : start + seeds_per_job]),
-                    folder=folder.absolute() / task.replace(":", "-") / agent,
+                    folder=folder.absolute() / folder_name(task) / folder_name(agent),
                 )
             )
             for start in range(0, len(seeds), seeds_per_job)

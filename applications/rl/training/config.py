@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from applications.common.renamed import refuse_old_arguments
-from applications.rl.agents.base import AgentConfig
+from applications.rl.agents.options import AgentConfig
+from applications.rl.agents.registry import agent_name
 from applications.rl.renamed import RENAMED
 from applications.rl.training.phases import Phases
 from applications.rl.training.seeds import SEEDS
@@ -26,8 +27,9 @@ class TrainConfig:
 
     task: str
     """Task, such as cube-single-play-singletask-task1-v0; `list` shows the names."""
-    agent: str = "qam"
-    """Agent; `list` shows the names."""
+    agent: str = ""
+    """Agent: a short name, which `list` shows, or module:Name of one of your own, whose module is
+    then imported.  If not given, the agent that the options belong to, else qam."""
     preset: str = "published"
     """Source of the agent's options: published (by domain), or small (for a small machine)."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"]), SEEDS] = (0,)
@@ -114,6 +116,9 @@ class TrainConfig:
         Raises:
             ValueError: naming the option, its value and what was expected.
         """
+        if not self.agent:
+            name = "qam" if self.options is None else agent_name(self.options)
+            object.__setattr__(self, "agent", name)
         minima = {"batch_size": 1, "shard_every": 1, "eval_every": 0, "eval_episodes": 1}
         minima |= {"environments": 1, "workers": 0, "checkpoint_every": 1, "log_every": 1}
         minima |= {"start_training": 1, "threads": 0, "stacked": 0, "cuda_graphs": 0}
@@ -145,11 +150,16 @@ class TrainConfig:
     @property
     def path(self) -> Path:
         """Folder that holds a folder for each seed."""
-        return self.folder or Path("outputs/rl") / self.task.replace(":", "-") / self.agent
+        return self.folder or Path("outputs/rl") / folder_name(self.task) / folder_name(self.agent)
 
     def run_folder(self, seed: int) -> Path:
         """Folder of the run of ``seed``."""
         return self.path / f"seed{seed}"
+
+
+def folder_name(name: str) -> str:
+    """Return the name of a task or an agent as that of a folder: without colons."""
+    return name.replace(":", "-")
 
 
 EXECUTION_OPTIONS = tuple(option.name for option in fields(TrainConfig) if option.metadata)

@@ -135,7 +135,8 @@ def show_train(config: TrainConfig) -> None:
     for run in train(config):
         end = "" if run.evaluation is None else f": {run.evaluation}"
         print(f"seed {run.seed}{end}\nwrote {run.folder} ({run.seconds:.0f} s)")
-    print(f"\nnext: python -m applications.rl evaluate {config.path}/*")
+    own = f" --agent {config.agent}" if ":" in config.agent else ""
+    print(f"\nnext: python -m applications.rl evaluate {config.path}/*{own}")
     if config.eval_every:  # else there is nothing to report
         print(f"      python -m applications.rl report {config.path}")
 

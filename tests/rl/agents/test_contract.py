@@ -1,0 +1,106 @@
+"""Every agent keeps the contract of `check_agent`, and an agent that breaks it is told where."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from helpers.agent_problems import OPTIONS, SHARED
+from helpers.own_agent import Regression, RegressionConfig
+
+from applications.rl import AGENTS, check_agent
+from applications.rl.agents.options import AGENT_KERNELS
+
+VARIANTS = [
+    *((name, {}) for name in AGENTS),
+    *(("qam", {"kernel": kernel}) for kernel in AGENT_KERNELS if kernel != "euler_published"),
+    ("qam", {"residual": True, "best_of_n": 3, "target_behaviour": False, "solver": "ab2"}),
+    ("qam-e", {"edit_scale": 0.0}),
+    ("qam-f", {"alpha": 0.0, "action_chunking": False}),
+    ("bam", {"target_behaviour": False}),
+    ("fql", {"best_of_n": 2, "actor_layer_norm": True, "observation_scale": 2.0}),
+]
+
+
+def config(name, **changes):
+    default = AGENTS[name].config_class()
+    options = SHARED | OPTIONS[name] | changes
+    return replace(default, **{k: v for k, v in options.items() if hasattr(default, k)})
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=str)
+def test_the_contract(name, changes):
+    check_agent(config(name, **changes))
+
+
+def test_a_loss_compiles():
+    check_agent(config("qam-e"), compiled=True)
+
+
+OWN = RegressionConfig(hidden=(8,), horizon=3)
+
+
+def test_an_agent_of_ones_own():
+    check_agent(OWN)
+
+
+def broken(**methods):
+    """The configuration of an agent that differs from `Regression` by some methods."""
+
+    @dataclass(frozen=True)
+    class BrokenConfig(RegressionConfig):
+        """Options of an agent that breaks the contract."""
+
+    type("Broken", (Regression,), methods | {"config_class": BrokenConfig})
+    return BrokenConfig(hidden=(8,), horizon=3)
+
+
+def losses_with(change):
+    def losses(self, batch, noise):
+        loss, metrics = Regression.losses(self, batch, noise)["actor"]
+        return {"actor": (change(self, loss, noise), metrics)}
+
+    return losses
+
+
+def in_place(loss):
+    return torch.zeros((), dtype=loss.dtype).add_(loss)  # into a tensor that all seeds share
+
+
+def spare(self, *arguments):
+    Regression.__init__(self, *arguments)
+    self.spare = torch.nn.Linear(2, 2)
+
+
+def target(self, *arguments):
+    Regression.__init__(self, *arguments)
+    self.target_actor = self.one_step_actor().requires_grad_(False)
+
+
+BROKEN = {
+    "draws random numbers of its own": {
+        "losses": losses_with(lambda self, loss, noise: loss + torch.randn(()))
+    },
+    "must be finite": {"losses": losses_with(lambda self, loss, noise: loss / 0)},
+    "must be a scalar": {"losses": losses_with(lambda self, loss, noise: loss[None])},
+    r"declares \['more'\], which no loss reads": {
+        "noise_shapes": lambda self, n: {"noise": (n, self.chunk_dim), "more": (n,)}
+    },
+    r"must lie in \[-1, 1\]": {"chunks": lambda self, s, noise: 9 + self.actor(s, noise["noise"])},
+    "depends on the other rows": {
+        "chunks": lambda self, s, noise: (noise["noise"] - noise["noise"].mean()).tanh()
+    },
+    "spare.weight gets no gradient": {"__init__": spare},
+    "must move target_actor": {"__init__": target},
+    "do not work under torch.vmap": {
+        "losses": losses_with(lambda self, loss, noise: in_place(loss))
+    },
+    "reads values of tensors": {
+        "losses": losses_with(lambda self, loss, noise: loss * float(noise["noise"].sum() > -99))
+    },
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_what_breaks_the_contract_is_named(message):
+    with pytest.raises(AssertionError, match=message):
+        check_agent(broken(**BROKEN[message]))

@@ -12,18 +12,29 @@ from adjoint.tilted import Tilted
 from adjoint.certificate import Certificate
 
 # Rewards, and models to train
-from adjoint.rewards.reward import Reward, ValueFunction, as_reward
+from adjoint.rewards.reward import AbstractReward, Reward, Sum, ValueFunction, as_reward
 from adjoint.rewards.decoded import decoded
 from adjoint.models.lora import load_adapters, lora, merge, save_adapters
 from adjoint.models.reward_informed import RewardInformed, reward_informed
 
 # A loop of one's own
-from adjoint.tilt_loss import CondSampler, TiltLoss
+from adjoint.trajectory_source import CondSampler
+from adjoint.tilt_loss import TiltLoss
+from adjoint.evaluator import Evaluator, RewardEvaluator
 from adjoint.rejection import sample_exact
 
 # Pure functions: the chain, its adjoints, the losses, the certificate
-from adjoint.chain.kernels import KERNELS, Kernel, make_kernel, measure_mmse, own_time_kernel
-from adjoint.chain.rollout import Trajectory, draw_noise, rollout, velocity_along
+from adjoint.chain.kernels import (
+    KERNELS,
+    Kernel,
+    Moments,
+    Scheme,
+    make_kernel,
+    measure_mmse,
+    own_time_kernel,
+)
+from adjoint.chain.rollout import Trajectory, draw_noise, rollout
+from adjoint.evaluator import velocity_along
 from adjoint.chain.adjoints import Adjoint, full_adjoint, lean_adjoint, scalar_adjoint
 from adjoint.loss import adjoint_matching_loss, importance_weights, log_variance_loss, select_steps
 from adjoint.certificate import certify, log_mean_exp, path_log_ratio
@@ -38,7 +49,9 @@ __all__ = [
     "Tilted",
     "Certificate",
     # Rewards, and models to train
+    "AbstractReward",
     "Reward",
+    "Sum",
     "ValueFunction",
     "as_reward",
     "decoded",
@@ -51,10 +64,14 @@ __all__ = [
     # A loop of one's own
     "CondSampler",
     "TiltLoss",
+    "Evaluator",
+    "RewardEvaluator",
     "sample_exact",
     # Pure functions: the chain, its adjoints, the losses, the certificate
     "KERNELS",
     "Kernel",
+    "Moments",
+    "Scheme",
     "make_kernel",
     "measure_mmse",
     "own_time_kernel",

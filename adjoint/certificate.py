@@ -37,8 +37,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adjoint.chain.kernels import Kernel
-from adjoint.chain.rollout import Trajectory, chunks, draw_noise, rollout, rows_of
-from adjoint.rewards.reward import Reward, ValueFunction, as_reward
+from adjoint.chain.rollout import Trajectory, draw_noise, rollout
+from adjoint.evaluator import Evaluator
+from adjoint.micro_batches import chunks, rows_of
+from adjoint.rewards.reward import ValueFunction, as_reward
 from flows.field import Cond, VelocityField
 from flows.training import distributed
 
@@ -227,9 +229,9 @@ class Certificate:
 
 
 def certify(
-    field: VelocityField,
-    base: VelocityField,
-    reward: Reward | ValueFunction,
+    field: VelocityField | Evaluator,
+    base: VelocityField | Evaluator,
+    reward: ValueFunction,
     kernel: Kernel,
     x0: Tensor,
     *,
@@ -277,9 +279,9 @@ def certify(
 
 @torch.no_grad()
 def certify_batch(
-    field: VelocityField,
-    base: VelocityField,
-    reward: Reward | ValueFunction,
+    field: VelocityField | Evaluator,
+    base: VelocityField | Evaluator,
+    reward: ValueFunction,
     kernel: Kernel,
     x0: Tensor,
     cond: Cond | None = None,
@@ -287,13 +289,15 @@ def certify_batch(
     generator: torch.Generator | None = None,
 ) -> Certificate:
     """`certify`, from all starts at once and in this process alone."""
+    field, base = Evaluator.of(field), Evaluator.of(base)
     noise = draw_noise(kernel, x0, generator=generator)
     trajectory = rollout(field, base, kernel, x0, noise, cond)
-    if field is base:
+    if field.field is base.field:
         v_base = trajectory.v
     else:
         times, states = kernel.t.to(x0.dtype), trajectory.xs[:-1]
-        v_base = torch.stack([base(x, times[k], cond) for k, x in enumerate(states)]).to(x0.dtype)
+        v_base = torch.stack([base.at(x, times[k], cond) for k, x in enumerate(states)])
+        v_base = v_base.to(x0.dtype)
     log_ratio, kl = path_log_ratio(trajectory, v_base, kernel)
     value = as_reward(reward)(trajectory.xs[-1], cond)
     return Certificate(trajectory.xs[-1], value, value + log_ratio, kl)

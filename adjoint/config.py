@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 
-from adjoint.chain.kernels import KERNELS
+from adjoint.chain.kernels import Scheme, find_scheme
 from adjoint.loss import select_steps
 from flows import grid as grids
 from flows.training import TrainerConfig
+from flows.training.config import plain_options
 
 Config = TypeVar("Config", bound=type)
 
@@ -56,8 +57,8 @@ class TiltConfig(TrainerConfig):
     rare large terms carry the mass between modes: a tight limit would bias the tilt."""
     checkpoint_every: int = option(500, resume="free")
     """Iterations between two checkpoints."""
-    kernel: str = "moment_matched"
-    """Scheme of the memoryless chain, one of adjoint.KERNELS."""
+    kernel: str | Scheme = "moment_matched"
+    """Scheme of the memoryless chain: a name of adjoint.KERNELS, or a `Scheme` of your own."""
     steps: int = 20
     """Number of steps K of the training chain."""
     shift: float = 1.0
@@ -143,7 +144,7 @@ class TiltConfig(TrainerConfig):
     def fixed_options(self) -> dict[str, Any]:
         """The options that a resumed run must share with its checkpoint, by name."""
         free = {f.name for f in fields(self) if f.metadata.get("resume") == "free"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        return {name: value for name, value in plain_options(self).items() if name not in free}
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -152,8 +153,7 @@ class TiltConfig(TrainerConfig):
             ValueError: naming the option, its value and what was expected.
         """
         super().__post_init__()
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        scheme = find_scheme(self.kernel)
         minima = {"steps": 2, "batch_size": 1, "losses_per_rollout": 1, "replay_size": 0}
         minima |= {"certificate_samples": 0, "base_samples": 64, "eval_batch_size": 1}
         minima |= {"micro_batch": 0, "reward_batch": 0}
@@ -203,9 +203,9 @@ class TiltConfig(TrainerConfig):
                 f"losses_per_rollout={self.losses_per_rollout} needs a replay buffer, "
                 "got replay_size=0"
             )
-        if self.compile and self.kernel == "covariance_matched":
+        if self.compile and scheme.state_noise:
             raise ValueError(
-                "compile must be False with kernel 'covariance_matched', which differentiates the "
+                f"compile must be False with kernel {scheme.name!r}, which differentiates the "
                 "base twice: compiled functions have first derivatives only"
             )
         recorded = {"replay_size": 0, "clip_quantile": False, "micro_batch": 0, "offload": False}
@@ -215,10 +215,10 @@ class TiltConfig(TrainerConfig):
                     f"{name} must be {value} where cuda_graphs records the updates, "
                     f"got {getattr(self, name)}"
                 )
-        if self.cuda_graphs and self.kernel == "covariance_matched":
+        if self.cuda_graphs and scheme.state_noise:
             raise ValueError(
-                "cuda_graphs must be False with kernel 'covariance_matched', whose factorisations "
-                "the host waits for"
+                f"cuda_graphs must be False with kernel {scheme.name!r}, whose factorisations the "
+                "host waits for"
             )
         if self.certificate_samples == 1:
             raise ValueError("certificate_samples must be 0 or at least 2, got 1")

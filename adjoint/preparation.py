@@ -1,32 +1,47 @@
-"""What a tilt asks of base, reward and conditions before it trains."""
+"""The first step of a tilt: check base, reward and conditions, and measure the base."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adjoint.chain.conditional_covariance import MAX_DIM
-from adjoint.chain.kernels import MATCHED, Kernel, make_kernel, measure_mmse
-from adjoint.chain.rollout import chunks, rows_of
-from adjoint.config import TiltConfig
-from adjoint.evaluator import field_in_parts, reward_in_parts
-from adjoint.rewards.reward import Reward, check_reward
-from adjoint.tilt_loss import CondSampler
+from adjoint.arguments import Arguments
+from adjoint.chain.kernels import Kernel, find_scheme, make_kernel, measure_mmse
+from adjoint.micro_batches import chunks, rows_of
+from adjoint.rewards.reward import check_reward
+from adjoint.trajectory_source import CondSampler
 from flows import grid as grids
 from flows.field import Cond, VelocityField, check_velocity
 from flows.sampling import sample
 from flows.training import distributed
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """Kernels of a tilt, and what was measured of the base to make them.
+
+    Attributes:
+        kernel: chain of the adjoint-matching updates.
+        refine_kernel: chain that training ends with, and that is certified.
+        cond: conditions of the base's samples; None for an unconditional flow.
+        rewards: (N,) float64 rewards of ODE samples of the base, of all processes.
+    """
+
+    kernel: Kernel
+    refine_kernel: Kernel
+    cond: Cond | None
+    rewards: Tensor
+
+
 def draw_conditions(cond_sampler: CondSampler, n: int, generator: torch.Generator) -> Cond:
-    """The conditions of ``n`` samples that a sampler gives.
+    """Conditions of ``n`` samples from a sampler.
 
     Raises:
-        TypeError: it is no mapping of names to tensors.
+        TypeError: the sampler returns no mapping of names to tensors.
         ValueError: a tensor without the leading size n.
     """
     cond = cond_sampler(n, generator)
@@ -47,11 +62,11 @@ def draw_conditions(cond_sampler: CondSampler, n: int, generator: torch.Generato
 
 @torch.no_grad()
 def check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -> None:
-    """Evaluate ``field`` at scalar times and at times (B,).
+    """Evaluate ``field`` at scalar times and at times (B,), and refuse wrong results.
 
     Raises:
-        TypeError, ValueError: wrong type or shape, not finite, or another velocity at one of B
-            times than at that time alone.
+        TypeError, ValueError: wrong type or shape, not finite, or the velocity of a state changes
+            when its time is passed in a (B,) tensor instead of as a scalar.
     """
     early, late = torch.tensor(0.3).to(x), torch.tensor(0.7).to(x)
     mixed = torch.where(torch.arange(len(x), device=x.device) == 0, early, late)
@@ -78,64 +93,58 @@ def check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -
         )
 
 
-def probe(
-    base: VelocityField,
-    reward: Reward,
-    shape: tuple[int, ...],
-    config: TiltConfig,
-    cond_sampler: CondSampler | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    progress: bool,
-) -> tuple[Kernel, Kernel, Cond | None, Tensor]:
-    """Check base and reward, and measure what the kernels need.
-
-    Returns:
-        The kernel of the regression, that of the chain that training ends with, conditions, and
-        rewards of ODE samples of the base.
+def prepare_tilt(arguments: Arguments) -> Preparation:
+    """Check base and reward on samples of the base, and make the kernels.
 
     Raises:
-        TypeError, ValueError: as `tilt`.
+        TypeError, ValueError: base, reward or conditions have the wrong type or shape or are not
+            finite, the reward is not differentiable, or the kernel does not serve the dimension.
     """
-    n, size = distributed.share(config.base_samples), config.eval_batch_size
-    if config.kernel == "covariance_matched" and math.prod(shape) > MAX_DIM:
+    config, shape, device = arguments.config, arguments.shape, arguments.device
+    scheme = find_scheme(config.kernel)
+    dim = torch.Size(shape).numel()
+    if scheme.max_dim is not None and dim > scheme.max_dim:
         raise ValueError(
-            f"kernel 'covariance_matched' serves up to {MAX_DIM} dimensions, got shape {shape}; "
+            f"kernel {scheme.name!r} serves up to {scheme.max_dim} dimensions, got shape {shape}; "
             "use 'moment_matched'"
         )
+    n, size = distributed.share(config.base_samples), config.eval_batch_size
     generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 1))
-    x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
-    cond = None if cond_sampler is None else draw_conditions(cond_sampler, n, generator)
+    x0 = torch.randn((n, *shape), generator=generator, dtype=arguments.dtype, device=device)
+    cond = None
+    if arguments.cond_sampler is not None:
+        cond = draw_conditions(arguments.cond_sampler, n, generator)
     few = slice(min(64, config.micro_batch or 64))
-    check_field(base, x0[few], rows_of(cond, few), "base")
-    v_base = field_in_parts(base, config.micro_batch)
-    parts = [
-        sample(v_base, x0[i], grid=50, method="midpoint", cond=rows_of(cond, i))
-        for i in tqdm(chunks(n, size), desc="probe", disable=not progress, leave=False)
-    ]
-    x1 = torch.cat(parts)
+    check_field(arguments.base, x0[few], rows_of(cond, few), "base")
+    base, reward = arguments.evaluator(arguments.base), arguments.reward_evaluator
+    x1 = torch.cat(
+        [
+            sample(base.at, x0[i], grid=50, method="midpoint", cond=rows_of(cond, i))
+            for i in tqdm(
+                chunks(n, size), desc="preparation", disable=not arguments.progress, leave=False
+            )
+        ]
+    )
     if not bool(torch.isfinite(x1).all()):
         raise ValueError("base does not lead to finite samples: its ODE from noise ends in NaN")
     for i in chunks(min(n, size), config.reward_batch):
-        check_reward(reward, x1[i], rows_of(cond, i))
-    value = reward_in_parts(reward, config.reward_batch)
+        check_reward(arguments.reward, x1[i], rows_of(cond, i))
     with torch.no_grad():
-        values = torch.cat([value(x1[i], rows_of(cond, i)) for i in chunks(n, size)])
+        rewards = torch.cat([reward(x1[i], rows_of(cond, i)) for i in chunks(n, size)])
     covariance = None
-    if config.kernel == "covariance_matched":
+    if "covariance" in scheme.needs:
         with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
-            rest = x1 - (x0 + v_base(x0, torch.zeros(()).to(x0), cond))
+            rest = x1 - (x0 + base.at(x0, torch.zeros(()).to(x0), cond))
             rest = distributed.gather(rest)
-        covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(2 * [x1[0].numel()])
+        covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(dim, dim)
 
-    def on(steps: int) -> Kernel:
+    def kernel_of(steps: int) -> Kernel:
         grid, mmse = grids.shifted(steps, config.shift), None
-        if config.kernel in MATCHED:
-            mmse = measure_mmse(v_base, grid, x1, cond=cond, batch_size=size, generator=generator)
+        if "mmse" in scheme.needs:
+            mmse = measure_mmse(base, grid, x1, cond=cond, batch_size=size, generator=generator)
             distributed.average_([mmse])
-        return make_kernel(config.kernel, grid, mmse=mmse, covariance=covariance).to(device)
+        return make_kernel(scheme, grid, mmse=mmse, covariance=covariance).to(device)
 
-    kernel = on(config.steps)
-    refine_kernel = kernel if config.chain_steps == config.steps else on(config.chain_steps)
-    return kernel, refine_kernel, cond, distributed.gather(values.double())
+    kernel = kernel_of(config.steps)
+    refine_kernel = kernel if config.chain_steps == config.steps else kernel_of(config.chain_steps)
+    return Preparation(kernel, refine_kernel, cond, distributed.gather(rewards.double()))

@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 from adjoint.certificate import certify_batch, log_mean_exp
 from adjoint.chain.kernels import Kernel
-from adjoint.rewards.reward import Reward, ValueFunction
+from adjoint.evaluator import Evaluator
+from adjoint.rewards.reward import ValueFunction
 from flows.field import Cond, VelocityField
 
 RELIABLE = 200
@@ -83,9 +84,9 @@ def acceptance(log_weights: Tensor, cut: float) -> float:
 
 
 def sample_exact(
-    field: VelocityField,
-    base: VelocityField,
-    reward: Reward | ValueFunction,
+    field: VelocityField | Evaluator,
+    base: VelocityField | Evaluator,
+    reward: ValueFunction,
     kernel: Kernel,
     n: int,
     *,

@@ -1,43 +1,33 @@
-"""What a tilt minimises: the adjoint-matching loss as a trainer calls it.
+"""The loss of a tilt as a trainer calls it: adjoint matching, then, if asked for, refinement.
 
-`TiltLoss` rolls the current model out (or replays), runs the lean adjoint back, and evaluates
-`adjoint_matching_loss` on the selected steps.  In the last part of a training it refines: on fresh
-trajectories of the current model it evaluates `log_variance_loss`, which needs no adjoint and whose
-noise vanishes at the optimum.  A trainer of one's own takes it as it is.
+`MatchingLoss` rolls the current model out (or replays trajectories), runs the lean adjoint back,
+and evaluates `adjoint.loss.adjoint_matching_loss` on the selected steps.  `VarianceLoss` evaluates
+`adjoint.loss.log_variance_loss` on fresh trajectories: it needs no adjoint, and its noise vanishes
+at the optimum.  `TiltLoss` takes the first, and in the last part of a training the second.  Your
+own trainer takes it as it is.
 
-Memory.  Trajectory, adjoints and velocities are a few numbers a state; what fills a device are the
-activations of the model, of S·B states at once in the loss, of B in the rollout, the adjoint and
-the reward.  ``micro_batch`` and ``reward_batch`` bound how many states are in work, whatever K and
-B are, and ``offload`` keeps between them on the CPU what has been computed.  None of them changes
-the result beyond rounding.
-
-Modes.  The module is in evaluation mode in its trajectories and in the loss, like the base: what a
-network drops or normalises by its batch would be in v_θ and not in v_β.  Only the dropout of
-trained adapters (`adjoint.lora`) is on in the loss.  The module is left so, as a backward pass may
-evaluate it again.
+The module is left in the mode in which its loss was evaluated, since a backward pass may evaluate
+it again: evaluation mode, but for the dropout of trained adapters (`adjoint.lora`).
 
 Several processes (`flows.training.distributed`).  Options count trajectories of all processes
-together, of which each takes its share, with noise of its own: R processes minimise what one does.
-Importance weights, the variance of the refinement, and the metrics ``ess`` and ``log_weight_std``
-are those of the joined batch.  The running cap follows the mean of the processes' quantiles, each
-keeps its share of the replay buffer, and each draws its own subset of the early steps.
+together; each takes its share, with noise of its own, and R processes minimise the loss that one
+would.  Importance weights, the variance of the refinement, and the metrics ``ess`` and
+``log_weight_std`` are computed from the joined batch.  The running cap follows the mean of the
+processes' quantiles, each process keeps its share of the replay buffer, and each draws its own
+subset of the early steps.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from adjoint.certificate import path_log_ratio
-from adjoint.chain.adjoints import Adjoint, lean_adjoint
-from adjoint.chain.control_variates import control_variates
+from adjoint.chain.adjoints import Adjoint
 from adjoint.chain.kernels import Kernel
-from adjoint.chain.rollout import Trajectory, chunks, draw_noise, rollout, rows_of, velocity_along
 from adjoint.config import TiltConfig
 from adjoint.loss import (
     adjoint_matching_loss,
@@ -46,37 +36,171 @@ from adjoint.loss import (
     select_steps,
 )
 from adjoint.models.lora import prepare_dropout
-from adjoint.rewards.reward import Reward
-from adjoint.rewards.sums import total
+from adjoint.rewards.reward import AbstractReward
+from adjoint.trajectory_batch import TrajectoryBatch
 from adjoint.trajectory_buffer import TrajectoryBuffer
-from flows.field import Cond, VelocityField
+from adjoint.trajectory_source import CondSampler, TrajectorySource
+from flows.field import VelocityField
 from flows.training import distributed
 from flows.training.loss import Loss
-from flows.training.sharding import is_sharded
 
-CondSampler = Callable[[int, torch.Generator], Cond]
-
-COMPILED_FORMS = 64
-"""Shapes and modes for which the code of one class of fields is compiled, of all tilts."""
+Evaluated = tuple[Tensor, dict[str, Tensor]]
 
 GROUP = 8
 """Trajectories that share a condition where the spread of their log-weights is the loss."""
 
 
+class Stateful(Protocol):
+    """An object whose state a checkpoint keeps."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """State as tensors and plain data."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+
+
+class MatchingLoss(Loss):
+    """The adjoint-matching loss on fresh or replayed trajectories.
+
+    Arguments:
+        source: where trajectories come from.
+        kernel: table of the chain, on the device where trajectories are kept.
+    """
+
+    def __init__(self, source: TrajectorySource, kernel: Kernel) -> None:
+        config = source.config
+        self.source, self.kernel, self.config = source, kernel, config
+        self.batch_size = distributed.share(config.batch_size)
+        self.cap: Tensor | None = None
+        self.buffer: TrajectoryBuffer | None = None
+        if config.replay_size:
+            capacity = distributed.share(config.replay_size)
+            self.buffer = TrajectoryBuffer(capacity, device=source.storage_device)
+
+    def collect(self, module: nn.Module, generator: torch.Generator) -> TrajectoryBatch:
+        """A batch of fresh trajectories."""
+        return self.source.collect(module, self.kernel, self.batch_size, generator)
+
+    def next_batch(self, module: nn.Module, generator: torch.Generator) -> TrajectoryBatch:
+        """Fresh trajectories, or replayed ones where there is a buffer."""
+        if self.buffer is None:
+            return self.collect(module, generator)
+        if self.calls % self.config.losses_per_rollout == 0 or not self.buffer.size:
+            self.buffer.add(self.collect(module, generator))
+        return self.buffer.draw(self.batch_size, generator=generator)
+
+    def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
+        """Loss of ``module`` on one batch, and metrics."""
+        config = self.config
+        batch = self.next_batch(module, generator)
+        steps = selected_steps(config, self.kernel, generator)
+        prepare_dropout(module)
+        source = self.source
+        v = source.velocities(source.model(module), self.kernel, batch.xs, steps, batch.cond)
+        weights = None
+        if config.importance:
+            log_w = distributed.gather(batch.log_w)
+            weights = distributed.own(importance_weights(log_w, min_ess=config.min_ess))
+        loss, metrics = adjoint_matching_loss(
+            v,
+            Adjoint(batch.adjoint, batch.v_base),
+            self.kernel,
+            steps=steps,
+            weights=weights,
+            clip=self.cap if config.clip_quantile else config.clip or None,
+            control_variate=batch.control_variate,
+        )
+        if config.clip_quantile:
+            seen = metrics["term_quantile"]
+            distributed.average_([seen])
+            self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
+        self.calls += 1
+        diagnostics = batch_diagnostics(batch.reward, batch.log_w, batch.kl, batch.terms)
+        return loss, metrics | diagnostics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of calls, cap, and the replay buffer of this process."""
+        buffer = None if self.buffer is None else self.buffer.state_dict()
+        return {"calls": self.calls, "cap": self.cap, "buffer": buffer}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned; without its buffer if that is None."""
+        self.calls = int(state["calls"])
+        cap = state["cap"]
+        self.cap = None if cap is None else cap.to(self.source.storage_device)
+        if self.buffer is not None and state["buffer"] is not None:
+            self.buffer.load_state_dict(state["buffer"])
+
+
+class VarianceLoss(Loss):
+    """Half the variance of log w, within conditions, on fresh trajectories.
+
+    Where the loss is taken on some of the steps, the other steps enter log w as numbers: the
+    gradient in each step's control vanishes at the optimum by itself.
+
+    Arguments:
+        source: where trajectories come from.
+        kernel: table of the chain, on the device where trajectories are kept.
+
+    Raises:
+        ValueError: there are conditions, and less than two trajectories in each process.
+    """
+
+    def __init__(self, source: TrajectorySource, kernel: Kernel) -> None:
+        config = source.config
+        self.source, self.kernel, self.config = source, kernel, config
+        self.n, self.groups, self.processes = distributed.share(config.batch_size), 1, 1
+        if source.cond_sampler is not None:
+            if self.n < 2:
+                raise ValueError(
+                    "refine_fraction compares trajectories under one condition: batch_size must "
+                    f"be at least {2 * distributed.size()} for {distributed.size()} processes, "
+                    f"got {config.batch_size}"
+                )
+            self.groups = max(1, self.n // GROUP)
+            self.n = self.groups * (self.n // self.groups)
+            self.processes = distributed.size()
+
+    def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
+        """Loss of ``module`` on one batch, and metrics."""
+        source, kernel = self.source, self.kernel
+        trajectory, cond = source.roll_out(module, kernel, self.n, self.groups, generator)
+        xs, end = trajectory.xs[:-1], trajectory.xs[-1]
+        with torch.no_grad():
+            v_base = source.velocities(source.base, kernel, xs, None, cond)
+            value, terms = source.reward.value_and_info(end, cond)
+            value = value.to(source.dtype)
+        steps = selected_steps(self.config, kernel, generator)
+        prepare_dropout(module)
+        v = source.velocities(source.model(module), kernel, xs, steps, cond)
+        if steps is not None:
+            v = trajectory.v.index_copy(0, steps.to(v.device), v)
+        log_ratio, kl = path_log_ratio(trajectory, v_base, kernel, v)
+        log_w = value + log_ratio
+        loss = log_variance_loss(distributed.gather(log_w), self.groups * self.processes)
+        return loss, batch_diagnostics(value, log_w.detach(), kl.detach(), terms)
+
+
 class TiltLoss(Loss):
-    """The adjoint-matching loss on fresh or replayed trajectories, as a trainer calls it.
+    """The loss of a tilt: adjoint matching, and in the last part of a training the refinement.
 
     Arguments:
         base: frozen velocity field.
         reward: scaled reward (temperature included).
         kernel: table of the chain.
+        shape: shape of one sample, without the batch.
+        config: options of the tilt.
         refine_kernel: table of the chain in the refinement; ``kernel`` if None.
-        shape: of one sample, without the batch.
-        config: the options of training.
         cond_sampler: draws conditions for n samples; None for an unconditional flow.
-        dtype: of the SDE state and the adjoint.
-        known_rewards: (n,) of samples that are the same in every run of this tilt, by which a
-            resume knows the reward again.
+        dtype: of states and adjoints.
+        storage_device: device where trajectories are kept; by default the CPU if
+            ``config.offload``, else that of the kernel.
+        companions: further objects, by name, whose state the checkpoint is to keep.
+
+    Attributes:
+        matching: the adjoint-matching loss.
+        refining: the loss of the refinement; None without one.
 
     Raises:
         ValueError: several processes refine under conditions with less than two trajectories each,
@@ -86,7 +210,7 @@ class TiltLoss(Loss):
     def __init__(
         self,
         base: VelocityField,
-        reward: Reward,
+        reward: AbstractReward,
         kernel: Kernel,
         *,
         shape: tuple[int, ...],
@@ -94,322 +218,82 @@ class TiltLoss(Loss):
         refine_kernel: Kernel | None = None,
         cond_sampler: CondSampler | None = None,
         dtype: torch.dtype = torch.float32,
-        known_rewards: Tensor | None = None,
+        storage_device: torch.device | None = None,
+        companions: Mapping[str, Stateful] | None = None,
     ) -> None:
-        self.known_rewards = None if known_rewards is None else known_rewards.cpu()
-        self.base = compiled(base) if config.compile else base
-        self.reward = reward
-        self._compiled: dict[nn.Module, VelocityField] = {}
-        self.shape, self.config, self.cond_sampler = shape, config, cond_sampler
-        self.dtype, self.device = dtype, kernel.t.device
-        self.storage_device = torch.device("cpu") if config.offload else self.device
-        self._kernels = {"match": kernel, "refine": refine_kernel or kernel}
-        self.batch_size = distributed.share(config.batch_size)
-        if config.refine_fraction and cond_sampler is not None and self.batch_size < 2:
-            raise ValueError(
-                "refine compares trajectories under one condition: batch_size must be at least "
-                f"{2 * distributed.size()} for {distributed.size()} processes, "
-                f"got {config.batch_size}"
-            )
-        self.calls = 0
-        self.cap: Tensor | None = None
-        self.buffer: TrajectoryBuffer | None = None
-        if config.replay_size:
-            capacity = distributed.share(config.replay_size)
-            dims = {"xs": 1, "values": 1, "v_base": 1, "control_variate": 1}
-            self.buffer = TrajectoryBuffer(capacity, dims, device=self.storage_device)
-
-    def _rollout(
-        self, module: nn.Module, n: int, groups: int, generator: torch.Generator
-    ) -> tuple[Trajectory, Cond | None]:
-        """``n`` fresh trajectories and their conditions, ``groups`` of them each repeated."""
-        device = generator.device
-        x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
-        cond = None
-        if self.cond_sampler is not None:
-            cond = self.cond_sampler(groups, generator)
-            repeats = n // groups
-            if repeats > 1:
-                cond = {name: c.repeat_interleave(repeats, 0) for name, c in cond.items()}
-        noise = draw_noise(self.kernel, x0, generator=generator).to(self.storage_device)
-        module.eval()  # no dropout in the trajectories, no statistics from them
-        trajectory = rollout(
-            self._field(module),
-            self.base,
-            self.kernel,
-            x0.to(self.storage_device),
-            noise,
-            cond,
-            micro_batch=self.config.micro_batch,
-            device=self.device,
+        device = kernel.t.device
+        storage_device = storage_device or (torch.device("cpu") if config.offload else device)
+        self.source = TrajectorySource(
+            base,
+            reward,
+            shape=shape,
+            config=config,
+            device=device,
+            cond_sampler=cond_sampler,
+            dtype=dtype,
+            storage_device=storage_device,
         )
-        return trajectory, rows_of(cond, slice(None), self.storage_device)
-
-    def _rewards(
-        self, x: Tensor, cond: Cond | None, *, gradient: bool
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Terms (B,) of the reward at samples x (B, *), and its gradient; in the state's dtype."""
-        terms: list[dict[str, Tensor]] = []
-        slopes: list[Tensor] = []
-        for i in chunks(len(x), self.config.reward_batch):
-            part, some = x[i].to(self.device), rows_of(cond, i, self.device)
-            if gradient:
-                found, slope = self.reward.terms_and_gradient(part, some)
-                slopes.append(slope)
-            else:
-                found = self.reward.terms(part, some)
-            terms.append(found)
-        values = {name: torch.cat([found[name] for found in terms]) for name in terms[0]}
-        values = {name: value.to(self.storage_device, self.dtype) for name, value in values.items()}
-        return values, torch.cat(slopes).to(self.storage_device, self.dtype) if slopes else None
-
-    def collect(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        """A batch of fresh trajectories: xs, values, v_base, log_w, reward, kl, conditions."""
-        n = self.batch_size
-        trajectory, cond = self._rollout(module, n, n, generator)
-        terms, gradient = self._rewards(trajectory.xs[-1], cond, gradient=True)
-        assert gradient is not None
-        value = total(terms)
-        carry = partial(
-            lean_adjoint,
-            self.base,
-            self.kernel,
-            trajectory.xs,
-            cond=cond,
-            noise=trajectory.noise,
-            micro_batch=self.config.micro_batch,
-            device=self.device,
-        )
-        adjoint = carry(-gradient)
-        known = {}
-        if self.config.control_variates:
-            variates = self._variates(module, trajectory, -gradient, cond)
-            noise = carry(torch.zeros_like(gradient), control_variates=variates).values
-            if (
-                self.kernel.residual_at_next
-            ):  # the residual of a step sees the noise of that step too
-                noise[1:] += variates
-            known["control_variate"] = noise
-        log_ratio, kl = path_log_ratio(trajectory, adjoint.v_base, self.kernel_on_storage)
-        return {
-            "xs": trajectory.xs[:-1],
-            "values": adjoint.values,
-            "v_base": adjoint.v_base,
-            "log_w": value + log_ratio,
-            "reward": value,
-            "kl": kl,
-            **known,
-            **_named(terms),
-            **{f"cond.{name}": c for name, c in (cond or {}).items()},
-        }
-
-    def _variates(
-        self, module: nn.Module, trajectory: Trajectory, end: Tensor, cond: Cond | None
-    ) -> Tensor:
-        """Control variates (K, B, *) by the model that made the trajectory and ends at ``end``."""
-
-        def terminal(x: Tensor) -> Tensor:
-            gradient = self._rewards(x, cond, gradient=True)[1]
-            assert gradient is not None
-            return -gradient
-
-        return control_variates(
-            self._field(module),
-            self.base,
-            self.kernel,
-            trajectory,
-            end,
-            terminal,
-            cond,
-            micro_batch=self.config.micro_batch,
-            device=self.device,
-        )
-
-    def _batch(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        """Fresh trajectories, or replayed ones when the buffer says so."""
-        if self.buffer is None:
-            return self.collect(module, generator)
-        if self.calls % self.config.losses_per_rollout == 0 or not self.buffer.size:
-            self.buffer.add(self.collect(module, generator))
-        return self.buffer.draw(self.batch_size, generator=generator)
-
-    def __call__(
-        self, module: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of ``module`` on one batch, and metrics."""
-        evaluate = {"match": self._match, "refine": self._refine}[self.phase]
-        loss, metrics = evaluate(module, generator)
-        self.calls += 1
-        return loss, metrics
+        self.matching = MatchingLoss(self.source, kernel.to(storage_device))
+        self.refining: VarianceLoss | None = None
+        if config.refine_fraction:
+            self.refining = VarianceLoss(self.source, (refine_kernel or kernel).to(storage_device))
+        self.companions = dict(companions or {})
+        restart = config.restart
+        self._matching_calls = None if restart is None else restart * config.accumulate
 
     @property
     def phase(self) -> Literal["match", "refine"]:
-        """Which loss the next call takes."""
-        restart = self.config.restart
-        refining = restart is not None and self.calls >= restart * self.config.accumulate
+        """Loss that the next call takes: "match" or "refine"."""
+        refining = self._matching_calls is not None and self.calls >= self._matching_calls
         return "refine" if refining else "match"
 
-    def _match(
-        self, module: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The adjoint-matching loss."""
-        config = self.config
-        batch = self._batch(module, generator)
-        steps = self._select(generator)
-        cond = {n.removeprefix("cond."): c for n, c in batch.items() if n.startswith("cond.")}
-        prepare_dropout(module)
-        v = self._velocity(self._field(module), batch["xs"], steps, cond or None)
-        clip: Tensor | float | None = config.clip or None
-        if config.clip_quantile:
-            clip = self.cap
-        weights = None
-        if config.importance:
-            log_w = distributed.gather(batch["log_w"])
-            weights = distributed.own(importance_weights(log_w, min_ess=config.min_ess))
-        loss, metrics = adjoint_matching_loss(
-            v,
-            Adjoint(batch["values"], batch["v_base"]),
-            self.kernel_on_storage,
-            steps=steps,
-            weights=weights,
-            clip=clip,
-            control_variate=batch.get("control_variate"),
-        )
-        if config.clip_quantile:
-            seen = metrics["term_quantile"]
-            distributed.average_([seen])
-            self.cap = seen if self.cap is None else 0.99 * self.cap + 0.01 * seen
-        terms = {name: v.mean() for name, v in batch.items() if name.startswith("reward.")}
-        return loss, metrics | _judged(batch["reward"], batch["log_w"], batch["kl"]) | terms
+    def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
+        """Loss of ``module`` on one batch, and metrics."""
+        refining = self.refining if self.phase == "refine" else None
+        loss, metrics = (refining or self.matching)(module, generator)
+        self.calls += 1
+        return loss, metrics
 
-    def _refine(
-        self, module: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Half the variance of log w, within conditions, on fresh trajectories.
-
-        Where the loss is taken on some of the steps, the other steps enter log w as numbers: the
-        gradient in each step's control vanishes at the optimum by itself.
-        """
-        n, groups, several = self.batch_size, 1, 1
-        if self.cond_sampler is not None:
-            groups = max(1, n // GROUP)
-            n, several = groups * (n // groups), distributed.size()
-        trajectory, cond = self._rollout(module, n, groups, generator)
-        with torch.no_grad():
-            v_base = self._velocity(self.base, trajectory.xs[:-1], None, cond)
-            terms, _ = self._rewards(trajectory.xs[-1], cond, gradient=False)
-        value = total(terms)
-        steps = self._select(generator)
-        prepare_dropout(module)
-        v = self._velocity(self._field(module), trajectory.xs[:-1], steps, cond)
-        if steps is not None:
-            v = trajectory.v.index_copy(0, steps.to(v.device), v)
-        log_ratio, kl = path_log_ratio(trajectory, v_base, self.kernel_on_storage, v)
-        log_w = value + log_ratio
-        metrics = _judged(value, log_w.detach(), kl.detach())
-        metrics |= {name: v.mean() for name, v in _named(terms).items()}
-        return log_variance_loss(distributed.gather(log_w), groups * several), metrics
-
-    @property
-    def kernel(self) -> Kernel:
-        """Table of the chain that the next call rolls out."""
-        return self._kernels[self.phase]
-
-    @property
-    def kernel_on_storage(self) -> Kernel:
-        """The same where trajectories are kept."""
-        return self.kernel.to(self.storage_device)
-
-    def _field(self, module: nn.Module) -> VelocityField:
-        """What evaluates ``module``: itself, or its compiled form, which shares its weights."""
-        if not self.config.compile:
-            return module
-        if module not in self._compiled:
-            self._compiled = {module: compiled(module)}
-        return self._compiled[module]
-
-    def _select(self, generator: torch.Generator) -> Tensor | None:
-        """Indices of the steps whose velocities get a gradient; None for all."""
-        late, early = self.config.late_fraction, self.config.early_fraction
-        if late == 1 or early == 1:
-            return None
-        return select_steps(
-            self.kernel.steps, late_fraction=late, early_fraction=early, generator=generator
-        )
-
-    def _velocity(
-        self, field: VelocityField, xs: Tensor, steps: Tensor | None, cond: Cond | None
-    ) -> Tensor:
-        """Velocities (S, B, *) of ``field`` at the selected of the states (K, B, *)."""
-        times = self.kernel.t[:-1]
-        if steps is not None:
-            xs, times = xs[steps.to(xs.device)], times[steps.to(times.device)]
-        micro_batch = self.config.micro_batch
-        v = velocity_along(field, xs, times, cond, micro_batch=micro_batch, device=self.device)
-        return v.to(self.dtype)
-
-    def state_dict(self) -> dict[str, object]:
-        """Counter, cap, this process's replay buffer and the known rewards, for a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """State of both losses and of the companions, for a checkpoint."""
         return {
             "processes": distributed.size(),
-            "device": self.device.type,
-            "known_rewards": self.known_rewards,
             "calls": self.calls,
-            "cap": self.cap,
-            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            "matching": self.matching.state_dict(),
+            "companions": {name: one.state_dict() for name, one in self.companions.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what `state_dict` gave; what another number of processes replayed is left out.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned.
 
-        Warns where the known rewards are others, unless another number of processes, or another
-        kind of device, drew the samples.
+        Trajectories that another number of processes kept for replay are left out.
         """
-        as_many = state.get("processes", 1) == distributed.size()
-        if as_many and state.get("device") == self.device.type:
-            self._compare(state.get("known_rewards"))
-        self.calls = int(state["calls"])  # type: ignore[call-overload]
-        cap = state["cap"]
-        self.cap = cap.to(self.storage_device) if isinstance(cap, Tensor) else None
-        if self.buffer is not None and isinstance(state["buffer"], dict) and as_many:
-            self.buffer.load_state_dict(state["buffer"])
-
-    def _compare(self, known: object) -> None:
-        """Warn of a checkpoint of another reward; a constant or a little noise more is none."""
-        if not isinstance(known, Tensor) or self.known_rewards is None:
-            return
-        was, now = known - known.mean(), self.known_rewards - self.known_rewards.mean()
-        if bool((now - was).norm() > 0.1 * was.norm() + 1e-3 * known.norm()):
-            warnings.warn(
-                "the reward is not the one that the checkpoint was trained with, or its conditions "
-                f"are others: of the same samples of the base it was {known[:3].tolist()} and so "
-                f"on, and is {self.known_rewards[:3].tolist()}; training goes on toward the latter",
-                stacklevel=2,
-            )
+        self.calls = int(state["calls"])
+        as_many = state["processes"] == distributed.size()
+        self.matching.load_state_dict(
+            state["matching"] if as_many else {**state["matching"], "buffer": None}
+        )
+        for name, companion in self.companions.items():
+            companion.load_state_dict(state["companions"][name])
 
 
-def compiled(field: VelocityField) -> VelocityField:
-    """``field`` compiled for the shapes that it will be given; parameters are shared.
+def selected_steps(config: TiltConfig, kernel: Kernel, generator: torch.Generator) -> Tensor | None:
+    """Indices (S,) of the steps whose velocities get a gradient; None for all."""
+    late, early = config.late_fraction, config.early_fraction
+    if late == 1 or early == 1:
+        return None
+    return select_steps(kernel.steps, late_fraction=late, early_fraction=early, generator=generator)
 
-    Raises:
-        ValueError: the field is sharded, so that its weights are gathered by hooks.
+
+def batch_diagnostics(
+    reward: Tensor, log_w: Tensor, kl: Tensor, terms: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Metrics that say how good the tilt is, by the same formulas as the certificate.
+
+    Arguments:
+        reward, log_w, kl: (B,) rewards, log-weights and path KL of trajectories.
+        terms: (B,) values of the terms of the reward, which become ``reward.NAME``.
     """
-    if is_sharded(field):
-        raise ValueError("compile must be False for a base or model sharded by fully_shard")
-    # Compiled forms are kept with the code of ``forward``, at most this many for all fields of one
-    # class in a process; a field more would run as it is.
-    limits = torch._dynamo.config
-    limits.cache_size_limit = max(limits.cache_size_limit, COMPILED_FORMS)
-    return torch.compile(field, dynamic=False)
-
-
-def _named(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The terms of a composite reward as metrics; none for a single one, which is the reward."""
-    return {f"reward.{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
-
-
-def _judged(reward: Tensor, log_w: Tensor, kl: Tensor) -> dict[str, Tensor]:
-    """What a batch of trajectories says about the tilt, as the certificate does; (B,) each."""
     log_w = distributed.gather(log_w)
     relative = torch.softmax(log_w, 0)
     return {
@@ -417,4 +301,5 @@ def _judged(reward: Tensor, log_w: Tensor, kl: Tensor) -> dict[str, Tensor]:
         "path_kl": kl.mean(),
         "log_weight_std": log_w.std(correction=0),
         "ess": 1 / (len(relative) * relative.square().sum()),
+        **{f"reward.{name}": term.mean() for name, term in terms.items()},
     }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adjoint.certificate import Certificate, certify
+from adjoint.arguments import Arguments
+from adjoint.certificate import Certificate, certify, log_mean_exp
 from adjoint.chain.kernels import Kernel
 from adjoint.config import TiltConfig
-from adjoint.evaluator import field_in_parts, reward_in_parts
-from adjoint.preparation import draw_conditions
+from adjoint.evaluator import Evaluator, RewardEvaluator
+from adjoint.preparation import Preparation, draw_conditions
 from adjoint.rejection import CUT, check_request, sample_exact
-from adjoint.rewards.reward import Reward, ValueFunction
-from adjoint.tilt_loss import CondSampler
+from adjoint.rewards.reward import AbstractReward
 from flows.field import Cond, VelocityField
 from flows.sampling import sample
 from flows.training import distributed
@@ -45,7 +47,7 @@ class Tilted:
 
     field: nn.Module
     base: VelocityField
-    reward: Reward
+    reward: AbstractReward
     kernel: Kernel
     certificate: Certificate | None
     certificate_base: Certificate | None
@@ -79,8 +81,8 @@ class Tilted:
         home = next(self.field.parameters()).device
         device = home if generator is None else generator.device
         x0 = torch.randn((n, *self.shape), generator=generator, dtype=self.dtype, device=device)
-        field = field_in_parts(self.field, self.config.micro_batch)
-        return sample(field, x0.to(home), grid=grid, method=method, cond=cond)
+        field = Evaluator(self.field, self.config.micro_batch)
+        return sample(field.at, x0.to(home), grid=grid, method=method, cond=cond)
 
     def sample_exact(
         self,
@@ -110,9 +112,9 @@ class Tilted:
         """
         config = self.config
         return sample_exact(
-            field_in_parts(self.field, config.micro_batch),
-            field_in_parts(self.base, config.micro_batch),
-            reward_in_parts(self.reward, config.reward_batch),
+            Evaluator(self.field, config.micro_batch),
+            Evaluator(self.base, config.micro_batch),
+            RewardEvaluator(self.reward, config.reward_batch),
             self.kernel,
             n,
             like=torch.empty(self.shape, dtype=self.dtype, device=self.kernel.t.device),
@@ -139,45 +141,79 @@ class Tilted:
         return "\n".join(rows)
 
 
-def certificate_of(
-    field: VelocityField,
-    base: VelocityField,
-    reward: Reward | ValueFunction,
-    kernel: Kernel,
-    shape: tuple[int, ...],
-    config: TiltConfig,
-    cond_sampler: CondSampler | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    progress: bool = False,
-) -> Certificate | None:
+def certify_tilt(arguments: Arguments, preparation: Preparation, field: nn.Module) -> Tilted:
+    """The tilted flow ``field`` with its certificates before and after training.
+
+    Warns:
+        UserWarning: ODE and chain of the base disagree about log Z.
+    """
+    before, after = (
+        _certificate(arguments, preparation.refine_kernel, v) for v in (arguments.base, field)
+    )
+    log_z, error, _ = log_mean_exp(preparation.rewards)
+    if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
+        _compare_log_z(log_z, error, before)
+    return Tilted(
+        field=field,
+        base=arguments.base,
+        reward=arguments.reward,
+        kernel=preparation.refine_kernel,
+        certificate=after,
+        certificate_base=before,
+        shape=arguments.shape,
+        config=arguments.config,
+        log_z_ode=log_z,
+        log_z_ode_stderr=error,
+        dtype=arguments.dtype,
+    )
+
+
+def _certificate(arguments: Arguments, kernel: Kernel, field: VelocityField) -> Certificate | None:
     """Certificate with noise that depends only on the seed; None if no samples are asked for.
 
-    Of a conditional flow it has groups of `PER_CONDITION` trajectories under one condition.
+    With conditions it has groups of `PER_CONDITION` trajectories under one condition.
     """
+    config, device = arguments.config, arguments.device
     n = distributed.share(config.certificate_samples)
     if not n:
         return None
     generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 2))
     groups = 1
-    if cond_sampler is not None:  # two at least, of two at least
+    if arguments.cond_sampler is not None:  # two at least, of two at least
         groups = max(1, min(n // 2, max(2, n // PER_CONDITION)))
     n = groups * (n // groups)
-    x0 = torch.randn((n, *shape), generator=generator, dtype=dtype, device=device)
+    x0 = torch.randn(
+        (n, *arguments.shape), generator=generator, dtype=arguments.dtype, device=device
+    )
     cond = None
-    if cond_sampler is not None:
-        few = draw_conditions(cond_sampler, groups, generator)
+    if arguments.cond_sampler is not None:
+        few = draw_conditions(arguments.cond_sampler, groups, generator)
         cond = {name: c.repeat_interleave(n // groups, 0) for name, c in few.items()}
     return certify(
-        field,
-        base,
-        reward,
+        arguments.evaluator(field),
+        arguments.evaluator(arguments.base),
+        arguments.reward_evaluator,
         kernel,
         x0,
         cond=cond,
         groups=groups,
         batch_size=config.eval_batch_size,
         generator=generator,
-        progress=progress,
+        progress=arguments.progress,
     )
+
+
+def _compare_log_z(log_z: float, error: float, chain: Certificate) -> None:
+    """Warn where ODE and chain of the base disagree about log E Z(c), and both know it."""
+    by_chain, by_chain_error = chain.log_z, chain.log_z_stderr
+    if chain.groups > 1:  # the error is that of as many conditions
+        of_each = chain.grouped.logsumexp(1) - math.log(chain.grouped.shape[1])
+        by_chain, by_chain_error, _ = log_mean_exp(of_each)
+    if abs(log_z - by_chain) > max(0.1, 5 * math.hypot(error, by_chain_error)):
+        warnings.warn(
+            f"the base's ODE gives log Z = {log_z:.3f} ± {error:.3f}, its memoryless chain "
+            f"{by_chain:.3f} ± {by_chain_error:.3f}: the tilt is that of the chain's distribution. "
+            "Either the grid is coarse (more steps), or the base is not the flow of independent "
+            "noise (optimal-transport coupling, reflow, distillation, guidance)",
+            stacklevel=4,
+        )

@@ -8,85 +8,92 @@ was collected, corrects for that, up to the weights' self-normalisation and cap.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adjoint.trajectory_batch import TrajectoryBatch
+
 
 class TrajectoryBuffer:
-    """Named tensors stored along their batch dimension.
+    """A ring buffer that keeps the newest trajectories.
 
     Arguments:
         capacity: number of trajectories kept.
-        dims: name → which dimension is the batch; the first for names not in it.
+        device: device to which a restored state is moved.
+
+    Attributes:
+        store: the trajectories kept; None before the first are added.
+        size: number of trajectories in ``store`` so far.
+        position: where the next trajectory is written.
     """
 
-    def __init__(
-        self, capacity: int, dims: Mapping[str, int], *, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, capacity: int, *, device: torch.device | str = "cpu") -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity
-        self.dims = dict(dims)
         self.device = device
-        self.store: dict[str, Tensor] = {}
+        self.store: TrajectoryBatch | None = None
         self.size = 0
         self.position = 0
 
-    def add(self, items: Mapping[str, Tensor]) -> None:
-        """Append a batch, overwriting the oldest entries.
+    def add(self, batch: TrajectoryBatch) -> None:
+        """Append a batch, overwriting the oldest trajectories.
 
         Raises:
             ValueError: the batch exceeds the capacity.
         """
-        first, value = next(iter(items.items()))
-        count = value.shape[self._dim(first)]
+        count = len(batch)
         if count > self.capacity:
             raise ValueError(
                 f"a batch of {count} trajectories does not fit a replay buffer of {self.capacity}"
             )
-        for name, value in items.items():
-            dim = self._dim(name)
-            if name not in self.store:
-                shape = list(value.shape)
-                shape[dim] = self.capacity
-                self.store[name] = value.new_zeros(shape)
-            index = (self.position + torch.arange(count)) % self.capacity
-            self.store[name].index_copy_(dim, index.to(value.device), value)
+        if self.store is None:
+            self.store = batch.map(self._empty)
+        index = (self.position + torch.arange(count)) % self.capacity
+        for (kept, dim), (new, _) in zip(self.store.tensors(), batch.tensors(), strict=True):
+            kept.index_copy_(dim, index.to(new.device), new)
         self.position = (self.position + count) % self.capacity
         self.size = min(self.size + count, self.capacity)
 
-    def draw(self, count: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``count`` trajectories drawn uniformly with replacement."""
-        device = "cpu" if generator is None else generator.device
-        index = torch.randint(self.size, (count,), generator=generator, device=device)
-        return {
-            name: value.index_select(self._dim(name), index.to(value.device))
-            for name, value in self.store.items()
-        }
-
-    def state_dict(self) -> dict[str, object]:
-        """Contents and position, for a checkpoint."""
-        return {"store": dict(self.store), "size": self.size, "position": self.position}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what `state_dict` gave.
+    def draw(self, count: int, *, generator: torch.Generator | None = None) -> TrajectoryBatch:
+        """``count`` trajectories drawn uniformly with replacement.
 
         Raises:
-            ValueError: the stored tensors have another capacity.
+            ValueError: the buffer is empty.
         """
-        store = state["store"]
-        assert isinstance(store, dict)
-        for name, value in store.items():
-            capacity = value.shape[self._dim(name)]
-            if capacity != self.capacity:
-                raise ValueError(
-                    f"replay buffer of {capacity} trajectories in the state, "
-                    f"expected {self.capacity}"
-                )
-        self.store = {name: value.to(self.device, copy=True) for name, value in store.items()}
-        self.size = int(state["size"])  # type: ignore[call-overload]
-        self.position = int(state["position"])  # type: ignore[call-overload]
+        if self.store is None:
+            raise ValueError("the replay buffer is empty: add trajectories before drawing them")
+        device = "cpu" if generator is None else generator.device
+        return self.store.rows(
+            torch.randint(self.size, (count,), generator=generator, device=device)
+        )
 
-    def _dim(self, name: str) -> int:
-        return self.dims.get(name, 0)
+    def _empty(self, tensor: Tensor, dim: int) -> Tensor:
+        """Zeros like ``tensor`` with room for all trajectories."""
+        shape = list(tensor.shape)
+        shape[dim] = self.capacity
+        return tensor.new_zeros(shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Contents and position, for a checkpoint."""
+        store = None
+        if self.store is not None:
+            store = {f.name: getattr(self.store, f.name) for f in fields(self.store)}
+        return {"store": store, "size": self.size, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the contents that `state_dict` returned, as a copy.
+
+        Raises:
+            ValueError: the state is of a buffer of another capacity.
+        """
+        store = state["store"] and TrajectoryBatch(**state["store"])
+        if store is not None and len(store) != self.capacity:
+            raise ValueError(
+                f"replay buffer of {len(store)} trajectories in the state, expected {self.capacity}"
+            )
+        self.store = store and store.map(lambda tensor, _: tensor.to(self.device, copy=True))
+        self.size, self.position = int(state["size"]), int(state["position"])

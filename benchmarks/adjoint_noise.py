@@ -62,7 +62,7 @@ def measure(steps: int, samples: int) -> list[dict[str, float]]:
     x0 = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
     noise = draw_noise(kernel, x0, generator=generator)
     xs = rollout(tilted, base, kernel, x0, noise).xs
-    _, gradient = Reward(reward).value_and_gradient(xs[-1])
+    _, gradient, _ = Reward(reward).value_and_gradient(xs[-1])
     values = lean_adjoint(base, kernel, xs, -gradient).values
     rows = []
     for t in TIMES:

@@ -38,9 +38,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 from tqdm import tqdm
 
-from adjoint import Kernel, make_kernel
-from adjoint.chain.conditional_covariance import noise_pull, noise_root
-from adjoint.chain.kernels import MATCHED
+from adjoint import KERNELS, Kernel, make_kernel
 from benchmarks.common.records import RESULTS
 from flows import GaussianMixture, uniform, velocity_and_vjp
 from flows.training import write_json
@@ -107,7 +105,7 @@ def kernel_for(base: GaussianMixture, name: str, steps: int) -> Kernel:
     """Make kernel ``name`` on the uniform grid, with the base's exact mmse."""
     grid = uniform(steps)
     mmse = covariance = None
-    if name in MATCHED:
+    if "mmse" in KERNELS[name].needs:
         mmse = torch.stack([quadrature_mmse(base, t) for t in grid[:-1]])
     if name == "covariance_matched":
         covariance = base.covariance()
@@ -174,10 +172,10 @@ def fixed_point(problem: Problem, kernel: Kernel, *, weighted: bool = False) -> 
         slope = float(kernel.adjoint_x[k]) + float(kernel.adjoint_v[k]) * jacobian.numpy()
         back = np.broadcast_to(slope, (len(STATES), len(NODES)))
         follows_base = kernel.noiseless_last and k == kernel.steps - 1
-        if kernel.start_covariance is not None:
-            spread = noise_root(base, kernel, k, x)[:, 0, 0].detach().numpy()
+        if (noise := kernel.state_noise) is not None:
+            spread = noise.root(base, k, x)[:, 0, 0].detach().numpy()
             one = torch.ones_like(x)
-            pull = noise_pull(base, kernel, k, x, one, one)[:, 0].numpy()
+            pull = noise.pull(base, k, x, one, one)[:, 0].numpy()
             pull = pull * float(kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k])
             back = back + pull[:, None] * NODES
         else:

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from adjoint.chain.conditional_covariance import noise_pull
 from adjoint.chain.kernels import Kernel
-from adjoint.chain.rollout import Trajectory, by_micro_batches, rows_of, velocity_along
-from flows.autodiff import velocity_and_vjp
+from adjoint.chain.rollout import Trajectory
+from adjoint.evaluator import Evaluator
 from flows.field import Cond, VelocityField
 
 
@@ -43,7 +41,7 @@ class Adjoint:
 
 
 def lean_adjoint(
-    base: VelocityField,
+    base: VelocityField | Evaluator,
     kernel: Kernel,
     xs: Tensor,
     terminal: Tensor,
@@ -52,100 +50,98 @@ def lean_adjoint(
     noise: Tensor | None = None,
     running: Tensor | None = None,
     control_variates: Tensor | None = None,
-    micro_batch: int = 0,
-    device: torch.device | str | None = None,
 ) -> Adjoint:
     """Lean adjoint of the base along states xs (K+1, B, *) from ``terminal`` = -∇r(x_K) (B, *).
 
     Arguments:
-        noise: (K, B, *) step noises of the trajectory, which the adjoint of a chain with full
-            covariance needs (`adjoint.chain.conditional_covariance`); unused otherwise.
+        base: velocity field of the base, or an evaluator of it.
+        kernel: table of the chain.
+        cond: conditions with leading size B.
+        noise: (K, B, *) step noises of the trajectory, which the adjoint of a chain with a
+            state-dependent noise needs; unused otherwise.
         running: (K, B, *) gradient of a running state cost at x_k, times the step; for control
             problems other than tilting, which have none.
-        control_variates: (K, B, *) what is added to λ_1 … λ_K before they are carried on; see
-            `adjoint.chain.control_variates`.
-        micro_batch, device: see `adjoint.chain.rollout`; by default all B, and where xs is.
+        control_variates: (K, B, *) tensor that is added to λ_1 … λ_K before they are carried on;
+            see `adjoint.chain.control_variates`.
 
-    Adjoints have the dtype of xs, also where the base computes in another one.  The product costs a
-    forward and a backward pass a step and also yields v_β(x_k, t_k) where the rule reads it at that
-    time; the others are evaluated in one batch (of ``micro_batch`` states, if that is smaller).  A
-    base that has the method ``linearised`` (`flows.field`) makes the forward passes of all steps in
-    one batch too, so that only the backward ones follow each other.
+    Adjoints have the dtype and device of xs.  The vector-Jacobian product costs a forward and a
+    backward pass a step and also yields v_β(x_k, t_k) where the rule reads it at that time; the
+    other velocities are evaluated in one batch.
 
     Raises:
-        ValueError: the kernel has full covariance and no noise is given.
+        ValueError: the kernel has a state-dependent noise and no noise is given.
     """
-    if kernel.start_covariance is not None and noise is None:
+    if kernel.state_noise is not None and noise is None:
         raise ValueError(f"noise of the trajectory is needed with kernel {kernel.name!r}, got None")
-    if 0 < micro_batch < len(terminal):
-
-        def run(i: slice) -> tuple[Tensor, Tensor]:
-            part = lean_adjoint(
-                base,
-                kernel,
-                xs[:, i],
-                terminal[i],
-                rows_of(cond, i),
-                noise=None if noise is None else noise[:, i],
-                running=None if running is None else running[:, i],
-                control_variates=None if control_variates is None else control_variates[:, i],
-                micro_batch=micro_batch,
-                device=device,
-            )
-            return part.values, part.v_base
-
-        return Adjoint(*by_micro_batches(run, len(terminal), micro_batch))
-    home, device = xs.device, torch.device(device or xs.device)
-    cond = rows_of(cond, slice(None), device)
-    value = terminal.detach().to(device, xs.dtype)
-    values, own = [value.to(home)], {}
-    t, adjoint_x, adjoint_v = (
-        column.to(xs.dtype).unbind()
+    base = Evaluator.of(base)
+    value = terminal.detach().to(xs.device, xs.dtype)
+    values, own = [value], {}
+    adjoint_t, adjoint_x, adjoint_v = (
+        column.to(xs.device, xs.dtype)
         for column in (kernel.adjoint_t, kernel.adjoint_x, kernel.adjoint_v)
     )
-    linearised = getattr(base, "linearised", None)
-    if linearised is not None:
-        vs, pull = linearised(xs[:-1].to(device), kernel.adjoint_t.to(xs.dtype), cond)
+    scales = kernel.adjoint_scale.to(xs.device)
+    factors_x, factors_v = adjoint_x.unbind(), adjoint_v.unbind()
+    pull = base.pullbacks(xs[:-1], adjoint_t, cond)
     for k in reversed(range(kernel.steps)):
-        x = xs[k].to(device)
-        whole = value if control_variates is None else value + control_variates[k].to(device)
-        if linearised is None:
-            v, product = velocity_and_vjp(base, x, t[k], whole, cond)
-        else:
-            v, product = vs[k], pull(k, whole)
-        carried = adjoint_x[k] * whole + adjoint_v[k] * product
-        if kernel.start_covariance is not None and noise is not None:
-            scale = kernel.adjoint_scale[k + 1] / kernel.adjoint_scale[k]
-            eps = noise[k].to(device)
-            carried = carried + scale * noise_pull(base, kernel, k, x, eps, value, cond)
+        whole = value if control_variates is None else value + control_variates[k]
+        v, product = pull(k, whole)
+        carried = factors_x[k] * whole + factors_v[k] * product
+        if kernel.state_noise is not None and noise is not None:
+            of_noise = _noise_pull(kernel, base, k, xs[k], noise[k], value, cond)
+            carried = carried + scales[k + 1] / scales[k] * of_noise
         value = carried
         if running is not None:
-            value = value + running[k].to(device) / kernel.adjoint_scale[k]
-        values.append(value.to(home))
+            value = value + running[k] / scales[k]
+        values.append(value)
         if kernel.own_time[k]:
-            own[k] = v.to(home, xs.dtype)
-    along = partial(velocity_along, base, cond=cond, micro_batch=micro_batch, device=device)
-    v_base = _at_own_time(along, kernel, xs, own)
+            own[k] = v.to(xs.dtype)
+    v_base = _at_own_time(lambda states, t: base.along(states, t, cond), kernel, xs, own)
     return Adjoint(torch.stack(values[::-1]), v_base)
+
+
+def _noise_pull(
+    kernel: Kernel,
+    base: Evaluator,
+    k: int,
+    x: Tensor,
+    noise: Tensor,
+    adjoint: Tensor,
+    cond: Cond | None,
+) -> Tensor:
+    """Term (B, *) that the state-dependent noise of step k adds to its adjoint."""
+    of_state = kernel.state_noise
+    assert of_state is not None
+
+    def run(x: Tensor, noise: Tensor, adjoint: Tensor, cond: Cond | None) -> tuple[Tensor]:
+        return (of_state.pull(base.field, k, x, noise, adjoint, cond),)
+
+    return base.map(run, x, noise, adjoint, cond=cond)[0]
 
 
 @torch.no_grad()
 def _at_own_time(
     along: Callable[[Tensor, Tensor], Tensor], kernel: Kernel, xs: Tensor, own: dict[int, Tensor]
 ) -> Tensor:
-    """v_β(x_k, t_k), evaluating those steps whose adjoint was read at another time."""
+    """Base velocities v_β(x_k, t_k), (K, B, *), from those known at some steps already.
+
+    Arguments:
+        along: evaluates the base at states (S, B, *) and times (S,).
+        own: velocities (B, *) by step, where the adjoint was read at the step's own time.
+    """
+    times = kernel.t.to(xs.device)
     if not own:
-        return along(xs[:-1], kernel.t[:-1]).to(xs.dtype)
+        return along(xs[:-1], times[:-1]).to(xs.dtype)
     other = [k for k in range(kernel.steps) if k not in own]
     if other:
         # A list as index would be sent to the device, and be waited for.
-        states, times = (torch.stack([column[k] for k in other]) for column in (xs, kernel.t))
-        own |= zip(other, along(states, times).to(xs.dtype), strict=True)
+        states, some = (torch.stack([column[k] for k in other]) for column in (xs, times))
+        own |= zip(other, along(states, some).to(xs.dtype), strict=True)
     return torch.stack([own[k] for k in range(kernel.steps)])
 
 
 def scalar_adjoint(
-    base: VelocityField,
+    base: VelocityField | Evaluator,
     kernel: Kernel,
     xs: Tensor,
     terminal: Tensor,
@@ -156,13 +152,13 @@ def scalar_adjoint(
     scale = torch.where(own_time, 1.0, kernel.t).to(xs.dtype)
     values = scale.reshape(-1, *([1] * terminal.ndim)) * terminal.detach()
     with torch.no_grad():
-        v_base = velocity_along(base, xs[:-1], kernel.t[:-1], cond).to(xs.dtype)
+        v_base = Evaluator.of(base).along(xs[:-1], kernel.t[:-1], cond).to(xs.dtype)
     return Adjoint(values, v_base)
 
 
 def full_adjoint(
-    field: VelocityField,
-    base: VelocityField,
+    field: VelocityField | Evaluator,
+    base: VelocityField | Evaluator,
     kernel: Kernel,
     trajectory: Trajectory,
     terminal: Tensor,
@@ -173,24 +169,25 @@ def full_adjoint(
     At t = 0, where a = t c vanishes whatever c is, it is 0 for the own-time kernels too.
 
     Raises:
-        ValueError: the kernel's adjoint is not the Jacobian of its own mean, or its noise has a
-            covariance that depends on the state.
+        ValueError: the kernel's adjoint is not the Jacobian of its own mean, or its noise depends
+            on the state.
     """
-    if not kernel.is_exact_adjoint or kernel.start_covariance is not None:
+    if not kernel.is_exact_adjoint or kernel.state_noise is not None:
         raise ValueError(f"the full adjoint is not defined for kernel {kernel.name!r}")
+    field, base = Evaluator.of(field), Evaluator.of(base)
     a = terminal.detach()
     values, v_base = [a / kernel.adjoint_scale[-1]], []
     for k in reversed(range(kernel.steps)):
         x, mean_v = trajectory.xs[k], kernel.mean_v[k]
         t = kernel.t[k].to(x.dtype)
         if kernel.noiseless_last and k == kernel.steps - 1:
-            v, product = velocity_and_vjp(base, x, t, mean_v * a, cond)
+            v, product = base.velocity_and_vjp(x, t, mean_v * a, cond)
         else:
             with torch.no_grad():
-                v = base(x, t, cond)
+                v = base.at(x, t, cond)
             pull = (mean_v / kernel.std[k]) ** 2 * (trajectory.v[k] - v)
-            _, product = velocity_and_vjp(field, x, t, mean_v * a + pull, cond)
-            product = product - velocity_and_vjp(base, x, t, pull, cond)[1]
+            _, product = field.velocity_and_vjp(x, t, mean_v * a + pull, cond)
+            product = product - base.velocity_and_vjp(x, t, pull, cond)[1]
         a = kernel.mean_x[k] * a + product
         values.append(a / kernel.adjoint_scale[k])
         v_base.append(v.to(x.dtype))

@@ -1,4 +1,4 @@
-r"""The conditional covariance of the data given the state, from the base velocity alone.
+r"""Conditional covariance of the data given the state, from the base velocity alone.
 
 On the canonical path x̂₁ = x + (1-t) v and the second-order Tweedie identity gives
 
@@ -14,8 +14,8 @@ a chain has a term beside the Jacobian of the mean,
 
     a_k = (∂μ_β/∂x)ᵀ a_{k+1} + ∇_x [(L(x_k) ε_k)ᵀ a_{k+1}],
 
-second derivatives of the velocity by one more backward pass (`noise_pull`).  Without it the tilt
-keeps a bias that refining the grid hardly removes.
+second derivatives of the velocity by one more backward pass (`ConditionalNoise.pull`).  Without it
+the tilt keeps a bias that refining the grid hardly removes.
 
 A learned velocity has no exactly symmetric Jacobian, and its symmetric part need not be positive:
 the symmetric part is taken, and where its smallest eigenvalue is below a small floor a multiple of
@@ -24,11 +24,12 @@ the identity lifts it there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from einops import repeat
 from torch import Tensor
 
-from adjoint.chain.kernels import Kernel
 from flows.field import Cond, VelocityField
 
 MAX_DIM = 16
@@ -91,47 +92,78 @@ def conditional_covariance(jac: Tensor, t: Tensor) -> Tensor:
     return covariance + lift.clamp_min(0) * eye
 
 
-def noise_root(
-    base: VelocityField,
-    kernel: Kernel,
-    k: int,
-    x: Tensor,
-    cond: Cond | None = None,
-    *,
-    create_graph: bool = False,
-) -> Tensor:
-    """L (B, d, d) with L Lᵀ = q I + g² Cov(X_1 | x_k) at step k of a chain with full covariance."""
-    assert kernel.bridge is not None
-    assert kernel.gain is not None
-    assert kernel.start_covariance is not None
-    if k == 0:
-        covariance = kernel.start_covariance.to(x.dtype).expand(x.shape[0], -1, -1)
-    else:
-        _, jac = jacobian(base, x, kernel.t[k].to(x.dtype), cond, create_graph=create_graph)
-        covariance = conditional_covariance(jac, kernel.t[k])
-    eye = torch.eye(covariance.shape[-1], dtype=x.dtype, device=x.device)
-    full = kernel.bridge[k].to(x.dtype) * eye + kernel.gain[k].to(x.dtype) * covariance
-    return torch.linalg.cholesky_ex(full)[0]
+def scaled_noise(root: Tensor, noise: Tensor) -> Tensor:
+    """Products L ε of the shape of the noise ε (..., *), from factors L (..., d, d).
+
+    As a sum of products, since autocast would round a matrix product.
+    """
+    flat = noise.flatten(root.ndim - 2)
+    return (root * flat.unsqueeze(-2)).sum(-1).reshape(noise.shape)
 
 
-def noise_pull(
-    base: VelocityField,
-    kernel: Kernel,
-    k: int,
-    x: Tensor,
-    noise: Tensor,
-    adjoint: Tensor,
-    cond: Cond | None = None,
-) -> Tensor:
-    """∇_x [(L(x_k) ε_k)ᵀ a] (B, *): what the state-dependent noise adds to the adjoint."""
-    if k == 0:  # the covariance at t = 0 is that of the data, whatever the state
-        return torch.zeros_like(x)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        root = noise_root(base, kernel, k, x, cond, create_graph=True)
-        with torch.autocast(x.device.type, enabled=False):  # it would round the product
-            kick = (root @ noise.flatten(1).unsqueeze(2)).squeeze(2)
-        if not kick.requires_grad:  # a velocity linear in x has a constant Jacobian
+@dataclass(frozen=True)
+class ConditionalNoise:
+    """Step noise L(x_k) ε_k with L Lᵀ = q I + g² Cov(X_1 | x_k); see the module docstring.
+
+    Attributes:
+        t: (K+1,) float64 time grid.
+        bridge, gain: (K,) float64, q and g² of each step.
+        start_covariance: (d, d) float64, Cov(X_1), the conditional covariance at t = 0.
+    """
+
+    t: Tensor
+    bridge: Tensor
+    gain: Tensor
+    start_covariance: Tensor
+
+    def to(self, device: torch.device | str) -> ConditionalNoise:
+        """Copy of this noise with its tensors on ``device``."""
+        return ConditionalNoise(
+            *(c.to(device) for c in (self.t, self.bridge, self.gain, self.start_covariance))
+        )
+
+    def root(
+        self,
+        base: VelocityField,
+        k: int,
+        x: Tensor,
+        cond: Cond | None = None,
+        *,
+        create_graph: bool = False,
+    ) -> Tensor:
+        """Lower triangular factors L (B, d, d) at the states x (B, *) of step k.
+
+        Arguments:
+            create_graph: keep L differentiable in x, which then must require a gradient.
+        """
+        if k == 0:
+            covariance = self.start_covariance.to(x.device, x.dtype).expand(x.shape[0], -1, -1)
+        else:
+            t = self.t[k].to(x.device)
+            _, jac = jacobian(base, x, t.to(x.dtype), cond, create_graph=create_graph)
+            covariance = conditional_covariance(jac, t)
+        eye = torch.eye(covariance.shape[-1], dtype=x.dtype, device=x.device)
+        bridge, gain = (column[k].to(x.device, x.dtype) for column in (self.bridge, self.gain))
+        full = bridge * eye + gain * covariance
+        return torch.linalg.cholesky_ex(full)[0]
+
+    def pull(
+        self,
+        base: VelocityField,
+        k: int,
+        x: Tensor,
+        noise: Tensor,
+        adjoint: Tensor,
+        cond: Cond | None = None,
+    ) -> Tensor:
+        """Gradient ∇_x [(L(x_k) ε_k)ᵀ a] (B, *), the term that L(x) adds to the adjoint."""
+        if k == 0:  # the covariance at t = 0 is that of the data, whatever the state
             return torch.zeros_like(x)
-        (pull,) = torch.autograd.grad((kick * adjoint.flatten(1)).sum(), x, allow_unused=True)
-    return torch.zeros_like(x) if pull is None else pull
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            root = self.root(base, k, x, cond, create_graph=True)
+            kick = scaled_noise(root, noise)
+            if not kick.requires_grad:  # a velocity linear in x has a constant Jacobian
+                return torch.zeros_like(x)
+            (pull,) = torch.autograd.grad((kick * adjoint).sum(), x, allow_unused=True)
+        return torch.zeros_like(x) if pull is None else pull

@@ -43,32 +43,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from adjoint.chain.conditional_covariance import scaled_noise
 from adjoint.chain.kernels import Kernel
-from adjoint.chain.rollout import Trajectory, velocity_along
+from adjoint.chain.rollout import Trajectory
+from adjoint.evaluator import Evaluator
 from flows.field import Cond, VelocityField
 
 
 @torch.no_grad()
 def control_variates(
-    field: VelocityField,
-    base: VelocityField,
+    field: VelocityField | Evaluator,
+    base: VelocityField | Evaluator,
     kernel: Kernel,
     trajectory: Trajectory,
     end: Tensor,
     terminal: Callable[[Tensor], Tensor],
     cond: Cond | None = None,
-    *,
-    micro_batch: int = 0,
-    device: torch.device | str | None = None,
 ) -> Tensor:
-    """C_1 … C_K, (K, B, *), of a trajectory that ``field`` made; see the module docstring.
+    """Control variates C_1 … C_K (K, B, *) of a trajectory that ``field`` made.
 
     Arguments:
+        field, base: velocity fields of the model and of the base, or evaluators of them.
+        kernel: table of the chain.
         end: -∇r at the end of the trajectory, (B, *).
-        terminal: the same of other states (B, *).
+        terminal: function that returns -∇r at other states (B, *).
         cond: conditions with leading size B.
-        micro_batch, device: see `adjoint.chain.rollout`.
     """
+    field, base = Evaluator.of(field), Evaluator.of(base)
     xs, noise = trajectory.xs, trajectory.noise
     noisy = kernel.steps - int(kernel.noiseless_last)  # C of a noiseless step is zero
     std, mean_x, mean_v, ratio = (
@@ -80,29 +81,21 @@ def control_variates(
             kernel.residual_v / kernel.residual_a,
         )
     )
-    if trajectory.roots is None:
-        kick = std * noise
-    else:
-        at = torch.device(device or xs.device).type
-        with torch.autocast(at, enabled=False):  # as in `rollout`
-            kick = (trajectory.roots @ noise.flatten(2).unsqueeze(3)).reshape(noise.shape)
+    grid = kernel.t.to(xs.device)
+    roots = trajectory.roots
+    kick = std * noise if roots is None else scaled_noise(roots, noise)
     mirrored = (xs[1:] - 2 * kick)[:noisy]
-
-    def along(field: VelocityField, states: Tensor, times: Tensor) -> Tensor:
-        v = velocity_along(field, states, times, cond, micro_batch=micro_batch, device=device)
-        return v.to(xs.dtype)
-
     other_end = mirrored[-1]
     if kernel.noiseless_last:
-        v = along(base, other_end[None], kernel.t[noisy:-1])[0]
+        v = base.along(other_end[None], grid[noisy:-1], cond).to(xs.dtype)[0]
         other_end = mean_x[-1] * other_end + mean_v[-1] * v
     last = (end - terminal(other_end))[None]
     rest = torch.zeros_like(xs[noisy + 1 :])
     if noisy == 1:
         return torch.cat([last / 2, rest])
     states = [xs[1:noisy], mirrored[:-1]]
-    times = kernel.t[1:noisy]
-    v_base = along(base, torch.cat(states), times.repeat(2))
-    there = along(field, states[1], times)
+    times = grid[1:noisy]
+    v_base = base.along(torch.cat(states), times.repeat(2), cond).to(xs.dtype)
+    there = field.along(states[1], times, cond).to(xs.dtype)
     own, other = (torch.cat([trajectory.v[1:noisy], there]) - v_base).chunk(2)
     return torch.cat([ratio[1:noisy] * (other - own) / 2, last / 2, rest])

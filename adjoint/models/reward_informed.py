@@ -39,7 +39,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from adjoint.rewards.reward import Reward, ValueFunction, as_reward
+from adjoint.rewards.reward import AbstractReward, ValueFunction, as_reward
 from flows.autodiff import pullback
 from flows.field import Cond, Corrected, VelocityField, batch_time
 from flows.networks.mlp import MLPVelocity, TimeEmbedding
@@ -70,7 +70,7 @@ class RewardInformed(Corrected):
     def __init__(
         self,
         base: VelocityField,
-        reward: Reward | ValueFunction,
+        reward: ValueFunction,
         correction: nn.Module,
         *,
         time_dim: int = 32,
@@ -117,7 +117,7 @@ class RewardInformed(Corrected):
 class _Shared:
     """Holds what the copies of a module share."""
 
-    def __init__(self, held: Reward) -> None:
+    def __init__(self, held: AbstractReward) -> None:
         self.held = held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
@@ -127,7 +127,7 @@ class _Shared:
 
 def reward_informed(
     base: VelocityField,
-    reward: Reward | ValueFunction,
+    reward: ValueFunction,
     dim: int,
     *,
     hidden: Sequence[int] = (256, 256, 256),

@@ -17,7 +17,7 @@ Memory.  A decoder's activations are many times its input.  Three things bound t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from adjoint.chain.rollout import chunks, rows_of
-from adjoint.rewards.reward import Reward, ValueFunction, as_reward, cap_norm
-from adjoint.rewards.sums import Composite
+from adjoint.micro_batches import chunks, rows_of
+from adjoint.rewards.reward import AbstractReward, Info, ValueFunction, as_reward, cap_norm
 from flows.autodiff import pullback, transforming
 from flows.field import Cond, check_cond
 
 
 def decoded(
-    reward: Reward | ValueFunction,
+    reward: ValueFunction,
     decoder: Callable[[Tensor], Any] | Any,
     *,
     scale: float | Tensor | None = None,
@@ -73,45 +72,53 @@ def decoded(
     return Decoded(as_reward(reward), decode, chunk=chunk, recompute=recompute)
 
 
-class Decoded(Composite):
+class Decoded(AbstractReward):
     """A reward of decoded samples; made by `decoded`."""
 
-    def __init__(self, reward: Reward, decode: _Decode, *, chunk: int, recompute: bool) -> None:
-        super().__init__(reward.name)
+    def __init__(
+        self, reward: AbstractReward, decode: _Decode, *, chunk: int, recompute: bool
+    ) -> None:
+        self.name = reward.name
+        self.max_norm = None
         self.reward = reward
         self.decode = decode
         self.chunk = chunk
         self.recompute = recompute
 
     def _times(self, factor: float, cap_factor: float) -> Decoded:
+        """A copy whose reward is multiplied by ``factor`` and whose caps by ``cap_factor``."""
         clone = copy.copy(self)
         clone.reward = self.reward._times(factor, cap_factor)
         if self.max_norm is not None:
             clone.max_norm = self.max_norm * cap_factor
         return clone
 
-    def terms(self, x: Tensor, cond: Cond | None = None) -> dict[str, Tensor]:
-        """Values (B,) of the terms of the reward; where gradients are recorded, a chunk keeps x."""
+    def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
+        """Value (B,) at latents x (B, *), and the terms of the reward by name.
 
-        def evaluate(x: Tensor, cond: Cond | None) -> dict[str, Tensor]:
-            return self.reward.terms(self._images(x), cond)
+        Where gradients are recorded, each chunk keeps its latents only.
+        """
+
+        def evaluate(x: Tensor, cond: Cond | None) -> tuple[Tensor, Info]:
+            return self.reward.value_and_info(self._images(x), cond)
 
         check_cond(cond, x)
         rows = chunks(len(x), self.chunk)
         parts = [self._kept(evaluate, x[i], rows_of(cond, i)) for i in rows]
-        return _concatenated(parts)
+        values, infos = zip(*parts, strict=True)
+        return torch.cat(values), _concatenated(infos)
 
-    def terms_and_gradient(
+    def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """`terms` and the capped gradient in the latents, detached unless ``create_graph``.
+    ) -> tuple[Tensor, Tensor, Info]:
+        """Value (B,), capped gradient in the latents, and the terms; see `AbstractReward`.
 
         Raises:
             TypeError, ValueError: as for the reward itself; and ValueError if the images do not
                 depend differentiably on the latents.
         """
         check_cond(cond, x)
-        parts, gradients = [], []
+        values, gradients, infos = [], [], []
         for i in chunks(len(x), self.chunk):
             image, pull = pullback(
                 lambda z: self._kept(self._images, z), x[i], create_graph=create_graph
@@ -121,12 +128,14 @@ class Decoded(Composite):
                     "decoder is not differentiable: its images do not depend on the latents "
                     "through torch operations; avoid no_grad, detach and numpy in it"
                 )
-            terms, gradient = self.reward.terms_and_gradient(
+            value, gradient, info = self.reward.value_and_gradient(
                 image, rows_of(cond, i), create_graph=create_graph
             )
-            parts.append(terms)
+            values.append(value)
             gradients.append(pull(gradient.to(image.dtype)))
-        return _concatenated(parts), cap_norm(torch.cat(gradients), self.max_norm)
+            infos.append(info)
+        gradient = cap_norm(torch.cat(gradients), self.max_norm)
+        return torch.cat(values), gradient, _concatenated(infos)
 
     def _images(self, x: Tensor) -> Tensor:
         """Images in the dtype of x, with the decoder's parameters as constants."""
@@ -195,8 +204,8 @@ class _Decode(nn.Module):
         return images.to(x.dtype)
 
 
-def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The terms of chunks as terms of the batch."""
+def _concatenated(parts: Sequence[Info]) -> Info:
+    """Terms of the batch from the terms of its chunks."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

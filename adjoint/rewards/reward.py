@@ -1,4 +1,4 @@
-"""What a reward is: a differentiable function of a sample, its gradient, its scale and its limits.
+"""Rewards: differentiable functions of a sample with their gradients, and sums of them.
 
 The tilt is p*(x) ∝ p(x) exp(r(x)).  A reward is any callable ``r(x, cond) -> (B,)``.  The adjoint
 needs only its gradient at the end of a trajectory, a_1 = -∇r(X_1); the certificate needs its value.
@@ -11,9 +11,12 @@ Three optional transformations, each of which defines a new reward or a new grad
   training stable where r is steep and biases the tilt there, which the certificate, computed with
   the uncapped value, will show.
 
-Rewards add, subtract, and multiply with numbers, exactly: with g what `Reward.value_and_gradient`
-returns as the gradient, g(a r + b q) = a g(r) + b g(q).  So a cap of a term stays that of the term,
-in proportion to its factor, whereas a temperature leaves the caps where they are.
+Rewards add, subtract, and multiply with numbers, exactly: with g the gradient that
+`value_and_gradient` returns, g(a r + b q) = a g(r) + b g(q).  So the cap of a term stays that of
+the term, in proportion to its factor, whereas a temperature leaves the caps where they are.
+
+A sum has named terms.  They are evaluated together with the gradient of their sum, so that a
+training can log the mean of each term at no cost.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -32,11 +36,119 @@ from flows.field import Cond, check_cond
 
 ValueFunction = Callable[[Tensor, Cond | None], Tensor]
 GradientFunction = Callable[[Tensor, Cond | None], Tensor]
-SomeReward = TypeVar("SomeReward", bound="Reward")
+Info = dict[str, Tensor]
+SomeReward = TypeVar("SomeReward", bound="AbstractReward")
 
 
-class Reward:
-    """A reward with its gradient.
+class AbstractReward(ABC):
+    """Interface of every reward, and the arithmetic that rewards share.
+
+    A reward is also a plain function of (x, cond), its value.
+
+    Attributes:
+        name: name in logs and errors.
+        max_norm: cap on the Euclidean norm of the gradient, per sample; None is none.
+    """
+
+    name: str
+    max_norm: float | None
+
+    @abstractmethod
+    def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
+        """Value (B,) at samples x (B, *), and the values (B,) of the terms of a sum by name.
+
+        The second is empty for a single reward.
+        """
+
+    @abstractmethod
+    def value_and_gradient(
+        self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor, Info]:
+        """Value (B,), capped gradient of the shape of x, and the values of the terms of a sum.
+
+        All are detached unless ``create_graph``.
+
+        Arguments:
+            x: samples (B, *).
+            cond: conditions with leading size B.
+            create_graph: keep the results differentiable in x; see `flows.autodiff.pullback`.  A
+                given gradient must be differentiable for that.
+
+        Raises:
+            TypeError, ValueError: as for a call; and ValueError if the value does not depend
+                differentiably on x, or a given gradient has another shape than x.
+        """
+
+    @abstractmethod
+    def _times(self: SomeReward, factor: float, cap_factor: float) -> SomeReward:
+        """A copy whose scale is multiplied by ``factor`` and whose caps by ``cap_factor``."""
+
+    def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        """Value (B,) at samples x (B, *).
+
+        Raises:
+            TypeError: the value is not a floating-point tensor.
+            ValueError: the value has another shape or lies on another device, or ``cond`` lacks
+                a condition that the reward asks for.
+        """
+        return self.value_and_info(x, cond)[0]
+
+    def terms(self, x: Tensor, cond: Cond | None = None) -> Info:
+        """Values (B,) of the terms of a sum by name; a single reward is its only term."""
+        value, info = self.value_and_info(x, cond)
+        return info or {self.name: value}
+
+    def scaled(self: SomeReward, factor: float) -> SomeReward:
+        """A copy whose scale is multiplied by ``factor``.
+
+        Caps stay as they are: they bound the gradient that is used.
+        """
+        return self._times(factor, 1.0)
+
+    def capped(self: SomeReward, max_norm: float | None) -> SomeReward:
+        """A copy with the cap ``max_norm`` instead of its own.
+
+        The cap of a sum bounds its total gradient, that of a decoded reward the gradient with
+        respect to the latents; caps of the terms, and of the reward of the image, stay in force.
+        """
+        _check_cap(max_norm)
+        clone = copy.copy(self)
+        clone.max_norm = max_norm
+        return clone
+
+    def __mul__(self: SomeReward, factor: float) -> SomeReward:
+        """``factor`` times the reward; its caps are multiplied by the size of the factor."""
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"a reward can be multiplied by a finite number, got {factor}")
+        return self._times(factor, abs(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self: SomeReward, divisor: float) -> SomeReward:
+        """The reward divided by a number."""
+        return self * (1 / divisor)
+
+    def __neg__(self: SomeReward) -> SomeReward:
+        """The negative reward: samples that had a high reward are avoided."""
+        return self * -1.0
+
+    def __add__(self, other: ValueFunction) -> Sum:
+        """The sum with another reward or plain callable; see `Sum`."""
+        return Sum(self, as_reward(other)) if callable(other) else NotImplemented
+
+    def __radd__(self: SomeReward, other: int) -> SomeReward:
+        """The reward itself where the function ``sum`` starts with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: ValueFunction) -> Sum:
+        """The difference from another reward or plain callable; see `Sum`."""
+        return self + -as_reward(other) if callable(other) else NotImplemented
+
+
+class Reward(AbstractReward):
+    """A reward made of a function, with its gradient.
 
     Arguments:
         value: differentiable ``r(x, cond)``; x has shape (B, *), the result has shape (B,).
@@ -88,30 +200,10 @@ class Reward:
         self.smoothing = smoothing
         self.probes = probes
 
-    def scaled(self: SomeReward, factor: float) -> SomeReward:
-        """The same reward, of the same class, with its scale multiplied by ``factor``.
-
-        Caps stay as they are: they are on the gradient that is used.
-        """
-        return self._times(factor, 1.0)
-
-    def capped(self: SomeReward, max_norm: float | None) -> SomeReward:
-        """The same reward, of the same class, with the cap ``max_norm`` instead of its own.
-
-        The cap of a sum is on its total gradient, that of a decoded reward on the gradient with
-        respect to the latents; caps of the terms, and of the reward of the image, stay in force.
-        """
-        _check_cap(max_norm)
-        clone = copy.copy(self)
-        clone.max_norm = max_norm
-        return clone
-
-    def _times(self: SomeReward, factor: float, cap_factor: float) -> SomeReward:
+    def _times(self, factor: float, cap_factor: float) -> Reward:
         """A copy whose scale is multiplied by ``factor`` and whose cap by ``cap_factor``."""
-        clone = copy.copy(self)
+        clone = _with_cap_times(self, cap_factor)
         clone.scale = self.scale * factor
-        if self.max_norm is not None:
-            clone.max_norm = self.max_norm * cap_factor
         return clone
 
     def _directions(self, x: Tensor) -> Tensor:
@@ -140,14 +232,8 @@ class Reward:
                 ) from error
             raise
 
-    def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """Scaled reward of shape (B,).
-
-        Raises:
-            TypeError: the value is not a floating-point tensor.
-            ValueError: the value has another shape or lies on another device, or ``cond`` lacks
-                what the reward asks for.
-        """
+    def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
+        """Scaled value (B,) at samples x (B, *), and no terms; raises as a call does."""
         value = self._smoothed(self._value, x, cond)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -159,21 +245,12 @@ class Reward:
             )
         if value.device != x.device:
             raise ValueError(f"reward returned a tensor on {value.device} for x on {x.device}")
-        return self.scale * value
+        return self.scale * value, {}
 
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Scaled value (B,) and capped gradient of the shape of x, by default both detached.
-
-        Arguments:
-            create_graph: neither is detached, but can be differentiated in x; see
-                `flows.field.pullback`.  A given gradient must be differentiable for that.
-
-        Raises:
-            TypeError, ValueError: as for a call; and ValueError if the value does not depend
-                differentiably on x, or a given gradient has another shape than x.
-        """
+    ) -> tuple[Tensor, Tensor, Info]:
+        """Scaled value (B,), capped gradient and no terms; see `AbstractReward`."""
         if self._gradient is not None:
             with torch.set_grad_enabled(create_graph and recording(x)):
                 value = self(x, cond)
@@ -191,50 +268,74 @@ class Reward:
                     "torch operations; pass gradient= or avoid detach, numpy and argmax"
                 )
             gradient = pull(torch.ones_like(value))
-        return value, cap_norm(gradient, self.max_norm)
+        return value, cap_norm(gradient, self.max_norm), {}
 
-    def terms(self, x: Tensor, cond: Cond | None = None) -> dict[str, Tensor]:
-        """Values (B,) by name of what the reward is a sum of; of a single one, itself."""
-        return {self.name: self(x, cond)}
 
-    def terms_and_gradient(
+class Sum(AbstractReward):
+    """The sum of rewards, each with its own scale, smoothing, cap and gradient.
+
+    ``max_norm`` caps the gradient of the sum.
+
+    Arguments:
+        parts: rewards; a sum among them that has no cap of its own is taken apart.
+    """
+
+    def __init__(self, *parts: AbstractReward) -> None:
+        self.name = "sum"
+        self.max_norm = None
+        self.parts: tuple[AbstractReward, ...] = ()
+        for part in parts:
+            inner = part.parts if isinstance(part, Sum) and part.max_norm is None else (part,)
+            self.parts += inner
+
+    def _times(self, factor: float, cap_factor: float) -> Sum:
+        """A copy whose terms are multiplied by ``factor`` and whose caps by ``cap_factor``."""
+        clone = _with_cap_times(self, cap_factor)
+        clone.parts = tuple(part._times(factor, cap_factor) for part in self.parts)
+        return clone
+
+    def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
+        """Sum (B,) of the terms, and the terms by name; the second ``r`` is called ``r_2``."""
+        values, infos = zip(*(part.value_and_info(x, cond) for part in self.parts), strict=True)
+        return _total(values), self._named(values, infos)
+
+    def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """`terms` and the gradient of their sum, as `value_and_gradient` gives both."""
-        value, gradient = self.value_and_gradient(x, cond, create_graph=create_graph)
-        return {self.name: value}, gradient
+    ) -> tuple[Tensor, Tensor, Info]:
+        """Sum (B,) of the terms, capped sum of their gradients, and the terms by name."""
+        found = [p.value_and_gradient(x, cond, create_graph=create_graph) for p in self.parts]
+        values, gradients, infos = zip(*found, strict=True)
+        return (
+            _total(values),
+            cap_norm(_total(gradients), self.max_norm),
+            self._named(values, infos),
+        )
 
-    def __mul__(self: SomeReward, factor: float) -> SomeReward:
-        """``factor`` times the reward; its caps are multiplied by the size of the factor."""
-        if not isinstance(factor, int | float):
-            return NotImplemented
-        if not math.isfinite(factor):
-            raise ValueError(f"a reward can be multiplied by a finite number, got {factor}")
-        return self._times(factor, abs(factor))
+    def _named(self, values: Iterable[Tensor], infos: Iterable[Info]) -> Info:
+        """Terms of all parts under distinct names: a name met again gets _2, _3, ..."""
+        result: Info = {}
+        for part, value, info in zip(self.parts, values, infos, strict=True):
+            for name, term in (info or {part.name: value}).items():
+                copies, unique = 1, name
+                while unique in result:
+                    copies += 1
+                    unique = f"{name}_{copies}"
+                result[unique] = term
+        return result
 
-    __rmul__ = __mul__
 
-    def __truediv__(self: SomeReward, divisor: float) -> SomeReward:
-        """The reward divided by a number."""
-        return self * (1 / divisor)
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors of one shape."""
+    first, *others = terms
+    return sum(others, first)
 
-    def __neg__(self: SomeReward) -> SomeReward:
-        """The negative reward: what was sought is avoided."""
-        return self * -1.0
 
-    def __add__(self, other: Reward | ValueFunction) -> Reward:
-        """The sum with another reward or plain callable, see `adjoint.rewards.sums.Sum`."""
-        from adjoint.rewards.sums import Sum  # a Sum is a Reward itself
-
-        return Sum(self, as_reward(other)) if callable(other) else NotImplemented
-
-    def __radd__(self, other: int) -> Reward:
-        """Serves the function ``sum``, which starts at 0."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
-
-    def __sub__(self, other: Reward | ValueFunction) -> Reward:
-        """The difference from another reward or plain callable."""
-        return self + -as_reward(other) if callable(other) else NotImplemented
+def _with_cap_times(reward: SomeReward, factor: float) -> SomeReward:
+    """A copy of ``reward`` whose own cap is multiplied by ``factor``."""
+    clone = copy.copy(reward)
+    if reward.max_norm is not None:
+        clone.max_norm = reward.max_norm * factor
+    return clone
 
 
 def cap_norm(gradient: Tensor, max_norm: float | None) -> Tensor:
@@ -255,12 +356,12 @@ def _check_cap(max_norm: float | None) -> None:
         raise ValueError(f"max_norm must be positive or None, got {max_norm}")
 
 
-def as_reward(reward: Reward | ValueFunction) -> Reward:
-    """``reward`` itself, or a plain callable wrapped as one."""
-    return reward if isinstance(reward, Reward) else Reward(reward)
+def as_reward(reward: ValueFunction) -> AbstractReward:
+    """A plain callable (x, cond) → (B,) as a reward; a reward itself stays as it is."""
+    return reward if isinstance(reward, AbstractReward) else Reward(reward)
 
 
-def check_reward(reward: Reward, x: Tensor, cond: Cond | None = None) -> None:
+def check_reward(reward: AbstractReward, x: Tensor, cond: Cond | None = None) -> None:
     """Evaluate value and gradient once on ``x`` and refuse what training could not survive.
 
     Raises:
@@ -268,7 +369,7 @@ def check_reward(reward: Reward, x: Tensor, cond: Cond | None = None) -> None:
             differentiable, or not finite on ``x``.
     """
     try:
-        value, gradient = reward.value_and_gradient(x, cond)
+        value, gradient, _ = reward.value_and_gradient(x, cond)
     except RuntimeError as error:
         raise ValueError(
             f"reward fails for x of shape {tuple(x.shape)} and {x.dtype} on {x.device}; its "

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from applications.toy2d import kernels
+from adjoint import KERNELS
 from applications.toy2d.config import RunConfig
 from applications.toy2d.digits import run as digits
 from applications.toy2d.digits.run import DigitsConfig
@@ -77,4 +77,5 @@ def show_list(_: List) -> None:
     for name, make in REWARDS.items():  # their docstrings: making one may train a network
         print(f"  {name:<18}{inspect.getdoc(make) or ''}".splitlines()[0].rstrip("."))
     print("kernels")
-    print("\n".join(f"  {name:<20}{words}" for name, words in kernels.DESCRIPTIONS.items()))
+    for name, scheme in KERNELS.items():
+        print(f"  {name:<20}{scheme.summary}")

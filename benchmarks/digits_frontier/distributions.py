@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adjoint import Certificate, Kernel, Reward, certify, log_mean_exp
+from adjoint import AbstractReward, Certificate, Kernel, certify, log_mean_exp
 from applications.toy2d.digits.classifier import Classifier
 from applications.toy2d.digits.data import DIM
 from applications.toy2d.digits.metrics import Comparison, compare_classes
@@ -81,7 +81,7 @@ def sample_ode(field: VelocityField, n: int, *, labelled: bool, steps: int, seed
 def sample_chain(
     field: VelocityField,
     base: VelocityField,
-    reward: Reward,
+    reward: AbstractReward,
     kernel: Kernel,
     n: int,
     *,
@@ -118,7 +118,7 @@ def compare_with_exact(
     classifier: Classifier,
     base: SampleSet,
     tilted: SampleSet,
-    reward: Reward,
+    reward: AbstractReward,
     temperature: float,
     *,
     weighted: bool = False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adjoint import Reward, decoded
+from adjoint import AbstractReward, Reward, decoded
 from applications.toy2d.digits.classifier import DigitReward
 from applications.toy2d.digits.data import SIZE
 from flows import Cond
@@ -18,7 +18,7 @@ UPSCALE = 4
 """Ratio of the side of the decoded image to the side of the digit."""
 
 
-def make_rewards(classifier: nn.Module, digit: int) -> dict[str, Reward]:
+def make_rewards(classifier: nn.Module, digit: int) -> dict[str, AbstractReward]:
     """Return the rewards of the frontier by name: ``digit``, ``ink`` and ``symmetry``."""
     return {
         "digit": Reward(DigitReward(classifier, digit), name="digit"),

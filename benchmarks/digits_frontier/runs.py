@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adjoint import Reward, TiltConfig, Tilted, lora, tilt
+from adjoint import AbstractReward, TiltConfig, Tilted, lora, tilt
 from applications.common.callbacks import training_callbacks
 from applications.toy2d.digits.data import DIM
 from applications.toy2d.digits.unet_flow import draw_labels, with_correction
@@ -43,7 +43,7 @@ class Runs:
     def __init__(self, study: Study, name: str) -> None:
         self.study, self.config, self.name = study, study.config, name
         self.problem = frontier_config.PROBLEMS[name]
-        self.reward: Reward = make_rewards(study.classifier, study.config.digit)[
+        self.reward: AbstractReward = make_rewards(study.classifier, study.config.digit)[
             self.problem.reward
         ]
         self.labelled = self.problem.labelled

@@ -132,10 +132,17 @@ def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str
     model = ConvField(args.width, checkpointed=checkpointed).to(args.device)
     kernel = make_kernel(config.kernel, uniform(config.steps)).to(args.device)
     simulated = config.offload and args.device == "cpu"
-    loss = TiltLoss(frozen(model), Reward(square), kernel, shape=SHAPE, config=config)
     generator = torch.Generator(args.device)
 
-    def run() -> None:
+    def run(storage_device: torch.device | None = None) -> None:
+        loss = TiltLoss(
+            frozen(model),
+            Reward(square),
+            kernel,
+            shape=SHAPE,
+            config=config,
+            storage_device=storage_device,
+        )
         model.zero_grad()
         for _ in range(config.accumulate):
             with autocast(args.device, torch.bfloat16, config.autocast, cache_enabled=False):
@@ -145,8 +152,7 @@ def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str
     peak, seconds = measure(run, args.device)
     if simulated:
         with simulated_device() as ledger:
-            loss.storage_device = HOST
-            run()
+            run(HOST)
         peak = ledger.peak / MB
     device = "simulated" if simulated else args.device
     row = {"name": name, "steps": config.steps, "device": device, "peak_mb": peak}

@@ -116,10 +116,10 @@ class ControlLoss:
         x0 = problem.start.expand(self.batch_size, -1)
         noise = draw_noise(kernel, x0, generator=generator)
         xs = rollout(module, problem.drift, kernel, x0, noise).xs
-        cost, gradient = Reward(problem.terminal).value_and_gradient(xs[-1])
+        cost, gradient, _ = Reward(problem.terminal).value_and_gradient(xs[-1])
         running = None
         if problem.running is not None:
-            _, slope = Reward(problem.running).value_and_gradient(xs[:-1].flatten(0, 1))
+            _, slope, _ = Reward(problem.running).value_and_gradient(xs[:-1].flatten(0, 1))
             running = self.h.to(xs).reshape(-1, 1, 1) * slope.reshape(xs[:-1].shape)
         adjoint = lean_adjoint(problem.drift, kernel, xs, gradient, running=running)
         steps = select_steps(

@@ -36,7 +36,7 @@ import tyro
 from torch import Tensor, nn
 
 from adjoint import TiltConfig, TiltLoss, ValueFunction, as_reward, draw_noise, make_kernel
-from adjoint.tilt import trainable
+from adjoint.models.trainable import trainable
 from applications.toy2d.digits.classifier import Classifier, DigitReward
 from applications.toy2d.digits.data import DIM, load
 from applications.toy2d.digits.mlp_flow import make_flow

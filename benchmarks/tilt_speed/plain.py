@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adjoint import ValueFunction
-from adjoint.tilt_loss import compiled
+from adjoint.trajectory_source import compiled
 from flows import VelocityField
 
 LR, CLIP = 1e-3, 100.0

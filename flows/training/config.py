@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
-from typing import Literal, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,13 @@ def _convert(config: TrainerConfig) -> None:
             raise TypeError(f"{name} must be of type {hint.__name__}, got {value!r}")
         if hint in kinds:
             object.__setattr__(config, name, hint(value))
+
+
+def plain_options(config: TrainerConfig) -> dict[str, Any]:
+    """Return the options by name, for a checkpoint: an option that is an object as its ``str``."""
+    kept = (str, int, float, bool, list, tuple, dict)
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {n: v if v is None or isinstance(v, kept) else str(v) for n, v in values.items()}
 
 
 def learning_rate(config: TrainerConfig, iteration: int) -> float:

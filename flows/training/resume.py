@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from flows.training import checkpoint as checkpoints
 from flows.training import distributed
 from flows.training.checkpoint import CheckpointError
-from flows.training.config import TrainerConfig
+from flows.training.config import TrainerConfig, plain_options
 from flows.training.loss import Loss
 from flows.training.optimizer import AveragedAdam
 from flows.weights import fingerprint, frozen_weights
@@ -117,7 +116,7 @@ class TrainerCheckpoint:
         path, identity = self.path, self.identity
         state: dict[str, Any] = {
             "identity": None if identity is None else dict(identity),
-            "config": asdict(trainer.config),
+            "config": plain_options(trainer.config),
             "versions": checkpoints.versions(),
         }
         state |= self.content(trainer)

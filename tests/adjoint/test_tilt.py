@@ -158,7 +158,8 @@ def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
         torch.testing.assert_close(x.mean(0), exact, rtol=0, atol=0.02)
         if kernel == "covariance_matched":  # within conditions, not across them
             eye = torch.eye(2, dtype=torch.float64)
-            torch.testing.assert_close(found.kernel.start_covariance, S2 * eye, rtol=0, atol=0.03)
+            measured = found.kernel.state_noise.start_covariance
+            torch.testing.assert_close(measured, S2 * eye, rtol=0, atol=0.03)
 
 
 # --- options do what they say --------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_a_running_cap_is_the_mean_of_the_quantiles_and_caps_the_loss(tmp_path):
         seen = metrics["term_quantile"]
         cap = seen if cap is None else 0.99 * cap + 0.01 * seen
     assert all(capped)
-    assert float(checkpoints.load(path)["loss"]["cap"]) == pytest.approx(cap, rel=1e-5)
+    assert float(checkpoints.load(path)["loss"]["matching"]["cap"]) == pytest.approx(cap, rel=1e-5)
     free = Watch()
     run(with_options(iterations=20, lr=1e-30, steps=4), reward=quadratic_reward, callbacks=[free])
     assert free.metrics[0]["loss"] == watch.metrics[0]["loss"]  # no cap is known yet

@@ -8,6 +8,7 @@ import torch
 
 from adjoint.certificate import path_log_ratio
 from adjoint.chain.adjoints import lean_adjoint
+from adjoint.chain.conditional_covariance import ConditionalNoise
 from adjoint.chain.rollout import draw_noise, rollout
 from benchmarks import fixed_points
 from benchmarks.fixed_points import (
@@ -139,6 +140,6 @@ def test_full_covariance_is_nearly_exact_with_weights_and_needs_the_pull_of_its_
     """B at K = 10: .0002; without the derivative of the noise .006, worse than a scalar noise."""
     assert scheme_error(PROBLEMS["B"], "covariance_matched_weighted", 10) < 5e-4
     monkeypatch.setattr(
-        fixed_points, "noise_pull", lambda base, kernel, k, x, *rest: torch.zeros_like(x)
+        ConditionalNoise, "pull", lambda self, base, k, x, *rest: torch.zeros_like(x)
     )
     assert scheme_error(PROBLEMS["B"], "covariance_matched_weighted", 10) > 3e-3

@@ -58,7 +58,7 @@ def test_trajectories_adjoints_loss_and_gradient_are_those_of_the_package(both, 
 
     xs = plain.rollout(model, chain, x0, noise)
     equal(xs, package.rollout(field, BASE, kernel, x0, noise).xs)
-    _, gradient = package.Reward(reward).value_and_gradient(xs[-1])
+    _, gradient, _ = package.Reward(reward).value_and_gradient(xs[-1])
     adjoint = package.lean_adjoint(BASE, kernel, xs, -gradient)
     adjoints = plain.lean_adjoint(chain, xs)
     equal(adjoints, adjoint.values)

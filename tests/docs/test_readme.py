@@ -5,8 +5,8 @@ import re
 import pytest
 from helpers.pages import Page, run
 
+from adjoint import KERNELS
 from applications.rl.export import SNIPPET
-from applications.toy2d.kernels import DESCRIPTIONS
 
 README = Page("README.md")
 
@@ -24,9 +24,9 @@ def test_the_exported_policy_is_run_by_the_code_that_is_tested():
     assert SNIPPET in README.blocks("python")
 
 
-@pytest.mark.parametrize("name", DESCRIPTIONS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_are_described_in_the_same_words_as_by_the_command_line(name):
-    assert f"| `{name}` | {DESCRIPTIONS[name]} |" in README.text.replace("–", "-")
+    assert f"| `{name}` | {KERNELS[name].summary} |" in README.text.replace("–", "-")
 
 
 def test_opens_with_the_commands_of_make():

@@ -3,14 +3,14 @@
 import torch
 
 from adjoint import certify, make_kernel, measure_mmse
-from adjoint.chain.kernels import MATCHED
+from adjoint.chain.kernels import KERNELS
 from flows import grid as grids
 
 
 def kernel_for(base, name, steps, seed=0):
     grid = grids.uniform(steps)
     mmse = covariance = None
-    if name in MATCHED:
+    if "mmse" in KERNELS[name].needs:
         generator = torch.Generator().manual_seed(seed)
         x1 = base.sample(50_000, generator=generator)
         mmse = measure_mmse(base, grid, x1, generator=generator)

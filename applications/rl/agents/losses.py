@@ -145,7 +145,7 @@ def chain_adjoint(
 ) -> Adjoint:
     """Return the lean adjoint along the chain of a policy, at observations (B, observation_dim)."""
     cond = condition(observations)
-    _, gradient = reward.value_and_gradient(chain.xs[-1], cond)
+    _, gradient, _ = reward.value_and_gradient(chain.xs[-1], cond)
     return lean_adjoint(flow.reference, chain.kernel, chain.xs, -gradient, cond)
 
 

@@ -10,7 +10,8 @@ import torch
 from helpers.linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_options
 from torch import nn
 
-from adjoint.tilt import TiltConfig, device_of, tilt
+from adjoint.arguments import device_of
+from adjoint.tilt import TiltConfig, tilt
 from flows.field import Residual, batch_time
 from flows.mixture import GaussianMixture
 from flows.networks.mlp import MLPVelocity
@@ -179,7 +180,7 @@ def test_a_progress_bar_is_shown_before_and_after_training_too(capsys):
     assert capsys.readouterr().err == ""
     run(config, callbacks=[ProgressBar("tilt")])
     err = capsys.readouterr().err
-    assert all(name in err for name in ("probe: ", "tilt: ", "certificate: "))
+    assert all(name in err for name in ("preparation: ", "tilt: ", "certificate: "))
 
 
 def test_a_closed_form_of_images_needs_a_model():

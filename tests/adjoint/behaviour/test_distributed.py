@@ -138,10 +138,10 @@ def test_a_tilt_of_two_processes(tmp_path):
     assert abs(tilted.log_z_ode - exact) < 5 * tilted.log_z_ode_stderr + 0.05
 
     # The same cap everywhere, a share of the replayed trajectories in each.
-    own = [saved["loss"], *(state["loss"] for state in saved["others"])]
+    own = [state["loss"]["matching"] for state in (saved, *saved["others"])]
     assert own[0]["cap"] == own[1]["cap"]
     stored = [loss["buffer"]["store"]["xs"] for loss in own]
-    assert [len(xs[0]) for xs in stored] == [CONFIG.replay // 2] * 2
+    assert [len(xs[0]) for xs in stored] == [CONFIG.replay_size // 2] * 2
     assert not torch.isclose(stored[0], stored[1]).any()
 
 
@@ -155,12 +155,12 @@ def test_a_checkpoint_of_two_processes_loads_in_one(tmp_path):
     agreed(several(stopped, tmp_path))
     saved = checkpoints.load(tmp_path / "c.pt")
     assert saved["iteration"] == 3
-    assert saved["loss"]["calls"] % CONFIG.refresh  # the next update would have replayed
+    assert saved["loss"]["calls"] % CONFIG.losses_per_rollout  # the next update would have replayed
     with pytest.warns(UserWarning, match="saved by 2 processes, not 1: random"):
         tilted = train(tmp_path)
     again = checkpoints.load(tmp_path / "c.pt")
     assert (again["iteration"], again["others"]) == (10, [])
-    assert again["loss"]["buffer"]["store"]["xs"].shape[1] == CONFIG.replay
+    assert again["loss"]["matching"]["buffer"]["store"]["xs"].shape[1] == CONFIG.replay_size
     assert torch.isfinite(tilted.certificate.log_weights).all()
 
 

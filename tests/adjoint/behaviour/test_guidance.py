@@ -120,7 +120,7 @@ def test_everywhere_is_the_exact_tilt_where_the_guided_velocity_is_a_flow():
 def test_everywhere_is_the_tilt_of_the_law_of_the_guided_chain():
     """Judged by the affine chain in closed form, which the law of the ODE contradicts."""
     base = always(Guided(NARROW, W, NULL))
-    with pytest.warns(UserWarning, match="the tilt is that of the chain's law.*guidance"):
+    with pytest.warns(UserWarning, match="the tilt is that of the chain's distribution.*guidance"):
         found = tilted(base, Offsets(base))
     mean, variance = chain_law(base, found.kernel)
     certificate = found.certificate

@@ -30,12 +30,12 @@ def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path):
     resumed_at = {start for start in starts if start > 1}
     assert len(resumed_at) > 2  # it did resume in the midst ...
     # ... also between two rollouts, where the next batch comes from the restored buffer alone
-    assert any((start - 1) * CONFIG.accumulate % CONFIG.refresh for start in resumed_at)
+    assert any((start - 1) * CONFIG.accumulate % CONFIG.losses_per_rollout for start in resumed_at)
 
     expected, found = (checkpoints.load(folder / "checkpoint.pt") for folder in (whole, killed))
     assert expected["iteration"] == ITERATIONS
-    assert expected["loss"]["cap"] is not None
-    assert set(expected["loss"]["buffer"]["store"]) >= {"xs", "values", "v_base", "log_w"}
+    assert expected["loss"]["matching"]["cap"] is not None
+    assert set(expected["loss"]["matching"]["buffer"]["store"]) >= {"xs", "adjoint", "log_w"}
     for part in ("iteration", "module", "ema", "optimizer", "generator", "loss", "identity"):
         assert differences(expected[part], found[part]) == [], part
 

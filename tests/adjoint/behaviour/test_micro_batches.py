@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from adjoint.chain.adjoints import lean_adjoint
 from adjoint.chain.kernels import make_kernel
-from adjoint.chain.rollout import draw_noise, rollout, velocity_along
+from adjoint.chain.rollout import draw_noise, rollout
 from adjoint.config import TiltConfig
+from adjoint.evaluator import Evaluator
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import tilt
 from adjoint.tilt_loss import TiltLoss
@@ -79,16 +80,17 @@ def test_rollout_and_adjoint_do_not_depend_on_the_micro_batch(name):
     found = []
     for micro_batch in (0, 3):
         model.sizes, base.sizes = [], []
-        trajectory = rollout(model, base, kernel, x0, noise, cond, micro_batch=micro_batch)
+        trajectory = rollout(
+            *(Evaluator(field, micro_batch) for field in (model, base)), kernel, x0, noise, cond
+        )
         adjoint = lean_adjoint(
-            base,
+            Evaluator(base, micro_batch),
             kernel,
             trajectory.xs,
             -x0.cos(),
             cond,
             noise=noise,
             running=running,
-            micro_batch=micro_batch,
         )
         found.append((*vars(trajectory).values(), *vars(adjoint).values()))
     for whole, parts in zip(*found, strict=True):
@@ -109,7 +111,7 @@ def test_velocities_and_their_gradients_do_not_depend_on_the_micro_batch(micro_b
     for size in (0, micro_batch):
         model.zero_grad()
         model.sizes = []
-        v = velocity_along(model, xs, t, cond, micro_batch=size)
+        v = Evaluator(model, size).along(xs, t, cond)
         (v * xs.sin()).sum().backward()
         found.append([v, *(p.grad for p in model.parameters())])
     for whole, parts in zip(*found, strict=True):
@@ -119,7 +121,7 @@ def test_velocities_and_their_gradients_do_not_depend_on_the_micro_batch(micro_b
     assert sorted(model.sizes) == sorted(twice)
     with torch.no_grad():
         model.sizes = []
-        close(velocity_along(model, xs, t, cond, micro_batch=micro_batch), found[0][0])
+        close(Evaluator(model, micro_batch).along(xs, t, cond), found[0][0])
         assert model.sizes == once
 
 
@@ -136,7 +138,7 @@ OPTIONS = [
 ]
 
 
-def loss_of(base, reward=None, **options):
+def loss_of(base, reward=None, storage_device=None, **options):
     config = TiltConfig(**{"batch_size": 7, "steps": 5, "iterations": 4} | options)
     return TiltLoss(
         base,
@@ -146,6 +148,7 @@ def loss_of(base, reward=None, **options):
         config=config,
         cond_sampler=conditions,
         dtype=F64,
+        storage_device=storage_device,
     )
 
 
@@ -180,14 +183,14 @@ def test_offloading_leaves_the_numbers_and_only_weights_on_the_device(options, m
     options = {"micro_batch": micro_batch, "reward_batch": micro_batch, **options}
     expected = outcome(loss_of(base, **options), model)
     with simulated_device() as ledger:
-        loss = loss_of(base, **options)
-        loss.storage_device = HOST
+        loss = loss_of(base, storage_device=HOST, **options)
         state = torch.Generator().manual_seed(1)
-        if not options.get("refine"):
-            batch = loss.collect(model, state)
-            assert all(isinstance(value, HostTensor) for value in batch.values())
-            assert ledger.live[True] >= sum(value.nbytes for value in batch.values())
-            del batch
+        if not options.get("refine_fraction"):
+            batch = loss.matching.collect(model, state)
+            tensors = [tensor for tensor, _ in batch.tensors()]
+            assert all(isinstance(tensor, HostTensor) for tensor in tensors)
+            assert ledger.live[True] >= sum(tensor.nbytes for tensor in tensors)
+            del batch, tensors
             assert ledger.live[False] < 600  # what is left are numbers of the coefficients
         found = outcome(loss, model)
     for a, b in zip(expected, found, strict=True):
@@ -198,14 +201,12 @@ def test_the_state_of_an_offloading_loss_is_restored_where_it_was():
     options = {"replay_size": 14, "losses_per_rollout": 3, "clip_quantile": True}
     model, base = Counting(), Counting(1)
     with simulated_device():
-        loss, other = loss_of(base, **options), loss_of(base, **options)
-        for one in (loss, other):
-            one.storage_device, one.buffer.device = HOST, HOST
+        loss, other = (loss_of(base, storage_device=HOST, **options) for _ in range(2))
         generator = torch.Generator().manual_seed(0)
         loss(model, generator)
         other.load_state_dict(loss.state_dict())
-        assert isinstance(other.cap, HostTensor)
-        assert all(isinstance(value, HostTensor) for value in other.buffer.store.values())
+        assert isinstance(other.matching.cap, HostTensor)
+        assert all(isinstance(x, HostTensor) for x, _ in other.matching.buffer.store.tensors())
         again = torch.Generator()
         again.set_state(generator.get_state())
         assert torch.equal(loss(model, generator)[0], other(model, again)[0])
@@ -233,7 +234,7 @@ def test_the_memory_of_the_adjoint_pass_does_not_depend_on_the_steps(name, micro
         xs = x0.expand(steps + 1, 16, 2).contiguous()
 
         def run(kernel=kernel, xs=xs):
-            return lean_adjoint(base, kernel, xs, x0, cond, micro_batch=micro_batch)
+            return lean_adjoint(Evaluator(base, micro_batch), kernel, xs, x0, cond)
 
         peak, adjoint = peak_of(run)
         beside.append(peak - adjoint.values.nbytes - adjoint.v_base.nbytes)
@@ -337,20 +338,20 @@ def test_the_chain_and_its_adjoint_are_float32_where_the_networks_are_bfloat16()
         config = TiltConfig(batch_size=64, steps=10, micro_batch=24)
         reward = Reward(lambda x, c: slopes(x)[:, 0])
         loss = TiltLoss(frozen(base), reward, kernel, shape=(2,), config=config)
-        exact = loss.collect(model, torch.Generator().manual_seed(0))
+        exact = loss.matching.collect(model, torch.Generator().manual_seed(0))
         with torch.autocast("cpu", torch.bfloat16):
             generator = torch.Generator().manual_seed(0)
             x0 = torch.randn(64, 2, generator=generator)
             assert model(x0, torch.tensor(0.5)).dtype == torch.bfloat16
             noise = draw_noise(kernel, x0, generator=generator)
-            trajectory = rollout(model, base, kernel, x0, noise, micro_batch=24)
-            rounded = loss.collect(model, torch.Generator().manual_seed(0))
+            trajectory = rollout(Evaluator(model, 24), Evaluator(base, 24), kernel, x0, noise)
+            rounded = loss.matching.collect(model, torch.Generator().manual_seed(0))
             value, _ = loss(model, torch.Generator().manual_seed(0))
         assert value.dtype == torch.float32
-        for name, tensor in rounded.items():
-            assert tensor.dtype == torch.float32, name
-            error = (tensor - exact[name]).norm() / exact[name].norm()
-            assert 1e-7 < error < 0.1, name
+        for (tensor, _), (plain, _) in zip(rounded.tensors(), exact.tensors(), strict=True):
+            assert tensor.dtype == torch.float32
+            error = (tensor - plain).norm() / plain.norm()
+            assert 1e-7 < error < 0.1
         # The chain itself is exact to float32, whatever the velocities are.
         for k in range(kernel.steps):
             x, v = trajectory.xs[k].double(), trajectory.v[k].double()

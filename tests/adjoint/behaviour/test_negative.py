@@ -62,7 +62,7 @@ class FixedPoint:
 
     def __init__(self, kernel, reward, *, reverse=False):
         xs = torch.zeros(STEPS + 1, 1, 1, dtype=torch.float64)
-        _, gradient = Reward(reward).value_and_gradient(xs[-1])
+        _, gradient, _ = Reward(reward).value_and_gradient(xs[-1])
         lam = lean_adjoint(BASE, kernel, xs, -gradient).values.flatten()
         if reverse:
             lam = lam.flip(0)

@@ -10,9 +10,10 @@ from helpers.tilt_problems import PROBLEMS, S2
 from torch.distributions import MultivariateNormal
 
 from adjoint.certificate import path_log_ratio
-from adjoint.chain.kernels import MATCHED, make_kernel, measure_mmse
-from adjoint.chain.rollout import draw_noise, rollout, velocity_along
+from adjoint.chain.kernels import KERNELS, make_kernel, measure_mmse
+from adjoint.chain.rollout import draw_noise, rollout
 from adjoint.config import TiltConfig
+from adjoint.evaluator import velocity_along
 from adjoint.loss import log_variance_loss
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import tilt
@@ -39,7 +40,9 @@ def test_log_ratio_of_another_model_is_that_of_the_transition_densities(name):
     kernel = make_kernel(
         name,
         grid,
-        mmse=measure_mmse(base, grid, x1, generator=generator) if name in MATCHED else None,
+        mmse=measure_mmse(base, grid, x1, generator=generator)
+        if "mmse" in KERNELS[name].needs
+        else None,
         covariance=base.covariance() if name == "covariance_matched" else None,
     )
     x0 = torch.randn(7, 2, generator=generator, dtype=torch.float64)

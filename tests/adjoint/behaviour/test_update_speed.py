@@ -9,11 +9,12 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 from adjoint.chain.kernels import make_kernel
-from adjoint.chain.rollout import velocity_along
 from adjoint.config import TiltConfig
+from adjoint.evaluator import velocity_along
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import tilt
-from adjoint.tilt_loss import TiltLoss, compiled
+from adjoint.tilt_loss import TiltLoss
+from adjoint.trajectory_source import compiled
 from flows.field import frozen
 from flows.grid import uniform
 from flows.mixture import GaussianMixture

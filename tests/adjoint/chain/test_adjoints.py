@@ -7,8 +7,9 @@ import torch
 from helpers.tilt_problems import LAMBDA, PROBLEMS, S2, M, gaussian
 
 from adjoint.chain.adjoints import full_adjoint, lean_adjoint, scalar_adjoint
-from adjoint.chain.kernels import KERNELS, MATCHED, make_kernel, measure_mmse
-from adjoint.chain.rollout import draw_noise, rollout, velocity_along
+from adjoint.chain.kernels import KERNELS, make_kernel, measure_mmse
+from adjoint.chain.rollout import draw_noise, rollout
+from adjoint.evaluator import velocity_along
 from adjoint.rewards.reward import Reward
 from flows import grid as grids
 
@@ -20,7 +21,7 @@ def kernel_for(name, steps=6):
     mmse = covariance = None
     if name == "covariance_matched":
         covariance = PROBLEM.base.covariance()
-    if name in MATCHED:
+    if "mmse" in KERNELS[name].needs:
         x1 = PROBLEM.base.sample(2000, generator=torch.Generator().manual_seed(1))
         mmse = measure_mmse(PROBLEM.base, grid, x1, generator=torch.Generator().manual_seed(2))
     return make_kernel(name, grid, mmse=mmse, covariance=covariance)
@@ -43,11 +44,13 @@ def unrolled(kernel, x, first, noise, field=PROBLEM.base):
         follow = PROBLEM.base if kernel.noiseless_last and k == kernel.steps - 1 else field
         mean = kernel.mean_x[k] * x + kernel.mean_v[k] * follow(x, kernel.t[k])
         kick = kernel.std[k] * noise[k]
-        if kernel.start_covariance is not None:  # from the mixture's closed form, not from J
-            conditional = kernel.start_covariance.expand(len(x), 2, 2)
+        if (
+            of_state := kernel.state_noise
+        ) is not None:  # from the mixture's closed form, not from J
+            conditional = of_state.start_covariance.expand(len(x), 2, 2)
             if k > 0:
                 conditional = PROBLEM.base.posterior_covariance(x, kernel.t[k])
-            full = kernel.bridge[k] * torch.eye(2).double() + kernel.gain[k] * conditional
+            full = of_state.bridge[k] * torch.eye(2).double() + of_state.gain[k] * conditional
             kick = (torch.linalg.cholesky(full) @ noise[k][:, :, None])[:, :, 0]
         x = mean + kick
     return x
@@ -61,7 +64,7 @@ SCALAR = [n for n in KERNELS if n not in ("euler_published", "covariance_matched
 def test_lean_adjoint_is_autograd_through_the_unrolled_chain(name):
     kernel = kernel_for(name)
     trajectory = trajectory_of(kernel)
-    _, gradient = Reward(curved).value_and_gradient(trajectory.xs[-1])
+    _, gradient, _ = Reward(curved).value_and_gradient(trajectory.xs[-1])
     noise = trajectory.noise
     adjoint = lean_adjoint(PROBLEM.base, kernel, trajectory.xs, -gradient, noise=noise)
     for k in range(kernel.steps + 1):
@@ -142,7 +145,7 @@ def test_full_adjoint_is_autograd_of_the_whole_cost(name):
     kernel = kernel_for(name)
     tilted = PROBLEM.exact()[0]
     trajectory = trajectory_of(kernel, tilted)
-    _, gradient = Reward(curved).value_and_gradient(trajectory.xs[-1])
+    _, gradient, _ = Reward(curved).value_and_gradient(trajectory.xs[-1])
     values = full_adjoint(tilted, PROBLEM.base, kernel, trajectory, -gradient).values
 
     def cost(x, first):

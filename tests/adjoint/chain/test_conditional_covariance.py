@@ -12,7 +12,6 @@ from adjoint.chain.conditional_covariance import (
     MAX_DIM,
     conditional_covariance,
     jacobian,
-    noise_root,
 )
 from adjoint.chain.kernels import make_kernel, measure_mmse
 from adjoint.chain.rollout import draw_noise, rollout
@@ -89,7 +88,7 @@ def test_noise_roots_are_square_roots_of_the_exact_transition_covariance(k):
     _, kernel = kernels(BASE, 10, samples=100)
     t, s = kernel.t[k], kernel.t[k + 1]
     x = states(BASE, t)
-    root = noise_root(BASE, kernel, k, x)
+    root = kernel.state_noise.root(BASE, k, x)
     rho = t * (1 - s) / (s * (1 - t))
     g, q = s * (1 - rho**2), (1 - s) ** 2 * (1 - rho**2)
     exact = q * torch.eye(2, dtype=x.dtype) + g**2 * BASE.posterior_covariance(x, t)
@@ -119,10 +118,10 @@ def log_z_of_chain(kernel, problem, points=801, extent=7.0):
     density = (-0.5 * x**2).exp() / math.sqrt(2 * math.pi)
     for k in range(kernel.steps):
         mean = kernel.mean_x[k] * x + kernel.mean_v[k] * base(x, kernel.t[k])
-        if kernel.start_covariance is None:
+        if kernel.state_noise is None:
             std = kernel.std[k].expand(points, 1)
         else:
-            std = noise_root(base, kernel, k, x)[:, 0]
+            std = kernel.state_noise.root(base, k, x)[:, 0]
         transition = torch.exp(-0.5 * ((x.T - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
         density = h * transition.T @ density
     assert h * float(density.sum()) == pytest.approx(1.0, abs=1e-3)

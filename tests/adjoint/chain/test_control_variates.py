@@ -7,8 +7,9 @@ from helpers.tilt_problems import PROBLEMS
 from adjoint.certificate import path_log_ratio
 from adjoint.chain.adjoints import lean_adjoint
 from adjoint.chain.control_variates import control_variates
-from adjoint.chain.kernels import KERNELS, MATCHED, make_kernel, measure_mmse
+from adjoint.chain.kernels import KERNELS, make_kernel, measure_mmse
 from adjoint.chain.rollout import draw_noise, rollout
+from adjoint.evaluator import Evaluator
 from adjoint.loss import adjoint_matching_loss
 from flows import grid as grids
 from flows.field import batch_time
@@ -23,7 +24,7 @@ def kernel_of(name, steps):
     generator = torch.Generator().manual_seed(1)
     x1 = PROBLEM.base.sample(4096, generator=generator).double()
     mmse = covariance = None
-    if name in MATCHED:
+    if "mmse" in KERNELS[name].needs:
         mmse = measure_mmse(PROBLEM.base, grid, x1, generator=generator)
     if name == "covariance_matched":
         covariance = torch.cov(x1.T)
@@ -180,8 +181,8 @@ def test_micro_batches_do_not_change_them():
     terminal = slope_of(curved)
     found = [
         control_variates(
-            *(crooked, PROBLEM.base, kernel, trajectory, terminal(trajectory.xs[-1]), terminal),
-            micro_batch=size,
+            *(Evaluator(crooked, size), Evaluator(PROBLEM.base, size)),
+            *(kernel, trajectory, terminal(trajectory.xs[-1]), terminal),
         )
         for size in (0, 3)
     ]

@@ -7,7 +7,7 @@ import torch
 from helpers.tilt_problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 
 from adjoint.chain.adjoints import lean_adjoint
-from adjoint.chain.kernels import KERNELS, MATCHED, Kernel, make_kernel, measure_mmse
+from adjoint.chain.kernels import KERNELS, Kernel, make_kernel, measure_mmse
 from adjoint.chain.rollout import rollout
 from adjoint.rewards.reward import Reward
 from flows import grid as grids
@@ -23,7 +23,7 @@ def kernel_on_gaussian(name: str, steps: int) -> Kernel:
     return make_kernel(
         name,
         grid,
-        mmse=mmse_of_gaussian(grid) if name in MATCHED else None,
+        mmse=mmse_of_gaussian(grid) if "mmse" in KERNELS[name].needs else None,
         covariance=torch.tensor([[S2]]) if name == "covariance_matched" else None,
     )
 
@@ -50,7 +50,7 @@ def tilt_ratio(kernel: Kernel) -> float:
     x0 = torch.zeros(1, 1, dtype=torch.float64)
     noise = torch.zeros(kernel.steps, 1, 1, dtype=torch.float64)
     xs = rollout(base, base, kernel, x0, noise).xs
-    _, gradient = Reward(linear).value_and_gradient(xs[-1])
+    _, gradient, _ = Reward(linear).value_and_gradient(xs[-1])
     lam = lean_adjoint(base, kernel, xs, -gradient).values
     shift = {}
     for k in range(kernel.steps):

@@ -8,7 +8,7 @@ from helpers.tilt_problems import PROBLEMS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adjoint.chain.rollout import velocity_along
+from adjoint.evaluator import velocity_along
 from adjoint.models.lora import load_adapters, lora, merge, prepare_dropout, save_adapters
 from adjoint.tilt import TiltConfig, tilt
 from flows.autodiff import velocity_and_vjp

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adjoint.chain.rollout import velocity_along
+from adjoint.evaluator import Evaluator, velocity_along
 from adjoint.models.reward_informed import RewardInformed, reward_informed
 from adjoint.rewards.decoded import decoded
 from adjoint.rewards.reward import Reward
@@ -142,7 +142,7 @@ def test_states_of_several_times_are_those_one_by_one():
     together = velocity_along(model, xs, times, COND)
     alone = torch.stack([model(x, t, COND) for x, t in zip(xs, times, strict=True)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
-    parts = velocity_along(model, xs, times, COND, micro_batch=4)
+    parts = Evaluator(model, micro_batch=4).along(xs, times, COND)
     torch.testing.assert_close(parts, alone, rtol=1e-12, atol=1e-12)
 
 

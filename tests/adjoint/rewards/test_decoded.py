@@ -71,7 +71,7 @@ def test_a_quadratic_of_a_linear_decoder(chunk, recompute):
     decoder = Linear()
     options = {"scale": SCALE, "shift": SHIFT, "chunk": chunk, "recompute": recompute}
     reward = decoded(quadratic, decoder, **options)
-    value, gradient = reward.value_and_gradient(X)
+    value, gradient, _ = reward.value_and_gradient(X)
     close(value, quadratic(Y))
     close(gradient, in_latents(-A * Y))
     assert not value.requires_grad
@@ -88,7 +88,7 @@ def test_a_quadratic_of_a_linear_decoder(chunk, recompute):
 def test_conditions_follow_their_samples_into_the_chunks():
     weights = torch.randn(7, 5, generator=G, dtype=F64)
     reward = decoded(lambda y, c: (y * c["w"]).sum(1), Linear(), scale=SCALE, shift=SHIFT, chunk=3)
-    value, gradient = reward.value_and_gradient(X, {"w": weights})
+    value, gradient, _ = reward.value_and_gradient(X, {"w": weights})
     close(value, (Y * weights).sum(1))
     close(gradient, in_latents(weights))
     with pytest.raises(ValueError, match=r"cond\['w'\] must have the leading size 7"):
@@ -118,7 +118,7 @@ def test_a_cap_of_the_decoded_reward_is_on_the_latents_gradient():
     cap = float(norms.median())
     reward = decoded(quadratic, Linear(), scale=SCALE, shift=SHIFT, chunk=2).capped(cap)
     expected = free * (cap / norms).clamp_max(1)
-    value, gradient = reward.value_and_gradient(X)
+    value, gradient, _ = reward.value_and_gradient(X)
     close(gradient, expected)
     close(value, quadratic(Y))
     close((-2 * reward).value_and_gradient(X)[1], -2 * expected)
@@ -133,7 +133,7 @@ def test_terms_inside_and_outside():
     inside = decoded(Reward(quadratic) + 2 * Reward(bright), Linear(), chunk=3)
     outside = decoded(quadratic, Linear()) + 2 * decoded(bright, Linear())
     for reward in (inside, outside):
-        terms, gradient = reward.terms_and_gradient(X)
+        _, gradient, terms = reward.value_and_gradient(X)
         y = X @ W.mT
         assert list(terms) == ["quadratic", "bright"]
         close(terms["quadratic"], quadratic(y))
@@ -174,7 +174,7 @@ def test_the_decoder_computes_in_its_own_dtype_and_the_rest_in_that_of_the_laten
             return quadratic(y)
 
         options = {"scale": SCALE, "shift": SHIFT, "dtype": dtype}
-        value, gradient = decoded(reward, decoder, **options).value_and_gradient(X)
+        value, gradient, _ = decoded(reward, decoder, **options).value_and_gradient(X)
         assert {kind for _, kind in decoder.seen} == {expected}
         assert seen == [F64]
         assert (value.dtype, gradient.dtype) == (F64, F64)
@@ -211,7 +211,7 @@ def test_scale_and_shift_are_those_of_the_autoencoder(config, given, scale, shif
     column = [-1, *([1] * (x.ndim - 2))]
     scale, shift = (torch.tensor(v, dtype=F64).reshape(column) for v in (scale, shift))
     y = torch.einsum("dc,bc...->bd...", W, x / scale + shift)
-    value, gradient = reward.value_and_gradient(x)
+    value, gradient, _ = reward.value_and_gradient(x)
     torch.testing.assert_close(value, y.flatten(1).sum(1), rtol=1e-6, atol=1e-6)
     expected = W.sum(0).reshape(column) / scale
     torch.testing.assert_close(gradient, expected.expand(shape), rtol=1e-6, atol=1e-6)
@@ -308,7 +308,7 @@ def test_bad_decoders_are_refused(decoder, options, error, match):
 
 def test_a_decoder_that_ignores_the_latents_has_a_zero_gradient():
     weight = torch.ones(7, 3, requires_grad=True)
-    _, gradient = decoded(lambda y, c: y.sum(1), lambda z: 2 * weight).value_and_gradient(X)
+    _, gradient, _ = decoded(lambda y, c: y.sum(1), lambda z: 2 * weight).value_and_gradient(X)
     assert torch.equal(gradient, torch.zeros_like(X))
 
 
@@ -331,7 +331,7 @@ def vae():
 def test_a_diffusers_autoencoder_is_decoded_as_its_pipelines_do(vae, chunk):
     x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     reward = decoded(lambda y, c: y.square().mean((1, 2, 3)), vae, chunk=chunk)
-    value, gradient = reward.value_and_gradient(x)
+    value, gradient, _ = reward.value_and_gradient(x)
     latents = x.clone().requires_grad_()
     image = vae.decode(latents / 1.5305 + 0.0609, return_dict=False)[0]
     assert image.shape == (3, 3, 8, 8)

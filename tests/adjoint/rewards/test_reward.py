@@ -12,9 +12,9 @@ def quartic(x, cond=None):
 
 def test_gradient_by_autograd_and_given_agree():
     x = torch.randn(7, 3, dtype=torch.float64)
-    value, gradient = Reward(quartic, scale=0.5).value_and_gradient(x)
+    value, gradient, _ = Reward(quartic, scale=0.5).value_and_gradient(x)
     given = Reward(quartic, gradient=lambda x, c: -4 * x**3, scale=0.5)
-    torch.testing.assert_close(given.value_and_gradient(x), (value, gradient))
+    torch.testing.assert_close(given.value_and_gradient(x)[:2], (value, gradient))
     torch.testing.assert_close(gradient, -2 * x**3)
     torch.testing.assert_close(value, 0.5 * quartic(x))
     assert not gradient.requires_grad
@@ -22,7 +22,9 @@ def test_gradient_by_autograd_and_given_agree():
 
 def test_given_gradient_serves_a_reward_that_is_not_differentiable():
     reward = Reward(lambda x, c: (x[:, 0] > 0).double(), gradient=lambda x, c: torch.ones_like(x))
-    value, gradient = reward.value_and_gradient(torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
+    value, gradient, _ = reward.value_and_gradient(
+        torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    )
     assert value.tolist() == [1.0, 0.0]
     assert gradient.tolist() == [[1.0], [1.0]]
 
@@ -31,17 +33,18 @@ def test_given_gradient_serves_a_reward_that_is_not_differentiable():
 def test_gradient_inside_transforms():
     x = torch.randn(2, 7, 3, dtype=torch.float64)
     reward = Reward(quartic, scale=0.5)
-    expected = [torch.stack(rows) for rows in zip(*map(reward.value_and_gradient, x), strict=True)]
-    mapped = torch.vmap(reward.value_and_gradient)(x)
+    alone = [reward.value_and_gradient(rows)[:2] for rows in x]
+    expected = [torch.stack(rows) for rows in zip(*alone, strict=True)]
+    mapped = torch.vmap(reward.value_and_gradient)(x)[:2]
     compiled = torch.compile(reward.value_and_gradient, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(mapped, tuple(expected))
-    torch.testing.assert_close(compiled(x[0]), reward.value_and_gradient(x[0]))
+    torch.testing.assert_close(compiled(x[0])[:2], reward.value_and_gradient(x[0])[:2])
 
 
 def test_norm_cap_shrinks_only_steep_samples_and_keeps_directions():
     x = torch.tensor([[0.1, 0.0], [3.0, 4.0]], dtype=torch.float64)
-    _, free = Reward(quartic).value_and_gradient(x)
-    _, capped = Reward(quartic, max_norm=2.0).value_and_gradient(x)
+    _, free, _ = Reward(quartic).value_and_gradient(x)
+    _, capped, _ = Reward(quartic, max_norm=2.0).value_and_gradient(x)
     torch.testing.assert_close(capped[0], free[0])
     assert float(capped[1].norm()) == pytest.approx(2.0)
     torch.testing.assert_close(capped[1] / 2.0, free[1] / free[1].norm())
@@ -51,10 +54,10 @@ def test_norm_cap_shrinks_only_steep_samples_and_keeps_directions():
 def test_smoothing_is_the_gaussian_average_and_its_gradient_its_own():
     reward = Reward(lambda x, c: x[:, 0] ** 2, smoothing=0.5, probes=20_000)
     x = torch.tensor([[0.7]], dtype=torch.float64)
-    value, gradient = reward.value_and_gradient(x)
+    value, gradient, _ = reward.value_and_gradient(x)
     assert float(value) == pytest.approx(0.49 + 0.25, rel=0.02)  # E(x + sξ)² = x² + s²
     assert float(gradient) == pytest.approx(1.4, rel=1e-9)  # antithetic: odd terms cancel exactly
-    again, _ = reward.value_and_gradient(x)
+    again, _, _ = reward.value_and_gradient(x)
     assert float(again) == float(value)
 
 
@@ -164,10 +167,10 @@ def test_a_reward_in_another_dtype_or_on_another_device_is_refused():
 
 def test_capped_is_the_cap_of_the_constructor():
     x = torch.tensor([[0.1, 0.0], [3.0, 4.0]], dtype=torch.float64)
-    _, expected = Reward(quartic, max_norm=2.0).value_and_gradient(x)
+    _, expected, _ = Reward(quartic, max_norm=2.0).value_and_gradient(x)
     for reward in (Reward(quartic), Reward(quartic, max_norm=9.0)):
         assert torch.equal(reward.capped(2.0).value_and_gradient(x)[1], expected)
-    _, free = Reward(quartic, max_norm=2.0).capped(None).value_and_gradient(x)
+    _, free, _ = Reward(quartic, max_norm=2.0).capped(None).value_and_gradient(x)
     torch.testing.assert_close(free, -4 * x**3)
     with pytest.raises(ValueError, match="max_norm"):
         Reward(quartic).capped(-1.0)

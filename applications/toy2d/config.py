@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from adjoint import TiltConfig, ValueFunction
+from adjoint import Scheme, TiltConfig, ValueFunction
 from applications.common.objects import NAME_OR_OBJECT
+from applications.toy2d.kernels import KernelOption, by_name, load_scheme
 from applications.toy2d.targets import Target
 from flows import TrainerConfig
 
@@ -42,8 +43,9 @@ class RunConfig:
     module:Name."""
     base: Literal["trained", "closed_form"] = "trained"
     """A network trained on samples of the target, or its exact flow (mixtures only)."""
-    kernel: str = "moment_matched"
-    """Scheme of the memoryless chain; `list` shows the names."""
+    kernel: KernelOption = "moment_matched"
+    """Scheme of the memoryless chain: a name that `list` shows, or an `adjoint.Scheme` of your own,
+    as module:Name."""
     steps: int = 20
     """Steps K of the training chain."""
     iterations: int = 600
@@ -94,6 +96,15 @@ class RunConfig:
         return self.base == "trained"
 
     @property
+    def scheme(self) -> Scheme:
+        """Return the scheme of the chain.
+
+        Raises:
+            ValueError: there is no such scheme.
+        """
+        return load_scheme(self.kernel)
+
+    @property
     def tilt_options(self) -> TiltConfig:
         """Return the options of the tilt itself.
 
@@ -101,7 +112,7 @@ class RunConfig:
             ValueError: an unknown kernel, or an option out of range.
         """
         return TiltConfig(
-            kernel=self.kernel,
+            kernel=by_name(self.scheme),
             steps=self.steps,
             iterations=self.iterations,
             batch_size=self.batch_size,
@@ -132,4 +143,4 @@ class RunConfig:
     def described(self, **objects: object) -> dict[str, Any]:
         """Return all options as plain values, with ``objects`` in place of target and reward."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}
-        return values | objects
+        return values | {"kernel": str(by_name(self.scheme))} | objects

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from adjoint import Tilted
-from applications.toy2d.config import name_of
 from applications.toy2d.exact_tilt import (
     GridTilt,
     ResampledTilt,
@@ -54,7 +53,7 @@ def make_report(
         "target": target.name,
         "reward": reward.name,
         "temperature": config.temperature,
-        "kernel": name_of(config.kernel),
+        "kernel": config.scheme.name,
         "steps": config.steps,
         "reward_base": float(reward(base).mean()),
         "reward_tilted": float(reward(samples).mean()),

@@ -1,4 +1,4 @@
-"""Targets and rewards of one's own: one file outside the package, in Python and by command line."""
+"""Objects of one's own: targets, rewards, kernels, in Python and by command line."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from adjoint import KERNELS
 from applications.toy2d.__main__ import main
 from applications.toy2d.config import RunConfig
 from applications.toy2d.pictures.of_a_run import save_pictures
@@ -13,9 +14,11 @@ from applications.toy2d.rewards import ToyReward, make_reward
 from applications.toy2d.run import run
 from applications.toy2d.setup import resolve
 from applications.toy2d.targets import TARGETS, Target, find_target
+from flows.training import CheckpointError
 
 MODULE = '''
 import torch
+from adjoint import Kernel, Scheme
 from applications.toy2d.targets import Target
 
 WIDTH = {width}
@@ -39,6 +42,20 @@ class Upward:
     """A slope upward."""
     def __call__(self, x, cond):
         return {slope} * x[:, 1]
+
+class Ancestral(Scheme):
+    """The ancestral chain with noise of a size of one's own."""
+    name = "mine"
+    summary = "the ancestral chain"
+    def __init__(self, size=1.0):
+        self.size = size
+    def __call__(self, grid, moments):
+        t, s = grid[:-1], grid[1:]
+        h = s - t
+        sigma = (2 * (1 - t + h) / s).sqrt()
+        std, mean_x, mean_v = self.size * h.sqrt() * sigma, 1 - h / s, 2 * h
+        std[-1], mean_x[-1], mean_v[-1] = 0.0, 1.0, h[-1]
+        return Kernel.consistent(self.name, grid, mean_x=mean_x, mean_v=mean_v, std=std)
 
 not_a_target = 3
 
@@ -148,9 +165,31 @@ def test_identity_is_that_of_the_object_however_it_is_given(mine):
     assert identity["reward"] != resolve(RunConfig(reward="linear")).identity["reward"]
 
 
+@pytest.mark.slow
+def test_a_kernel_in_python_and_by_command_line(mine):
+    import mine_in_the_plane as module
+
+    folder = mine / "a"
+    kernel = ("--kernel", "mine_in_the_plane:Ancestral")
+    assert main(command(folder, *OWN, *kernel)) == 0
+    assert json.loads((folder / "report.json").read_text())["kernel"] == "mine"
+    assert json.loads((folder / "config.json").read_text())["kernel"].startswith("mine: Ancestral")
+    own = {"target": module.cross, "reward": module.upward, "folder": folder, "resume": True}
+    run(RunConfig(kernel=module.Ancestral(), **own, **SMALL))
+    with pytest.raises(CheckpointError, match="kernel"):
+        run(RunConfig(kernel=module.Ancestral(0.9), **own, **SMALL))
+
+
+def test_kernels_of_the_package_are_known_by_name_to_checkpoints():
+    named, given = (RunConfig(kernel=k) for k in ("ancestral", KERNELS["ancestral"]))
+    assert named.tilt_options == given.tilt_options
+    assert given.described()["kernel"] == "ancestral"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--kernel", "mine_in_the_plane:not_a_target"], "kernel must be of type Scheme, got 3"),
         (["--target", "mine_in_the_plane:not_a_target"], "Target, got 3 by 'mine_in_the_plane:not"),
         (["--target", "mine_in_the_plane:ring"], "the module 'mine_in_the_plane' has no 'ring'"),
         (["--reward", "mine_in_the_plane:not_a_target"], "reward must be a callable (x, cond)"),

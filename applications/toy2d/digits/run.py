@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from adjoint import Reward, TiltConfig, Tilted, reward_informed, tilt
 from adjoint.certificate import ENOUGH
-from adjoint.chain.conditional_covariance import MAX_DIM
 from applications.common.callbacks import training_callbacks
 from applications.common.lock import locked
 from applications.common.run_folder import start_run, write_config
@@ -29,6 +28,7 @@ from applications.toy2d.digits.data import CLASSES, DIM, SIZE, Digits, load
 from applications.toy2d.digits.metrics import Comparison, compare_classes, training_distances
 from applications.toy2d.digits.mlp_flow import fit_mlp
 from applications.toy2d.exact_tilt import mask_unreliable
+from applications.toy2d.kernels import KernelOption, by_name, load_scheme
 from applications.toy2d.run_folder import FILES
 from flows import VelocityField, sample
 from flows.training import choose_device, ensure_writable, write_json
@@ -57,8 +57,9 @@ class DigitsConfig:
     """The digit whose log-probability is the reward."""
     temperature: float = 1.0
     """The target is p(x) P(digit | x)^(1 / temperature)."""
-    kernel: str = "moment_matched"
-    """Memoryless scheme of the tilt."""
+    kernel: KernelOption = "moment_matched"
+    """Scheme of the memoryless chain: a name that `list` shows, or an `adjoint.Scheme` of your own,
+    as module:Name."""
     steps: int = 20
     """Steps K of the training chain."""
     iterations: int = 300
@@ -113,10 +114,11 @@ class DigitsConfig:
         """
         if not 0 <= self.digit < CLASSES:
             raise ValueError(f"digit must be one of 0 … {CLASSES - 1}, got {self.digit}")
-        if self.kernel == "covariance_matched":
+        scheme = load_scheme(self.kernel)
+        if scheme.max_dim is not None and scheme.max_dim < DIM:
             raise ValueError(
-                f"kernel must be one for the {DIM} dimensions of an image, got "
-                f"'covariance_matched', which serves up to {MAX_DIM}"
+                f"kernel must be one for the {DIM} dimensions of an image, got {scheme.name!r}, "
+                f"which serves up to {scheme.max_dim}"
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
@@ -135,7 +137,7 @@ class DigitsConfig:
             ValueError: an unknown kernel, or an option out of range.
         """
         return TiltConfig(
-            kernel=self.kernel,
+            kernel=by_name(load_scheme(self.kernel)),
             steps=self.steps,
             iterations=self.iterations,
             batch_size=self.batch_size,
@@ -247,7 +249,7 @@ def make_report(config: DigitsConfig, tilted: Tilted, ode: Comparison, chain: Co
     return {
         "digit": d,
         "temperature": config.temperature,
-        "kernel": config.kernel,
+        "kernel": load_scheme(config.kernel).name,
         "steps": config.steps,
         "target_fraction_base": float(ode.base[d]),
         "target_fraction_tilted": float(ode.tilted[d]),
@@ -296,7 +298,7 @@ def run(config: DigitsConfig) -> Report:
 def _run(config: DigitsConfig) -> Report:
     """Run in a folder that is locked, with options that are known to be in order."""
     started = time.perf_counter()
-    settings = asdict(config)
+    settings = asdict(config) | {"kernel": str(by_name(load_scheme(config.kernel)))}
     start_run(config.folder, FILES, settings, resume=config.resume, overwrite=config.overwrite)
     data = load(config.seed)
     classifier = train_classifier(config, data).to(config.device)

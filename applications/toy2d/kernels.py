@@ -1,0 +1,35 @@
+"""Kernels on a command line: names of `adjoint.KERNELS`, and schemes of one's own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from adjoint import KERNELS, Scheme, find_scheme
+from applications.common.objects import NAME_OR_OBJECT, is_reference, load_object
+
+KernelOption = Annotated[str | Scheme, NAME_OR_OBJECT]
+"""An option that takes a name, ``module:Name``, or in Python a `Scheme`."""
+
+
+def load_scheme(kernel: str | Scheme) -> Scheme:
+    """Return the scheme of a name in `adjoint.KERNELS`, of ``module:Name``, or the scheme itself.
+
+    What ``module:Name`` stands for is a scheme, or a class of schemes without arguments.
+
+    Raises:
+        ValueError: there is no such scheme; the message lists the names.
+    """
+    found = kernel
+    if isinstance(kernel, str) and is_reference(kernel):
+        found = load_object(kernel, "kernel")
+        if isinstance(found, type):
+            found = found()
+    try:
+        return find_scheme(found)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def by_name(scheme: Scheme) -> str | Scheme:
+    """Return the name of a scheme of `adjoint.KERNELS`, by which checkpoints know it, or itself."""
+    return scheme.name if KERNELS.get(scheme.name) is scheme else scheme

@@ -78,7 +78,6 @@ def room_of(name):
     return parts[2] if parts[:2] == ["applications", "rl"] and len(parts) > 2 else None
 
 
-@pytest.mark.xfail(reason="three circles are being opened")
 def test_no_circle_between_files():
     assert circle(GRAPH) == []
 

@@ -148,6 +148,7 @@ def test_certificate_agrees_with_a_long_markov_chain(tilted, markov_chain):
     assert agree(mean, error, *by_importance()[:2])  # and the judges with each other
 
 
+@pytest.mark.slow
 def test_the_tilted_flow_itself_comes_close_without_weights(tilted, markov_chain):
     found, certificate = tilted
     exact, _ = markov_chain

@@ -258,6 +258,7 @@ class TestStableDiffusion3:
 
 
 class TestFlux:
+    @pytest.mark.slow
     def test_samples_are_those_of_the_pipeline_before_and_after_a_tilt(self, diffusers):
         pipe = tiny.flux(diffusers)
         x0, prompt, pooled = draw(2, 16, 16), draw(1, 5, 32, seed=1), draw(1, 32, seed=2)
@@ -379,6 +380,7 @@ class TestDiffusion:
         ours = self.ours(load(unet, scheduler=scheduler, quiet=True), scheduler)
         assert difference(ours, self.theirs(unet, scheduler)) < TOLERANCE
 
+    @pytest.mark.slow
     def test_samples_are_those_of_the_pipeline_before_and_after_a_tilt(self, diffusers):
         scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
         pipe = diffusers.DDIMPipeline(tiny.unet(diffusers), scheduler)

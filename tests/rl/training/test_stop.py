@@ -25,6 +25,7 @@ def steps(folder):
 
 
 @pytest.mark.parametrize("background", [False, True])
+@pytest.mark.slow
 def test_one_seed_is_saved_and_evaluated_where_it_stops(tmp_path, background):
     changes = {"background_eval": background, "tensorboard": True}
     (run,) = fit(tmp_path, seeds=(1,), callbacks=[Stop(1, 6)], **changes)
@@ -37,6 +38,7 @@ def test_one_seed_is_saved_and_evaluated_where_it_stops(tmp_path, background):
 
 
 @pytest.mark.parametrize("phases", [SHORT, BOTH], ids=["offline", "both"])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_an_undisturbed_one(tmp_path, phases):
     fit(tmp_path / "stopped", phases, callbacks=[Stop(0, 7)])
     (run,) = fit(tmp_path / "stopped", phases)
@@ -52,6 +54,7 @@ def test_a_stop_at_an_evaluation_evaluates_once(tmp_path):
     assert steps(run.folder) == [4]
 
 
+@pytest.mark.slow
 def test_a_stacked_seed_stops_alone(tmp_path):
     alone = fit(tmp_path / "alone", seeds=(0, 1, 2), stacked=1)
     runs = fit(tmp_path / "stacked", seeds=(0, 1, 2), stacked=3, callbacks=[Stop(1, 6)])

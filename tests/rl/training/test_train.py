@@ -515,6 +515,7 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     assert Episodes(Corridor, 0).env.action_space.shape == (2,)
 
 
+@pytest.mark.slow
 def test_threads_are_set_for_the_training_and_restored_after_it(tmp_path):
     class Threads(Callback):
         seen = 0

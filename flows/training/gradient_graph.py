@@ -27,12 +27,12 @@ class GradientGraph:
     are made one by one.
 
     Arguments:
-        trainer: on a CUDA device, whose loss says its phase.
+        trainer: a trainer on a CUDA device, whose loss says its phase.
         capture: as in `UpdateGraph`.
 
     Raises:
         TypeError: the loss has no phase.
-        ValueError: another device, or one of several processes.
+        ValueError: the trainer is on another device, or is one of several processes.
     """
 
     WARM = 3

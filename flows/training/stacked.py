@@ -2,20 +2,20 @@
 
 Modules of one architecture are stacked: each parameter and buffer of S modules becomes one tensor
 of shape (S, *), and what the modules hold becomes its slices.  So every module, its optimiser, its
-average, its checkpoint and its callbacks stay what they were, while the loss
+average, its checkpoint and its callbacks stay its own, while the loss
 
     sum_s loss(theta_s, inputs_s),     d/d theta_s = gradient of run s alone,
 
-is evaluated once, with a leading axis over weights and inputs (``torch.vmap``).  Small products,
-of which a device does many in the time of one, cost S runs little more than one; and each run gets
-the numbers that it has alone, but for the rounding of products of another shape.
+is evaluated once, with a leading axis over weights and inputs (``torch.vmap``).  A device makes
+many small products in the time of one, so S runs cost little more than one; and each run gets the
+numbers that it has alone, up to the rounding of products of another shape.
 
 Such a loss is a `flows.training.loss.SplitLoss`: it draws its inputs run by run, from each one's
 own generator, and is a function of weights and inputs that has neither state nor randomness of its
 own.  It may change buffers in place.
 
-Runs need not stand at the same iteration, for a run has its own schedules.  One that ends, or
-fails, leaves the others; the last of them goes on as if alone, bit by bit.
+Runs need not stand at one iteration, as each has its own schedules.  A run that ends or fails
+leaves the group, and the last run goes on as if alone, bit by bit.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class StackedTrainers:
     """A group of trainers whose losses are evaluated together.
 
     Arguments:
-        trainers: of modules of one architecture, with a `SplitLoss` and one configuration but for
-            the seed.  The modules share storage until `release`.
+        trainers: trainers of modules of one architecture, with a `SplitLoss` each, and one
+            configuration except for the seed.  The modules share storage until `release`.
 
     Raises:
         TypeError: a loss is no `SplitLoss`.
@@ -148,8 +148,8 @@ def train_stacked(
 ) -> list[Result | Exception]:
     """Train several runs to their ends; return the result of each, or the error that ended it.
 
-    An error of one run, such as its divergence, ends that one only; an error of the evaluation
-    that all have in common is raised.
+    An error of one run, such as its divergence, ends that run only; an error of the common
+    evaluation is raised.
 
     Arguments:
         runs: generators such as `Trainer.training`, not begun, perhaps with more around it.  Each

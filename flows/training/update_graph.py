@@ -8,8 +8,8 @@ What is recorded is fixed: shapes, the rate of the optimiser, every number of Py
 must not need the host.  This asks for a loss in parts (`flows.training.loss.SplitLoss`), and for a
 trainer with a constant rate and no average (`check_recordable`).
 
-The first N updates that could be launched are made one by one, on the stream that is then recorded:
-they compile what is compiled, and bring about the state of the optimiser.
+The first N updates that could be launched are made one by one, on a stream like the recorded one:
+they compile the loss where it is compiled, and create the state of the optimiser.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class UpdateGraph:
     """Records N updates of trainers as a CUDA graph, and makes N updates with one launch.
 
     Arguments:
-        updates: N.
-        capture: makes of a function without arguments, and the generators it draws from, one that
-            replays what it does.
+        updates: the number N of updates in a launch.
+        capture: records a block and the generators it draws from, and returns a function that
+            replays it; a CUDA graph by default.
 
     Raises:
         ValueError: ``updates`` below 1.
@@ -58,14 +58,15 @@ class UpdateGraph:
     def __call__(self, trainers: tuple[Trainer, ...], stacked: StackedTrainers | None) -> None:
         """Make the next N updates of each trainer, and put their metrics into its ``unreported``.
 
-        Does nothing where fewer are left, where they need the host, or between multiples of N.
+        Nothing happens where fewer than N updates are left, where they need the host, or where the
+        iteration is no multiple of N.
 
         Arguments:
-            trainers: on one CUDA device.
+            trainers: trainers on one CUDA device.
             stacked: the group that evaluates their losses together, if they are several.
 
         Raises:
-            TypeError, ValueError: what cannot be recorded, see `check_recordable`.
+            TypeError, ValueError: an update cannot be recorded, see `check_recordable`.
         """
         if (trainers, stacked) != (self._trainers, self._stacked):
             for trainer in trainers:

@@ -12,7 +12,7 @@ from flows.training import checkpoint as checkpoints
 from flows.training.checkpoint import CheckpointError
 
 
-def test_a_tilt_with_a_scheme_of_ones_own_is_exact_and_certified():
+def test_a_tilt_with_a_scheme_of_ones_own_is_trained_and_certified():
     """The tilt of the chain itself: its variance takes the place of the base's."""
     found = run(with_options(kernel=Tempered(), steps=8, certificate_samples=2000))
     assert (found.kernel.name, found.kernel.steps) == ("tempered", 8)
@@ -22,13 +22,14 @@ def test_a_tilt_with_a_scheme_of_ones_own_is_exact_and_certified():
         (found.certificate.log_weights, plain.certificate.log_weights),
     ):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    assert found.certificate.log_weight_std < 0.1 < found.certificate_base.log_weight_std
+    before, after = found.certificate_base.log_weight_std, found.certificate.log_weight_std
+    assert after < 0.6 * before
     assert bool((found.field.w.sign() == SLOPES.sign()).all())
     assert float(found.field.w.norm()) < S2 * float(SLOPES.norm())  # the chain has less variance
     kernel = make_kernel(Tempered(), uniform(8))
-    x0 = torch.randn(64, 2, dtype=torch.float64)
-    alone = certify(found.field, BASE, found.reward, kernel, x0)
-    assert alone.log_weight_std < 0.1
+    x0 = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alone = certify(found.field, BASE, found.reward, kernel, x0, generator=torch.Generator())
+    assert alone.log_weight_std == pytest.approx(after, rel=0.3)
 
 
 def test_a_resume_knows_the_scheme_and_its_options(tmp_path):

@@ -1,4 +1,4 @@
-"""The first step of a tilt: check base, reward and conditions, and measure the base."""
+"""Preparation of a tilt: check base, reward and conditions, and measure the base."""
 
 from __future__ import annotations
 

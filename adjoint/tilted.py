@@ -1,4 +1,4 @@
-"""What a tilt returns: the tilted flow with its certificates, and samples of it."""
+"""Result of a tilt: the tilted flow with its certificates, and samples of it."""
 
 from __future__ import annotations
 

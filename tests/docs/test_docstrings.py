@@ -9,7 +9,7 @@ from helpers.pages import ROOT
 REFERS = re.compile(
     r"(What|Of|Those|The same|Whether|It|Its|That|And of|The (first|second|rest|last))\b"
 )
-FOLDERS = ("flows", "applications", "benchmarks", "examples")
+FOLDERS = ("flows", "adjoint", "applications", "benchmarks", "examples")
 
 
 def first_lines(path):

@@ -19,6 +19,8 @@ FORMER = (
     r"train_together|TwoPartLoss",  # stacked trainers
     r"ReplayBuffer",  # trajectory buffer
     r"watchers\(",  # training callbacks
+    r"_judged\(|train_judge|compare_laws",  # diagnostics, metrics, distributions
+    r"probe_samples|known_rewards",  # base samples, reward record
 )
 """Names that were given up, with the name that replaced them."""
 EXEMPT = ("renamed.py",)

@@ -9,6 +9,7 @@ loop of one's own), and the pure functions `rollout`, `lean_adjoint`, `adjoint_m
 from adjoint.tilt import tilt
 from adjoint.config import TiltConfig
 from adjoint.tilted import Tilted
+from adjoint.cost import Cost, estimate_cost
 from adjoint.certificate import Certificate
 
 # Rewards, and models to train
@@ -48,6 +49,8 @@ __all__ = [
     "tilt",
     "TiltConfig",
     "Tilted",
+    "Cost",
+    "estimate_cost",
     "Certificate",
     # Rewards, and models to train
     "AbstractReward",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -102,13 +103,16 @@ class TiltConfig(TrainerConfig):
     """Trajectories kept for reuse; 0 is none."""
     losses_per_rollout: int = option(1, formerly="refresh")
     """With ``replay_size``, the number of losses per fresh rollout."""
-    base_samples: int = 8192
+    base_samples: int | None = None
     """ODE samples drawn from the base before training, to estimate its mean squared errors, to
-    check the reward, and to estimate log Z."""
-    certificate_samples: int = option(4096, resume="free")
-    """Trajectories of each of the two certificates, 64 under each condition; 0 is none."""
-    eval_batch_size: int = option(4096, resume="free")
-    """Samples or trajectories that one process evaluates at a time before and after training."""
+    check the reward, and to estimate log Z.  None is 8192, or fewer for a base whose evaluation
+    costs more than half a million operations a state (`adjoint.cost`)."""
+    certificate_samples: int | None = option(None, resume="free")
+    """Trajectories of each of the two certificates, 64 under each condition; 0 is none.  None is
+    4096, or fewer for a costly base."""
+    eval_batch_size: int | None = option(None, resume="free")
+    """Samples or trajectories that one process evaluates at a time before and after training.  None
+    is 4096, or fewer for samples of more than 64 entries."""
     micro_batch: int = option(0, resume="free")
     """States at which base or model are evaluated at a time, always; 0 is all.  The loss then
     evaluates the model twice, the second time in its backward pass."""
@@ -158,8 +162,14 @@ class TiltConfig(TrainerConfig):
         minima |= {"certificate_samples": 0, "base_samples": 64, "eval_batch_size": 1}
         minima |= {"micro_batch": 0, "reward_batch": 0}
         for name, least in minima.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise TypeError(f"{name} must be of type int or None, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+            object.__setattr__(self, name, int(value))
         for steps in (self.steps, self.chain_steps):
             grids.shifted(steps, self.shift)
             select_steps(

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from adjoint.arguments import Arguments, check_arguments
+from adjoint.checks import check_field
 from adjoint.config import TiltConfig
 from adjoint.micro_batches import rows_of
 from adjoint.models.lora import adapter_scales
 from adjoint.models.trainable import check_base_is_apart, trainable
-from adjoint.preparation import Preparation, check_field, prepare_tilt
+from adjoint.preparation import Preparation, prepare_tilt
 from adjoint.reward_record import RewardRecord
 from adjoint.rewards.reward import ValueFunction
 from adjoint.tilt_loss import TiltLoss
@@ -29,7 +30,7 @@ from adjoint.tilted import Tilted, certify_tilt
 from adjoint.trajectory_source import CondSampler
 from flows.field import VelocityField
 from flows.training import GradientGraph, Trainer, distributed
-from flows.training.callbacks import Callback
+from flows.training.callbacks import Callback, default_callbacks
 from flows.weights import fingerprint
 
 
@@ -71,8 +72,9 @@ def tilt(
         model: module to train, a velocity field that should start at the base; by default a copy
             of the base, or a residual on it where the base has no parameters.
         cond_sampler: (n, generator) → mapping of n conditions, for a conditional flow.
-        callbacks: progress bar and loggers of `flows.training.callbacks`.  With a progress bar, the
-            work before and after training shows one too.
+        callbacks: progress bar and loggers of `flows.training.callbacks`.  On a terminal a progress
+            bar is added.  With one, a line says beforehand what the tilt costs
+            (`adjoint.estimate_cost`), and the work before and after training shows a bar too.
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
             leaves out the weights of the model that are not trained; a resume of a model with
             others, with adapters of another scale, or on another base is refused, one toward
@@ -89,6 +91,7 @@ def tilt(
         CheckpointError: a checkpoint that is damaged or belongs to another run.
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
     """
+    callbacks = default_callbacks(callbacks, description="tilt")
     arguments = check_arguments(
         base,
         reward,

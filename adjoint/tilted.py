@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from adjoint.arguments import Arguments
 from adjoint.certificate import Certificate, certify, log_mean_exp
 from adjoint.chain.kernels import Kernel
+from adjoint.checks import draw_conditions
 from adjoint.config import TiltConfig
 from adjoint.evaluator import Evaluator, RewardEvaluator
-from adjoint.preparation import Preparation, draw_conditions
+from adjoint.preparation import Preparation
 from adjoint.rejection import CUT, check_request, sample_exact
 from adjoint.rewards.reward import AbstractReward
 from flows.field import Cond, VelocityField
@@ -37,7 +38,7 @@ class Tilted:
         certificate: after; None if certificate_samples is 0.
         certificate_base: before: the untilted base judged as the tilt.
         shape: of one sample.
-        config: options of the run.
+        config: options of the run, with the sizes that were left open chosen.
         log_z_ode, log_z_ode_stderr: log mean e^r over ODE samples of the base.  It must agree with
             the certificates' log_z, up to the error of the grid, if the base is the flow that the
             method assumes; see `tilt`.  With conditions, the logarithm of the mean of Z(c), where
@@ -111,6 +112,7 @@ class Tilted:
             TypeError, ValueError: as `adjoint.rejection.sample_exact`.
         """
         config = self.config
+        assert config.eval_batch_size is not None
         return sample_exact(
             Evaluator(self.field, config.micro_batch),
             Evaluator(self.base, config.micro_batch),
@@ -147,9 +149,7 @@ def certify_tilt(arguments: Arguments, preparation: Preparation, field: nn.Modul
     Warns:
         UserWarning: ODE and chain of the base disagree about log Z.
     """
-    before, after = (
-        _certificate(arguments, preparation.refine_kernel, v) for v in (arguments.base, field)
-    )
+    before, after = (_certificate(arguments, preparation, v) for v in (arguments.base, field))
     log_z, error, _ = log_mean_exp(preparation.rewards)
     if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
         _compare_log_z(log_z, error, before)
@@ -161,19 +161,23 @@ def certify_tilt(arguments: Arguments, preparation: Preparation, field: nn.Modul
         certificate=after,
         certificate_base=before,
         shape=arguments.shape,
-        config=arguments.config,
+        config=preparation.cost.config,
         log_z_ode=log_z,
         log_z_ode_stderr=error,
         dtype=arguments.dtype,
     )
 
 
-def _certificate(arguments: Arguments, kernel: Kernel, field: VelocityField) -> Certificate | None:
+def _certificate(
+    arguments: Arguments, preparation: Preparation, field: VelocityField
+) -> Certificate | None:
     """Certificate with noise that depends only on the seed; None if no samples are asked for.
 
     With conditions it has groups of `PER_CONDITION` trajectories under one condition.
     """
-    config, device = arguments.config, arguments.device
+    config, device = preparation.cost.config, arguments.device
+    assert config.certificate_samples is not None
+    assert config.eval_batch_size is not None
     n = distributed.share(config.certificate_samples)
     if not n:
         return None
@@ -193,7 +197,7 @@ def _certificate(arguments: Arguments, kernel: Kernel, field: VelocityField) -> 
         arguments.evaluator(field),
         arguments.evaluator(arguments.base),
         arguments.reward_evaluator,
-        kernel,
+        preparation.refine_kernel,
         x0,
         cond=cond,
         groups=groups,

@@ -1,0 +1,67 @@
+"""Checks of a velocity field and of conditions, at a few states, before they are relied on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adjoint.trajectory_source import CondSampler
+from flows.field import Cond, VelocityField, check_velocity
+
+
+def draw_conditions(cond_sampler: CondSampler, n: int, generator: torch.Generator) -> Cond:
+    """Conditions of ``n`` samples from a sampler.
+
+    Raises:
+        TypeError: the sampler returns no mapping of names to tensors.
+        ValueError: a tensor without the leading size n.
+    """
+    cond = cond_sampler(n, generator)
+    if not isinstance(cond, Mapping):
+        raise TypeError(
+            "cond_sampler(n, generator) must return a mapping of names to tensors of n conditions, "
+            f"got {type(cond).__name__}"
+        )
+    for name, c in cond.items():
+        if not isinstance(c, Tensor):
+            raise TypeError(f"cond_sampler must return tensors, got {type(c).__name__} as {name!r}")
+        if not c.ndim or len(c) != n:
+            raise ValueError(
+                f"cond_sampler must return {n} conditions {name!r}, got shape {tuple(c.shape)}"
+            )
+    return cond
+
+
+@torch.no_grad()
+def check_field(field: VelocityField, x: Tensor, cond: Cond | None, name: str) -> None:
+    """Evaluate ``field`` at scalar times and at times (B,), and refuse wrong results.
+
+    Raises:
+        TypeError, ValueError: wrong type or shape, not finite, or the velocity of a state changes
+            when its time is passed in a (B,) tensor instead of as a scalar.
+    """
+    early, late = torch.tensor(0.3).to(x), torch.tensor(0.7).to(x)
+    mixed = torch.where(torch.arange(len(x), device=x.device) == 0, early, late)
+    found: list[Tensor] = []
+    for t in (early, late, mixed):
+        try:
+            v = field(x, t, cond)
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{name} fails for x of shape {tuple(x.shape)} and {x.dtype} at a time of shape "
+                f"{tuple(t.shape)}, called as {name}(x, t, cond) with times as scalars and as (B,) "
+                f"and conditions {sorted(cond or {})}: {type(error).__name__}: {error}"
+            ) from error
+        if not bool(torch.isfinite(check_velocity(v, x, name)).all()):
+            raise ValueError(f"{name} returned NaN or infinite velocities at t = 0.3 or 0.7")
+        found.append(v.flatten(1).float())
+    alone = torch.cat([found[0][:1], found[1][1:]])
+    gap = float((found[2] - alone).norm(dim=1).amax() / alone.norm(dim=1).amax().clamp_min(1e-30))
+    if gap > 0.1 and torch.equal(field(x, late, cond).flatten(1).float(), found[1]):  # not random
+        raise ValueError(
+            f"{name} must evaluate each state at its own time where times are of shape (B,): for "
+            f"one state at t = 0.3 and {len(x) - 1} at 0.7 velocities are off by {gap:.0%} of what "
+            "they are at a scalar time"
+        )

@@ -1,0 +1,303 @@
+"""What a tilt costs, said beforehand, and sizes that follow the cost of the base.
+
+A tilt evaluates base and model at many states: N_b (100 + K) to sample the base by its ODE and to
+measure its mean squared errors, some 3 K B in each update, and 3 K N_c for the two certificates.
+For a network in the plane N_b = 8192 and N_c = 4096 take seconds; for a network of images they
+take longer than many a training.  So the sizes N_b and N_c that the options leave open are the
+largest powers of two with which either part stays below `BUDGET` floating-point operations, down
+to `LEAST` samples: the errors of what they estimate fall with the number of entries, which a
+large sample has many of.  Operations are counted, not timed, so that the sizes are the same on
+every machine and in every resume.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from adjoint.arguments import Arguments, check_arguments
+from adjoint.chain.kernels import find_scheme
+from adjoint.checks import check_field, draw_conditions
+from adjoint.config import TiltConfig
+from adjoint.micro_batches import rows_of
+from adjoint.trajectory_source import CondSampler
+from flows.field import Cond, VelocityField
+
+Number = TypeVar("Number", int, float)
+
+BUDGET = 5e11
+"""Floating-point operations of the samples before training, and of the certificates."""
+
+LEAST = 64
+"""Fewest samples that are chosen."""
+
+MOST_BASE_SAMPLES, MOST_CERTIFICATE_SAMPLES, MOST_AT_A_TIME = 8192, 4096, 4096
+"""Most samples that are chosen."""
+
+ENTRIES_AT_A_TIME = 2**18
+"""Entries of the samples that are evaluated at a time, where the options leave it open."""
+
+ODE_EVALUATIONS = 100
+"""Evaluations of the base for an ODE sample: 50 steps of the midpoint rule."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a tilt: evaluations, and estimates of time and memory.
+
+    An evaluation is a forward pass of base or model at one state.
+
+    Attributes:
+        config: options with their open sizes chosen.
+        before: evaluations before training.
+        per_update: evaluations in one update, the mean over the training.
+        after: evaluations after training.
+        seconds: estimates of the time before training, in it, and after it; without the reward.
+        memory: estimate of the memory of an update, bytes; None where it is unknown.
+    """
+
+    config: TiltConfig
+    before: int
+    per_update: int
+    after: int
+    seconds: tuple[float, float, float]
+    memory: int | None
+
+    def __str__(self) -> str:
+        """One sentence with the cost, and the options that lower it."""
+        updates = self.config.iterations
+        before, during, after = (_duration(s) for s in self.seconds)
+        memory = "" if self.memory is None else f"; about {_size(self.memory)} in an update"
+        return (
+            f"evaluations of the velocity: {self.before:,} before training (about {before}; fewer "
+            f"with base_samples < {self.config.base_samples}), {self.per_update:,} in each of "
+            f"{updates:,} updates (about {during} in all; fewer with a smaller batch_size, steps "
+            f"or iterations), {self.after:,} after (about {after}; fewer with certificate_samples "
+            f"< {self.config.certificate_samples}){memory} (less with micro_batch)"
+        )
+
+
+def estimate_cost(
+    base: VelocityField,
+    *,
+    shape: tuple[int, ...],
+    config: TiltConfig | None = None,
+    cond_sampler: CondSampler | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Cost:
+    """Cost of a tilt of ``base`` with these arguments of `adjoint.tilt`, by a few evaluations.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit.
+    """
+    return measure_cost(
+        check_arguments(
+            base,
+            lambda x, cond: x.flatten(1).sum(1),
+            shape=shape,
+            config=config,
+            model=None,
+            cond_sampler=cond_sampler,
+            callbacks=(),
+            checkpoint=None,
+            resume=False,
+            device=device,
+            dtype=dtype,
+        )
+    )
+
+
+def measure_cost(arguments: Arguments) -> Cost:
+    """Cost of a tilt, with the sizes that its options leave open chosen.
+
+    Raises:
+        TypeError, ValueError: the base or the conditions do not fit; see `check_field`.
+    """
+    generator = torch.Generator(arguments.device).manual_seed(0)
+    few = min(4, arguments.config.micro_batch or 4)
+    x = torch.randn(
+        (few, *arguments.shape),
+        generator=generator,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    cond = None
+    if arguments.cond_sampler is not None:
+        cond = draw_conditions(arguments.cond_sampler, few, generator)
+    check_field(arguments.base, x, cond, "base")
+    config = chosen_sizes(arguments.config, x[0].numel(), _flops(arguments.base, x, cond))
+    before, (forward, passes), after = _evaluations(config, x[0].numel())
+    seconds = _seconds(arguments, x, cond)
+    activations = _activations(arguments.base, x, cond)
+    memory = None
+    if activations is not None:
+        states = config.batch_size * config.steps
+        kept = 5 * states * x[0].numel() * x.element_size()
+        memory = kept + activations * min(states, config.micro_batch or states)
+    return Cost(
+        config=config,
+        before=before,
+        per_update=forward,
+        after=after,
+        seconds=(before * seconds, passes * config.iterations * seconds, after * seconds),
+        memory=memory,
+    )
+
+
+def chosen_sizes(config: TiltConfig, dim: int, flops: float | None) -> TiltConfig:
+    """Options with the open sizes chosen.
+
+    Arguments:
+        dim: number of entries of a sample.
+        flops: floating-point operations of an evaluation at one state; None where unknown.
+    """
+    each = max(flops or 0.0, 1.0)
+    to_sample = ODE_EVALUATIONS + sum({config.steps, config.chain_steps})
+
+    def size(given: int | None, evaluations: int, most: int) -> int:
+        return _power(BUDGET / (each * evaluations), LEAST, most) if given is None else given
+
+    at_a_time = config.eval_batch_size
+    if at_a_time is None:
+        at_a_time = _power(ENTRIES_AT_A_TIME / dim, 16, MOST_AT_A_TIME)
+    return replace(
+        config,
+        base_samples=size(config.base_samples, to_sample, MOST_BASE_SAMPLES),
+        certificate_samples=size(
+            config.certificate_samples, 3 * config.chain_steps, MOST_CERTIFICATE_SAMPLES
+        ),
+        eval_batch_size=at_a_time,
+    )
+
+
+def _power(value: float, least: int, most: int) -> int:
+    """Largest power of two that is at most ``value``, within bounds that are powers of two."""
+    return int(2 ** math.floor(math.log2(min(max(value, least), most))))
+
+
+def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], int]:
+    """Evaluations before training, in an update, and after training.
+
+    In an update they are forward passes, and the time of its passes as multiples of one: a backward
+    pass counts as one more where only states have gradients, else as two.
+    """
+    scheme, steps, final = find_scheme(config.kernel), config.steps, config.chain_steps
+    n, certified = config.base_samples or 0, config.certificate_samples or 0
+    before = n * ODE_EVALUATIONS
+    if "mmse" in scheme.needs:
+        before += n * sum({steps, final})
+    if "covariance" in scheme.needs:
+        before += n
+    noise = dim if scheme.state_noise else 0  # its Jacobian is of dim states
+    after = certified * final * (3 + 2 * noise)
+    rolled, adjoint = steps * (1 + noise), steps * (1 + noise)
+    backward = float(adjoint)
+    if config.control_variates:
+        adjoint, backward = 2 * adjoint + 3 * (steps - 1), 2 * backward
+    rate = config.losses_per_rollout
+    late, early = config.late_fraction, config.early_fraction
+
+    def in_loss(steps: int) -> int:
+        late_steps = round(late * steps)
+        return late_steps + round(early * (steps - late_steps))
+
+    def again(states: int) -> int:
+        return states if 0 < config.micro_batch < states * config.batch_size else 0
+
+    matched = in_loss(steps)
+    match = (rolled + adjoint) / rate + matched + again(matched)
+    match_passes = match + backward / rate + 2 * matched
+    refined = in_loss(final)
+    refine = final * (2 + noise) + refined + again(refined)
+    part = 0.0 if config.restart is None else 1 - config.restart / max(1, config.iterations)
+    each = config.batch_size * config.accumulate
+    forward = each * ((1 - part) * match + part * refine)
+    passes = each * ((1 - part) * match_passes + part * (refine + 2 * refined))
+    return before, (round(forward), passes), after
+
+
+@torch.no_grad()
+def _flops(field: VelocityField, x: Tensor, cond: Cond | None) -> float | None:
+    """Floating-point operations of one evaluation at one state; None where they cannot be counted.
+
+    Matrix products, convolutions and attention are counted.
+    """
+
+    def count() -> float:
+        with FlopCounterMode(display=False) as counter:
+            field(x, torch.tensor(0.5).to(x), cond)
+        return counter.get_total_flops() / len(x)
+
+    return _if_possible(count)
+
+
+def _activations(field: VelocityField, x: Tensor, cond: Cond | None) -> int | None:
+    """Bytes that one state keeps for the backward pass; None where they cannot be counted."""
+    weights = {p.data_ptr() for p in field.parameters()} if isinstance(field, nn.Module) else set()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    def count() -> int:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            v = field(x.detach().requires_grad_(True), torch.tensor(0.5).to(x), cond)
+        del v
+        return sum(kept.values()) // len(x)
+
+    return _if_possible(count)
+
+
+def _if_possible(count: Callable[[], Number]) -> Number | None:
+    """Result of ``count``; None where the operations of a field cannot be watched."""
+    try:
+        return count()
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+        return None
+
+
+@torch.no_grad()
+def _seconds(arguments: Arguments, x: Tensor, cond: Cond | None) -> float:
+    """Time of an evaluation at one state in a batch of some, by the clock of the wall."""
+    times = 64 // len(x) if not arguments.config.micro_batch else 1
+    states = x.repeat(times, *([1] * (x.ndim - 1)))
+    index = torch.arange(len(states), device=x.device) % len(x)
+    some = rows_of(cond, index)
+    base, t = arguments.evaluator(arguments.base), torch.tensor(0.5).to(x)
+    taken = []
+    for _ in range(3):
+        _wait(x.device)
+        start = time.perf_counter()
+        base.at(states, t, some)
+        _wait(x.device)
+        taken.append(time.perf_counter() - start)
+    return min(taken) / len(states)
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for the work of a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _duration(seconds: float) -> str:
+    """A time in its natural unit."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _size(count: int) -> str:
+    """A number of bytes in its natural unit."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,118 @@
+"""The cost of a tilt, said beforehand, and the sizes that follow it."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.linear_tilt import BASE, FAST, Shift, Slope, run
+from torch import nn
+
+from adjoint import TiltConfig, estimate_cost, tilt
+from adjoint.cost import BUDGET, chosen_sizes
+from flows import MLPVelocity, UNetVelocity
+from flows.training import ProgressBar
+
+
+class Counting(nn.Module):
+    """A field that counts the states at which it is evaluated."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field, self.states = field, 0
+
+    def forward(self, x, t, cond=None):
+        self.states += len(x)
+        return self.field(x, t, cond)
+
+
+def sizes(base, shape, **options):
+    config = estimate_cost(base, shape=shape, config=TiltConfig(**options)).config
+    return config.base_samples, config.certificate_samples, config.eval_batch_size
+
+
+def test_fields_in_the_plane_keep_their_sizes():
+    assert sizes(BASE, (2,)) == (8192, 4096, 4096)
+    assert sizes(MLPVelocity(2), (2,)) == (8192, 4096, 4096)
+    assert sizes(MLPVelocity(64), (64,)) == (8192, 4096, 4096)
+
+
+def test_a_network_of_images_is_not_evaluated_a_million_times_before_training():
+    unet = UNetVelocity(1)
+    found = estimate_cost(unet, shape=(1, 8, 8))
+    assert 64 <= found.config.base_samples <= 2048
+    assert found.before <= 2048 * 120
+    assert sizes(unet, (1, 8, 8), base_samples=300) == (300, *sizes(unet, (1, 8, 8))[1:])
+
+
+def test_sizes_follow_operations_not_time_and_dimension():
+    for flops, base_samples, certificate_samples in (
+        (None, 8192, 4096),
+        (0.5e6, 8192, 4096),
+        (3e6, 1024, 2048),
+        (1e9, 64, 64),
+        (1e12, 64, 64),
+    ):
+        config = chosen_sizes(TiltConfig(), 2, flops)
+        assert (config.base_samples, config.certificate_samples) == (
+            base_samples,
+            certificate_samples,
+        )
+        if base_samples > 64 and flops:
+            assert base_samples * 120 * flops <= BUDGET
+    for dim, at_a_time in ((64, 4096), (768, 256), (4 * 64 * 64, 16)):
+        assert chosen_sizes(TiltConfig(), dim, None).eval_batch_size == at_a_time
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel": "euler_published"},
+        {"kernel": "covariance_matched"},
+        {"micro_batch": 7},
+        {"late_fraction": 0.25, "early_fraction": 0.5},
+        {"control_variates": True},
+        {"replay_size": 64, "losses_per_rollout": 4},
+        {"refine_fraction": 0.5, "refine_steps": 12},
+    ],
+    ids=str,
+)
+def test_the_evaluations_are_those_that_are_made(options):
+    config = replace(
+        FAST,
+        iterations=8,
+        steps=8,
+        batch_size=20,
+        base_samples=512,
+        certificate_samples=512,
+        **options,
+    )
+    base, model = Counting(BASE), Counting(Shift())
+    cost = estimate_cost(base, shape=(2,), config=config, dtype=torch.float64)
+    found = tilt(base, Slope(), shape=(2,), config=config, model=model, dtype=torch.float64)
+    made = found.base.states - base.states + model.states + found.field.states - model.states
+    said = cost.before + cost.per_update * config.iterations + cost.after
+    assert made == pytest.approx(said, rel=0.05)
+
+
+def test_the_cost_is_said_beforehand_where_progress_is_shown(capsys):
+    config = replace(FAST, iterations=2, certificate_samples=16)
+    run(config)
+    assert capsys.readouterr().err == ""
+    run(config, callbacks=[ProgressBar("tilt")])
+    err = capsys.readouterr().err
+    assert re.search(r"[\d,]+ before training \(about .*base_samples", err)
+    assert err.index("before training") < err.index("preparation: ")
+
+
+def test_a_cost_names_the_options_that_lower_it():
+    cost = estimate_cost(UNetVelocity(1), shape=(1, 8, 8))
+    text = str(cost)
+    assert f"{cost.before:,} before training" in text
+    assert "2,000 updates" in text
+    assert "\n" not in text
+    for option in ("base_samples", "batch_size", "certificate_samples", "micro_batch"):
+        assert option in text
+    small = estimate_cost(UNetVelocity(1), shape=(1, 8, 8), config=TiltConfig(micro_batch=8))
+    assert small.memory < 0.1 * cost.memory

@@ -44,12 +44,12 @@ class Arguments:
     progress: bool
 
     def evaluator(self, field: VelocityField) -> Evaluator:
-        """Evaluator of a field in the micro-batches of the options."""
+        """Return the evaluator of a field in the micro-batches of the options."""
         return Evaluator(field, self.config.micro_batch)
 
     @property
     def reward_evaluator(self) -> RewardEvaluator:
-        """Evaluator of the reward in the batches of the options."""
+        """Return the evaluator of the reward in the batches of the options."""
         return RewardEvaluator(self.reward, self.config.reward_batch)
 
 
@@ -109,7 +109,7 @@ def check_arguments(
 
 
 def device_of(base: VelocityField, model: nn.Module | None) -> torch.device:
-    """Device of the weights of the base, or of the model; the CPU if they have none."""
+    """Return the device of the weights of the base, or of the model; the CPU if they have none."""
     for field in (base, model):
         if isinstance(field, nn.Module):
             for tensor in (*field.parameters(), *field.buffers()):
@@ -118,7 +118,7 @@ def device_of(base: VelocityField, model: nn.Module | None) -> torch.device:
 
 
 def _shareable(base: nn.Module, model: nn.Module | None) -> nn.Module:
-    """A frozen copy of ``base``; itself, if it is sharded and so cannot be copied.
+    """Return a frozen copy of ``base``; itself, if it is sharded and so cannot be copied.
 
     Raises:
         ValueError: a sharded base without a model, or with itself as the model.

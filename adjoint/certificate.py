@@ -1,16 +1,16 @@
-r"""The certificate: how good a tilt is, without knowing the answer.
+r"""The certificate of a tilt: how good it is, by the log-weights of its own trajectories.
 
 On a trajectory of the tilted chain, with d_k = mean_v (v_θ - v_β)(x_k, t_k),
 
     log w = r(x_K) + Σ_k [log N_β(x_{k+1}|x_k) - log N_θ(x_{k+1}|x_k)]
           = r(x_K) - Σ_k (½‖u_k‖² + u_k·ε_k),        u_k = d_k / std_k
 
-(u_k = L_k⁻¹ d_k where the noise is L_k ε_k).  Here w is the density of the tilted path law
-p_β(path) e^{r} with respect to the path law of the model, so E[w] = Z = E_β[e^r] for *any* model,
-and E[w f]/E[w] is the expectation of f under the exact tilt of the base chain.  At the optimum
-log w is constant and equals log Z: its standard deviation is the headline number, and zero means
-done.  What the certificate cannot see is what the model never visits, and the discretisation error
-of the base chain itself.
+(u_k = L_k⁻¹ d_k where the noise is L_k ε_k).  Here w is the density of the tilted path distribution
+p_β(path) e^{r} with respect to the path distribution of the model, so E[w] = Z = E_β[e^r] for *any*
+model, and E[w f]/E[w] is the expectation of f under the exact tilt of the base chain.  At the
+optimum log w is constant and equals log Z: its standard deviation is the headline number, and zero
+means done.  The certificate cannot see regions that the model never visits, nor the discretisation
+error of the base chain itself.
 
 With conditions, log w at the optimum is log Z(c), and its spread over the conditions says nothing.
 So trajectories come in groups of one condition each: variances are those within groups, weights sum
@@ -24,7 +24,7 @@ not far above they are still too small where the weights have heavy tails.
 Sources: Girsanov's theorem in discrete time; Nüsken and Richter 2005.05409 (log-variance as a
 measure of optimality); self-normalised importance sampling as in Owen's "Monte Carlo theory".
 
-Of several processes each runs its own trajectories, and every one gets the certificate of all.
+With several processes, each runs its own trajectories, and each gets the certificate of all.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ENOUGH = 10
 
 
 def log_mean_exp(values: Tensor) -> tuple[float, float, float]:
-    """log mean e^values of values (N,), its standard error, and the effective sample size / N.
+    """Return log mean e^values of values (N,), its standard error, and the ESS / N.
 
     Of groups (G, N): the mean of log mean e^values, its standard error for these groups, and the
     harmonic mean of the groups' effective sizes.  The error is by the delta method, the relative
@@ -69,12 +69,12 @@ def log_mean_exp(values: Tensor) -> tuple[float, float, float]:
 def path_log_ratio(
     trajectory: Trajectory, v_base: Tensor, kernel: Kernel, v: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Σ_k log N_β/N_θ and Σ_k ‖d_k‖²/(2 std_k²) per trajectory, each (B,).
+    """Return the log density ratio Σ_k log N_β/N_θ and the path KL of each trajectory, each (B,).
 
     Arguments:
         trajectory: of any velocity, with the noise that made it.
         v_base: (K, B, *) base velocity at its states.
-        v: (K, B, *) velocity at its states of the model that is judged, where the trajectory is
+        v: (K, B, *) velocity at its states of the model to be certified, where the trajectory is
             another's; by default that of the trajectory itself.
 
     With ν the velocity that moved the states, x_{k+1} = μ_ν + std ε, so that for any model
@@ -94,7 +94,7 @@ def path_log_ratio(
 def _whitened_drift(
     trajectory: Trajectory, v: Tensor, v_base: Tensor, kernel: Kernel, noisy: int
 ) -> Tensor:
-    """u_k = std_k⁻¹ mean_v (v - v_β), (noisy, B, d); by L_k⁻¹ where the noise is L_k ε_k."""
+    """Return the control in units of the noise, u_k = L_k⁻¹ mean_v (v - v_β), (noisy, B, d)."""
     difference = (v - v_base)[:noisy].flatten(2)
     if trajectory.roots is None:
         ratio = (kernel.mean_v[:noisy] / kernel.std[:noisy]).to(v_base.dtype)
@@ -123,27 +123,27 @@ class Certificate:
 
     @property
     def grouped(self) -> Tensor:
-        """Log-weights (groups, N / groups), float64."""
+        """Return log-weights (groups, N / groups), float64."""
         return self.log_weights.double().reshape(self.groups, -1)
 
     @property
     def weights(self) -> Tensor:
-        """Self-normalised importance weights (N,), summing to 1, and to as much in each group."""
+        """Return importance weights (N,) that sum to 1, and to an equal part in each group."""
         return torch.softmax(self.grouped, 1).flatten() / self.groups
 
     @property
     def log_weight_std(self) -> float:
-        """Standard deviation of log w, within groups: 0 at the exact tilt."""
+        """Return the standard deviation of log w within groups, which is 0 at the exact tilt."""
         return float(self.grouped.var(1).mean().sqrt())
 
     @property
     def log_z(self) -> float:
-        """Estimate of log Z = log E_β[e^r]; of its mean over the groups."""
+        """Return the estimate of log Z = log E_β[e^r], or of its mean over the groups."""
         return log_mean_exp(self.grouped)[0]
 
     @property
     def log_z_stderr(self) -> float:
-        """Standard error of log Z by the delta method: the relative standard error of mean w.
+        """Return the standard error of log Z: the relative standard error of mean w (delta method).
 
         For the conditions at hand, where there are several.  Infinite below `ENOUGH` effective
         samples (in the typical group).
@@ -152,21 +152,21 @@ class Certificate:
 
     @property
     def ess(self) -> float:
-        """Effective sample size divided by N, in (0, 1]; of groups, their harmonic mean."""
+        """Return the effective sample size / N, in (0, 1]; the harmonic mean over groups."""
         return log_mean_exp(self.grouped)[2]
 
     @property
     def path_kl(self) -> float:
-        """Mean path KL in nats."""
+        """Return the mean path KL in nats."""
         return float(self.path_kls.double().mean())
 
     @property
     def reward(self) -> float:
-        """Mean reward of the samples."""
+        """Return the mean reward of the samples."""
         return float(self.rewards.double().mean())
 
     def weighted_mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Expectation of ``values`` (N, ...) under the exact tilt, and its standard error (...).
+        """Return the mean of ``values`` (N, ...) under the exact tilt, and its standard error.
 
         Over groups it is the mean over their conditions, and the error holds how these differ.  The
         error is infinite below `ENOUGH` effective samples (in the typical group): then do not trust
@@ -193,7 +193,7 @@ class Certificate:
         return mean, means.std(0) / math.sqrt(self.groups)
 
     def resample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` samples (n, *) of the exact tilt: the chain's, drawn with their weights.
+        """Return ``n`` samples (n, *) of the exact tilt, drawn from the chain's with their weights.
 
         Systematic resampling: a sample of weight w occurs n w times, rounded up or down, so that
         frequencies are those of `weighted_mean` to within 1/n a sample.  Samples repeat: for an
@@ -217,7 +217,7 @@ class Certificate:
         return self.samples[index[torch.randperm(n, generator=generator, device=device)]]
 
     def summary(self) -> dict[str, float]:
-        """The numbers of a report, flat; ``log_z_stderr`` may be infinite, which JSON has not."""
+        """Return the numbers of a report; ``log_z_stderr`` may be infinite, which JSON has not."""
         return {
             "reward": self.reward,
             "log_z": self.log_z,
@@ -241,7 +241,7 @@ def certify(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Certificate:
-    """Certificate of ``field`` as the tilt of ``base`` by ``reward``, from starts x0 (N, *).
+    """Return the certificate of ``field`` as the tilt of ``base`` by ``reward``.
 
     With several processes, x0 are the starts of this one, N in each, and the result is of all.
 
@@ -288,7 +288,7 @@ def certify_batch(
     *,
     generator: torch.Generator | None = None,
 ) -> Certificate:
-    """`certify`, from all starts at once and in this process alone."""
+    """Return the certificate that `certify` makes, from one batch of starts of this process."""
     field, base = Evaluator.of(field), Evaluator.of(base)
     noise = draw_noise(kernel, x0, generator=generator)
     trajectory = rollout(field, base, kernel, x0, noise, cond)

@@ -12,7 +12,7 @@ from flows.field import Cond, VelocityField, check_velocity
 
 
 def draw_conditions(cond_sampler: CondSampler, n: int, generator: torch.Generator) -> Cond:
-    """Conditions of ``n`` samples from a sampler.
+    """Return the conditions of ``n`` samples from a sampler.
 
     Raises:
         TypeError: the sampler returns no mapping of names to tensors.

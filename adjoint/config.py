@@ -21,7 +21,7 @@ Config = TypeVar("Config", bound=type)
 
 
 def option(default: Any, *, resume: str = "fixed", formerly: str | None = None) -> Any:
-    """A field of `TiltConfig` with its default value.
+    """Return a field of `TiltConfig` with its default value.
 
     Arguments:
         resume: "free" where a resumed run may change the option: the numbers of the training stay
@@ -134,19 +134,19 @@ class TiltConfig(TrainerConfig):
 
     @property
     def chain_steps(self) -> int:
-        """Number of steps of the chain that training ends with and that is certified."""
+        """Return the number of steps of the chain that training ends with and that is certified."""
         refining = self.restart is not None and self.restart < self.iterations
         return self.refine_steps if self.refine_steps and refining else self.steps
 
     @property
     def restart(self) -> int | None:
-        """Iteration with which the refinement begins; None without one."""
+        """Return the iteration with which the refinement begins; None without one."""
         if not self.refine_fraction:
             return None
         return self.iterations - round(self.refine_fraction * self.iterations)
 
     def fixed_options(self) -> dict[str, Any]:
-        """The options that a resumed run must share with its checkpoint, by name."""
+        """Return the options that a resumed run must share with its checkpoint, by name."""
         free = {f.name for f in fields(self) if f.metadata.get("resume") == "free"}
         return {name: value for name, value in plain_options(self).items() if name not in free}
 

@@ -1,4 +1,4 @@
-"""What a tilt costs, said beforehand, and sizes that follow the cost of the base.
+"""The cost of a tilt, said beforehand, and sizes that follow the cost of the base.
 
 A tilt evaluates base and model at many states: N_b (100 + K) to sample the base by its ODE and to
 measure its mean squared errors, some 3 K B in each update, and 3 K N_c for the two certificates.
@@ -50,7 +50,7 @@ ODE_EVALUATIONS = 100
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a tilt: evaluations, and estimates of time and memory.
+    """The cost of a tilt: evaluations, and estimates of time and memory.
 
     An evaluation is a forward pass of base or model at one state.
 
@@ -71,7 +71,7 @@ class Cost:
     memory: int | None
 
     def __str__(self) -> str:
-        """One sentence with the cost, and the options that lower it."""
+        """Return one sentence with the cost, and the options that lower it."""
         updates = self.config.iterations
         before, during, after = (_duration(s) for s in self.seconds)
         memory = "" if self.memory is None else f"; about {_size(self.memory)} in an update"
@@ -93,7 +93,9 @@ def estimate_cost(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Cost:
-    """Cost of a tilt of ``base`` with these arguments of `adjoint.tilt`, by a few evaluations.
+    """Return the cost of a tilt of ``base``, from a few evaluations.
+
+    The arguments are those of `adjoint.tilt`.
 
     Raises:
         TypeError, ValueError: the arguments do not fit.
@@ -116,13 +118,13 @@ def estimate_cost(
 
 
 def measure_cost(arguments: Arguments) -> Cost:
-    """Cost of a tilt, with the sizes that its options leave open chosen.
+    """Return the cost of a tilt, with the sizes that its options leave open chosen.
 
     Raises:
         TypeError, ValueError: the base or the conditions do not fit; see `check_field`.
     """
     generator = torch.Generator(arguments.device).manual_seed(0)
-    few = min(4, arguments.config.micro_batch or 4)
+    few = min(64, arguments.config.micro_batch or 64)
     x = torch.randn(
         (few, *arguments.shape),
         generator=generator,
@@ -133,9 +135,10 @@ def measure_cost(arguments: Arguments) -> Cost:
     if arguments.cond_sampler is not None:
         cond = draw_conditions(arguments.cond_sampler, few, generator)
     check_field(arguments.base, x, cond, "base")
+    seconds = _seconds(arguments, x, cond)
+    x, cond = x[:4], rows_of(cond, slice(4))
     config = chosen_sizes(arguments.config, x[0].numel(), _flops(arguments.base, x, cond))
     before, (forward, passes), after = _evaluations(config, x[0].numel())
-    seconds = _seconds(arguments, x, cond)
     activations = _activations(arguments.base, x, cond)
     memory = None
     if activations is not None:
@@ -153,7 +156,7 @@ def measure_cost(arguments: Arguments) -> Cost:
 
 
 def chosen_sizes(config: TiltConfig, dim: int, flops: float | None) -> TiltConfig:
-    """Options with the open sizes chosen.
+    """Return the options with the open sizes chosen.
 
     Arguments:
         dim: number of entries of a sample.
@@ -179,12 +182,12 @@ def chosen_sizes(config: TiltConfig, dim: int, flops: float | None) -> TiltConfi
 
 
 def _power(value: float, least: int, most: int) -> int:
-    """Largest power of two that is at most ``value``, within bounds that are powers of two."""
+    """Return the largest power of two that is at most ``value``, within two bounds."""
     return int(2 ** math.floor(math.log2(min(max(value, least), most))))
 
 
 def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], int]:
-    """Evaluations before training, in an update, and after training.
+    """Return the evaluations before training, in an update, and after training.
 
     In an update they are forward passes, and the time of its passes as multiples of one: a backward
     pass counts as one more where only states have gradients, else as two.
@@ -226,9 +229,9 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
 
 @torch.no_grad()
 def _flops(field: VelocityField, x: Tensor, cond: Cond | None) -> float | None:
-    """Floating-point operations of one evaluation at one state; None where they cannot be counted.
+    """Return the floating-point operations of one evaluation at one state.
 
-    Matrix products, convolutions and attention are counted.
+    Matrix products, convolutions and attention are counted; None where that is not possible.
     """
 
     def count() -> float:
@@ -240,7 +243,7 @@ def _flops(field: VelocityField, x: Tensor, cond: Cond | None) -> float | None:
 
 
 def _activations(field: VelocityField, x: Tensor, cond: Cond | None) -> int | None:
-    """Bytes that one state keeps for the backward pass; None where they cannot be counted."""
+    """Return the bytes that one state keeps for the backward pass; None where unknown."""
     weights = {p.data_ptr() for p in field.parameters()} if isinstance(field, nn.Module) else set()
     kept: dict[int, int] = {}
 
@@ -259,7 +262,7 @@ def _activations(field: VelocityField, x: Tensor, cond: Cond | None) -> int | No
 
 
 def _if_possible(count: Callable[[], Number]) -> Number | None:
-    """Result of ``count``; None where the operations of a field cannot be watched."""
+    """Return the result of ``count``; None where the operations of a field cannot be watched."""
     try:
         return count()
     except (RuntimeError, NotImplementedError, TypeError, AttributeError):
@@ -268,20 +271,16 @@ def _if_possible(count: Callable[[], Number]) -> Number | None:
 
 @torch.no_grad()
 def _seconds(arguments: Arguments, x: Tensor, cond: Cond | None) -> float:
-    """Time of an evaluation at one state in a batch of some, by the clock of the wall."""
-    times = 64 // len(x) if not arguments.config.micro_batch else 1
-    states = x.repeat(times, *([1] * (x.ndim - 1)))
-    index = torch.arange(len(states), device=x.device) % len(x)
-    some = rows_of(cond, index)
-    base, t = arguments.evaluator(arguments.base), torch.tensor(0.5).to(x)
+    """Return the time of an evaluation at one of the states x (B, *), by the clock of the wall."""
+    t = torch.tensor(0.5).to(x)
     taken = []
-    for _ in range(3):
+    for _ in range(2):
         _wait(x.device)
         start = time.perf_counter()
-        base.at(states, t, some)
+        arguments.base(x, t, cond)
         _wait(x.device)
         taken.append(time.perf_counter() - start)
-    return min(taken) / len(states)
+    return min(taken) / len(x)
 
 
 def _wait(device: torch.device) -> None:
@@ -291,7 +290,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """A time in its natural unit."""
+    """Return a time in its natural unit."""
     for unit, length in (("h", 3600.0), ("min", 60.0)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
@@ -299,5 +298,5 @@ def _duration(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    """A number of bytes in its natural unit."""
+    """Return a number of bytes in its natural unit."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -44,11 +44,11 @@ class Evaluator:
 
     @staticmethod
     def of(field: VelocityField | Evaluator) -> Evaluator:
-        """Evaluator of ``field``; ``field`` itself if it is an evaluator."""
+        """Return an evaluator of ``field``, or ``field`` itself if it is one."""
         return field if isinstance(field, Evaluator) else Evaluator(field)
 
     def at(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocities (B, *) at states x (B, *) and one time t (), on the device of x."""
+        """Return velocities (B, *) at states x (B, *) and one time t (), on the device of x."""
         if not self.micro_batch and self.device is None:
             return self.field(x, t, cond)
         t = t.to(self.device or x.device)
@@ -57,7 +57,7 @@ class Evaluator:
     def velocity_and_vjp(
         self, x: Tensor, t: Tensor, cotangent: Tensor, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity v(x, t) and product (∂v/∂x)ᵀ cotangent, each (B, *), both detached.
+        """Return the velocity v(x, t) and product (∂v/∂x)ᵀ cotangent, each (B, *), both detached.
 
         One forward and one backward pass for each micro-batch; t is one time ().
         """
@@ -72,7 +72,7 @@ class Evaluator:
     def pullbacks(
         self, xs: Tensor, t: Tensor, cond: Cond | None = None
     ) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-        """Function (k, cotangent) -> (v, Jᵀ cotangent) at the states xs[k] (B, *) and times t[k].
+        """Return a function (k, cotangent) -> (v, Jᵀ cotangent) at the states xs[k] and times t[k].
 
         A field with the method ``linearised`` (`flows.field`) makes the forward passes of all
         states at once, unless there are more of them than in a micro-batch.
@@ -94,7 +94,7 @@ class Evaluator:
         return at_step
 
     def along(self, xs: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocities (S, B, *) at states xs (S, B, *) and times t (S,).
+        """Return velocities (S, B, *) at states xs (S, B, *) and times t (S,).
 
         All are evaluated in one batch of S·B, or in micro-batches of these.  A field that
         ``broadcasts`` (`flows.field`) gets states and times as they are, and so computes what
@@ -134,7 +134,7 @@ class Evaluator:
     def map(
         self, function: Callable[..., Results], *states: Tensor, cond: Cond | None = None
     ) -> Results:
-        """Results of ``function(*states, cond)`` for micro-batches of the states, joined.
+        """Return the joined results of ``function(*states, cond)`` for micro-batches of states.
 
         Arguments:
             function: takes tensors (n, *) and conditions on the device of the field and returns
@@ -155,7 +155,7 @@ class Evaluator:
 def velocity_along(
     field: VelocityField | Evaluator, xs: Tensor, t: Tensor, cond: Cond | None = None
 ) -> Tensor:
-    """Velocities (S, B, *) at states xs (S, B, *) and times t (S,); see `Evaluator.along`."""
+    """Return velocities (S, B, *) at states xs (S, B, *) and times t (S,), in one batch."""
     return Evaluator.of(field).along(xs, t, cond)
 
 
@@ -174,13 +174,13 @@ class RewardEvaluator:
     device: torch.device | None = None
 
     def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """Rewards (B,) of samples x (B, *), on their device."""
+        """Return rewards (B,) of samples x (B, *), on their device."""
         return self.value_and_info(x, cond)[0]
 
     def value_and_info(
         self, x: Tensor, cond: Cond | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards (B,) of samples x (B, *), and the values (B,) of their terms, if several."""
+        """Return the rewards (B,) of samples x (B, *), and the values of several terms."""
         parts = [self.reward.value_and_info(*part) for part in self._parts(x, cond)]
         values, infos = zip(*parts, strict=True)
         return torch.cat(values).to(x.device), _joined(infos, x.device)
@@ -188,7 +188,7 @@ class RewardEvaluator:
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Rewards (B,) of samples x (B, *), their gradients (B, *) and the values of their terms.
+        """Return rewards (B,), gradients (B, *) and the values of the terms at samples x (B, *).
 
         All are detached and on the device of x.
         """
@@ -203,5 +203,5 @@ class RewardEvaluator:
 
 
 def _joined(infos: tuple[dict[str, Tensor], ...], device: torch.device) -> dict[str, Tensor]:
-    """Values of the terms for the whole batch from those of its parts."""
+    """Return the values of the terms for the whole batch from those of its parts."""
     return {name: torch.cat([info[name] for info in infos]).to(device) for name in infos[0]}

@@ -33,7 +33,7 @@ def select_steps(
     early_fraction: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Indices of the steps a loss is taken on: the last ones, and a random part of the others.
+    """Return the indices of the steps in a loss: the last ones and a random part of the others.
 
     All of the last ``late_fraction`` of the steps and a random ``early_fraction`` of the rest (the
     subset of Domingo-Enrich et al., appendix G).  Returns ascending int64 indices on the device of
@@ -68,7 +68,7 @@ def adjoint_matching_loss(
     clip: Tensor | float | None = None,
     control_variate: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics from velocities of the model along the trajectory.
+    """Return the loss and metrics from velocities of the model along the trajectory.
 
     Arguments:
         v: (S, B, *) velocity of the model at the selected states, with gradient.
@@ -125,7 +125,7 @@ def adjoint_matching_loss(
 
 
 def importance_weights(log_weights: Tensor, *, cap: float = 10.0, min_ess: float = 0.0) -> Tensor:
-    """Self-normalised weights softmax(log w) · B, capped: (B,) → (B,).
+    """Return self-normalised weights softmax(log w) · B, capped: (B,) → (B,).
 
     All ones where the batch's effective sample size / B is below ``min_ess``: then a few
     trajectories would stand for all, and the noise would cost more than the bias they remove.
@@ -136,7 +136,9 @@ def importance_weights(log_weights: Tensor, *, cap: float = 10.0, min_ess: float
 
 
 def log_variance_loss(log_weights: Tensor, groups: int = 1) -> Tensor:
-    """½ Var(log w), unbiased, in nats²: 0 at the exact tilt, whatever law the trajectories have.
+    """Return ½ Var(log w), unbiased, in nats², which is 0 at the exact tilt.
+
+    That holds for trajectories of any distribution.
 
     On a grid of K steps its minimum is that of the best Gaussian chain, not quite 0.
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from adjoint.arguments import Arguments
 from adjoint.chain.kernels import Kernel, find_scheme, make_kernel, measure_mmse
-from adjoint.checks import check_field, draw_conditions
+from adjoint.checks import draw_conditions
 from adjoint.cost import Cost, measure_cost
 from adjoint.micro_batches import chunks, rows_of
 from adjoint.rewards.reward import check_reward
@@ -23,7 +23,7 @@ from flows.training import distributed
 
 @dataclass(frozen=True)
 class Preparation:
-    """Kernels of a tilt, and what was measured of the base to make them.
+    """The kernels of a tilt, with the measurements of the base that they are made from.
 
     Attributes:
         kernel: chain of the adjoint-matching updates.
@@ -67,8 +67,6 @@ def prepare_tilt(arguments: Arguments) -> Preparation:
     cond = None
     if arguments.cond_sampler is not None:
         cond = draw_conditions(arguments.cond_sampler, n, generator)
-    few = slice(min(64, config.micro_batch or 64))
-    check_field(arguments.base, x0[few], rows_of(cond, few), "base")
     base, reward = arguments.evaluator(arguments.base), arguments.reward_evaluator
     x1 = torch.cat(
         [

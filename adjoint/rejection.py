@@ -15,11 +15,11 @@ certificate and of all trajectories proposed so far.  As more are seen L rises. 
 is accepted if log w - log u > log L, a number that is kept with each sample, so that those accepted
 at a lower ceiling are thinned to the new one.
 
-What nobody has seen no ceiling knows.  Where the weights have heavy tails, m under the ceiling is
-larger than among the weights that made it; each half of the weights tells of the other, and a
-warning of both.
+A ceiling rests on the weights seen so far.  Where they have heavy tails, the true m is larger than
+the m among these weights.  Each half of the weights is therefore held against the ceiling of the
+other half, and a warning says where m is larger than asked for.
 
-Exact means: of the tilt of the base's *chain*, like everything that the certificate says.
+"Exact" refers to the tilt of the base's *chain*, as in the certificate.
 
 Source: rejection sampling (von Neumann 1951) with the supremum of the weights seen so far (Caffo,
 Booth and Davis, "Empirical supremum rejection sampling", 2002), here a quantile of their mass; of
@@ -57,7 +57,7 @@ CUT = 0.001
 
 
 def log_ceiling(log_weights: Tensor, cut: float) -> float:
-    """log L of the smallest ceiling above which lies the fraction ``cut`` of the weights' sum.
+    """Return log L of the ceiling above which lies the fraction ``cut`` of the weights' sum.
 
     Arguments:
         log_weights: (N,).
@@ -79,7 +79,7 @@ def log_ceiling(log_weights: Tensor, cut: float) -> float:
 
 
 def acceptance(log_weights: Tensor, cut: float) -> float:
-    """Fraction of trajectories with such log-weights (N,) that is accepted: mean min(1, w/L)."""
+    """Return the fraction of trajectories that is accepted, mean min(1, w/L)."""
     return float((log_weights.double() - log_ceiling(log_weights, cut)).clamp_max(0).exp().mean())
 
 
@@ -98,7 +98,7 @@ def sample_exact(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """``n`` independent samples (n, *) of the exact tilt of the base's chain, by rejection.
+    """Return ``n`` independent samples (n, *) of the exact tilt of the base's chain, by rejection.
 
     Arguments:
         field, base, reward, kernel: as for `adjoint.certificate.certify`.
@@ -106,9 +106,9 @@ def sample_exact(
         seen: (N,) log-weights known already, of a certificate of the same tilt.  Without, or if
             they are few, more trajectories are proposed than ``n`` need: until the weights count as
             1/cut effective samples, and `RELIABLE`.
-        cut: largest total variation between the law of the samples and the exact tilt, as far as
-            the weights tell (a few times this, where they are no more than 1/cut); smaller ones
-            accept less.
+        cut: largest total variation between the distribution of the samples and the exact tilt, as
+            far as the weights tell (a few times this, where they are no more than 1/cut); a smaller
+            one accepts fewer trajectories.
         cond: one condition, of leading size 1: Z, and so the ceiling, is of one alone.
         batch_size: trajectories at a time.
         generator: on the device of ``like``.
@@ -178,7 +178,7 @@ def sample_exact(
 
 
 def check_request(n: int, cond: Cond | None, generator: torch.Generator | None) -> None:
-    """Refuse a number of samples, conditions or a generator that are none.
+    """Refuse a number of samples, conditions or a generator of the wrong type.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
@@ -200,12 +200,12 @@ def _check_weights(log_weights: Tensor) -> None:
 
 
 def _effective(log_weights: Tensor) -> float:
-    """Effective number of samples with these log-weights (N,)."""
+    """Return the effective number of samples with these log-weights (N,)."""
     return log_mean_exp(log_weights)[2] * len(log_weights) if len(log_weights) else 0.0
 
 
 def _mass_beyond_a_half(log_weights: Tensor, cut: float) -> float:
-    """Mass above the ceiling of one half of the weights in the other, mean of both ways round."""
+    """Return the mass of one half of the weights above the ceiling of the other, on average."""
     first, second = log_weights[::2].double(), log_weights[1::2].double()
 
     def beyond(seen: Tensor, fresh: Tensor) -> float:

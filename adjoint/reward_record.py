@@ -23,7 +23,7 @@ class RewardRecord:
         self.rewards, self.device_type = rewards.cpu(), device_type
 
     def state_dict(self) -> dict[str, Any]:
-        """The rewards, and which processes and device drew their samples."""
+        """Return the rewards, and which processes and device drew their samples."""
         return {
             "rewards": self.rewards,
             "device": self.device_type,

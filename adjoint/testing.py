@@ -69,13 +69,13 @@ def _require(holds: object, message: str) -> None:
 
 
 def _base() -> GaussianMixture:
-    """The Gaussian base N(m, s²), float64."""
+    """Return the Gaussian base N(m, s²), float64."""
     mean = torch.full((1, 1), MEAN, dtype=torch.float64)
     return GaussianMixture.isotropic(mean, VARIANCE**0.5)
 
 
 def _on_gaussian(scheme: Scheme, grid: Tensor) -> Kernel:
-    """Table of the scheme for the Gaussian base, with its exact moments."""
+    """Return the table of the scheme for the Gaussian base, with its exact moments."""
     t = grid[:-1]
     mmse = VARIANCE * (1 - t) ** 2 / (t**2 * VARIANCE + (1 - t) ** 2)
     covariance = torch.full((1, 1), VARIANCE, dtype=torch.float64)
@@ -88,7 +88,7 @@ def _on_gaussian(scheme: Scheme, grid: Tensor) -> Kernel:
 
 
 def _check_columns(kernel: Kernel, grid: Tensor) -> None:
-    """Shapes, dtypes, finite entries and flags of a table."""
+    """Check shapes, dtypes, finite entries and flags of a table."""
     steps = len(grid) - 1
     _require(torch.equal(kernel.t, grid), "t must be the grid that was given")
     lengths = {"t": steps + 1, "adjoint_scale": steps + 1} | dict.fromkeys(
@@ -120,7 +120,7 @@ def _check_columns(kernel: Kernel, grid: Tensor) -> None:
 
 
 def _check_noiseless_step(kernel: Kernel) -> None:
-    """A chain that ends noiseless must end with a step of the base, whatever the field is."""
+    """Check that a noiseless last step is a step of the base, whatever the field is."""
     if not kernel.noiseless_last:
         return
     base, (x0, noise) = _base(), _start(kernel, 4)
@@ -135,7 +135,7 @@ def _check_noiseless_step(kernel: Kernel) -> None:
 
 
 def _check_adjoint(kernel: Kernel) -> None:
-    """The adjoint at the states after the first step is the gradient through the unrolled chain."""
+    """Check the adjoint against the gradient through the unrolled chain."""
     base, (x0, noise) = _bent, _start(kernel, 4)
     xs = rollout(base, base, kernel, x0, noise).xs
     found = lean_adjoint(base, kernel, xs, -torch.ones_like(x0)).values
@@ -154,12 +154,12 @@ def _check_adjoint(kernel: Kernel) -> None:
 
 
 def _bent(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-    """A velocity with a Jacobian that depends on state and time."""
+    """Return a velocity with a Jacobian that depends on state and time."""
     return (1 - batch_time(t, x)) * torch.sin(2 * x) - x
 
 
 def _check_exactness(scheme: Scheme) -> None:
-    """Moments of the chain and its tilt by a linear reward approach the closed form."""
+    """Check that moments of the chain, and its tilt, approach the closed form."""
     base = _base()
     errors: dict[str, list[float]] = {"mean": [], "variance": [], "tilt": []}
     for steps in STEPS:
@@ -179,7 +179,7 @@ def _check_exactness(scheme: Scheme) -> None:
 
 
 def _solution(kernel: Kernel, base: VelocityField) -> VelocityField:
-    """Velocity with a residual of zero: the base and a constant at each time."""
+    """Return the velocity with a residual of zero, the base plus a constant at each time."""
     xs = torch.zeros(kernel.steps + 1, 1, 1, dtype=torch.float64)
     noise = torch.zeros(kernel.steps, 1, 1, dtype=torch.float64)
     terminal = torch.full((1, 1), -SLOPE, dtype=torch.float64)
@@ -199,7 +199,7 @@ def _solution(kernel: Kernel, base: VelocityField) -> VelocityField:
 
 
 def _moments(kernel: Kernel, field: VelocityField) -> tuple[float, float]:
-    """Mean and variance of the end of the chain, whose steps are affine in the state."""
+    """Return the mean and variance of the end of the chain, whose steps are affine in the state."""
     mean, variance = 0.0, 1.0
     probes = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     base = _base()
@@ -214,7 +214,7 @@ def _moments(kernel: Kernel, field: VelocityField) -> tuple[float, float]:
 
 
 def _check_moves(kernel: Kernel) -> None:
-    """Tables move between devices, and states keep their dtype there."""
+    """Check that tables move between devices and that states keep their dtype there."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         moved, base = kernel.to(device), _base().to(device)
@@ -232,7 +232,7 @@ def _check_moves(kernel: Kernel) -> None:
 
 
 def _start(kernel: Kernel, n: int) -> tuple[Tensor, Tensor]:
-    """Starts (n, 1) and step noises (K, n, 1), float64."""
+    """Return starts (n, 1) and step noises (K, n, 1), float64."""
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(n, 1, generator=generator, dtype=torch.float64)
     return x0, draw_noise(kernel, x0, generator=generator)

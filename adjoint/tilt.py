@@ -194,7 +194,7 @@ def _check_model(arguments: Arguments, preparation: Preparation, model: nn.Modul
 
 
 def _fingerprint(base: VelocityField) -> str | None:
-    """Fingerprint of the base's weights and buffers; None if it has none."""
+    """Return the fingerprint of the base's weights and buffers; None if it has none."""
     if not isinstance(base, nn.Module):
         return None
     held = dict(base.named_parameters()) | dict(base.named_buffers())

@@ -54,7 +54,7 @@ class Stateful(Protocol):
     """An object whose state a checkpoint keeps."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """State as tensors and plain data."""
+        """Return the state as tensors and plain data."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
@@ -79,11 +79,11 @@ class MatchingLoss(Loss):
             self.buffer = TrajectoryBuffer(capacity, device=source.storage_device)
 
     def collect(self, module: nn.Module, generator: torch.Generator) -> TrajectoryBatch:
-        """A batch of fresh trajectories."""
+        """Return a batch of fresh trajectories."""
         return self.source.collect(module, self.kernel, self.batch_size, generator)
 
     def next_batch(self, module: nn.Module, generator: torch.Generator) -> TrajectoryBatch:
-        """Fresh trajectories, or replayed ones where there is a buffer."""
+        """Return fresh trajectories, or replayed ones where there is a buffer."""
         if self.buffer is None:
             return self.collect(module, generator)
         if self.calls % self.config.losses_per_rollout == 0 or not self.buffer.size:
@@ -91,7 +91,7 @@ class MatchingLoss(Loss):
         return self.buffer.draw(self.batch_size, generator=generator)
 
     def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
-        """Loss of ``module`` on one batch, and metrics."""
+        """Return the loss of ``module`` on one batch, and metrics."""
         config = self.config
         batch = self.next_batch(module, generator)
         steps = selected_steps(config, self.kernel, generator)
@@ -120,7 +120,7 @@ class MatchingLoss(Loss):
         return loss, metrics | diagnostics
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of calls, cap, and the replay buffer of this process."""
+        """Return the number of calls, cap, and the replay buffer of this process."""
         buffer = None if self.buffer is None else self.buffer.state_dict()
         return {"calls": self.calls, "cap": self.cap, "buffer": buffer}
 
@@ -163,7 +163,7 @@ class VarianceLoss(Loss):
             self.processes = distributed.size()
 
     def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
-        """Loss of ``module`` on one batch, and metrics."""
+        """Return the loss of ``module`` on one batch, and metrics."""
         source, kernel = self.source, self.kernel
         trajectory, cond = source.roll_out(module, kernel, self.n, self.groups, generator)
         xs, end = trajectory.xs[:-1], trajectory.xs[-1]
@@ -243,19 +243,19 @@ class TiltLoss(Loss):
 
     @property
     def phase(self) -> Literal["match", "refine"]:
-        """Loss that the next call takes: "match" or "refine"."""
+        """Return the loss that the next call takes: "match" or "refine"."""
         refining = self._matching_calls is not None and self.calls >= self._matching_calls
         return "refine" if refining else "match"
 
     def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
-        """Loss of ``module`` on one batch, and metrics."""
+        """Return the loss of ``module`` on one batch, and metrics."""
         refining = self.refining if self.phase == "refine" else None
         loss, metrics = (refining or self.matching)(module, generator)
         self.calls += 1
         return loss, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """State of both losses and of the companions, for a checkpoint."""
+        """Return the state of both losses and of the companions, for a checkpoint."""
         return {
             "processes": distributed.size(),
             "calls": self.calls,
@@ -278,7 +278,7 @@ class TiltLoss(Loss):
 
 
 def selected_steps(config: TiltConfig, kernel: Kernel, generator: torch.Generator) -> Tensor | None:
-    """Indices (S,) of the steps whose velocities get a gradient; None for all."""
+    """Return indices (S,) of the steps whose velocities get a gradient; None for all."""
     late, early = config.late_fraction, config.early_fraction
     if late == 1 or early == 1:
         return None
@@ -288,7 +288,7 @@ def selected_steps(config: TiltConfig, kernel: Kernel, generator: torch.Generato
 def batch_diagnostics(
     reward: Tensor, log_w: Tensor, kl: Tensor, terms: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Metrics that say how good the tilt is, by the same formulas as the certificate.
+    """Return metrics that say how good the tilt is, by the same formulas as the certificate.
 
     Arguments:
         reward, log_w, kl: (B,) rewards, log-weights and path KL of trajectories.

@@ -1,4 +1,4 @@
-"""Result of a tilt: the tilted flow with its certificates, and samples of it."""
+"""The result of a tilt: the tilted flow with its certificates, and samples of it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Tilted:
     Attributes:
         field: tilted velocity field (the averaged weights, in evaluation mode).
         base: the frozen base.
-        reward: what it was tilted toward, r / temperature.
+        reward: scaled reward, r / temperature.
         kernel: chain it was trained and certified on.
-        certificate: after; None if certificate_samples is 0.
-        certificate_base: before: the untilted base judged as the tilt.
+        certificate: certificate after training; None if certificate_samples is 0.
+        certificate_base: certificate before training, of the untilted base as the tilt.
         shape: of one sample.
         config: options of the run, with the sizes that were left open chosen.
         log_z_ode, log_z_ode_stderr: log mean e^r over ODE samples of the base.  It must agree with
@@ -67,7 +67,7 @@ class Tilted:
         cond: Cond | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``n`` samples (n, *) by the ODE of the tilted flow; see `flows.sampling.sample`.
+        """Return ``n`` samples (n, *) by the ODE of the tilted flow; see `flows.sampling.sample`.
 
         Conditions have leading size n, or 1, which stands for n times the same.
 
@@ -94,7 +94,7 @@ class Tilted:
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """``n`` independent samples (n, *) of the exact tilt of the base's chain, by rejection.
+        """Return ``n`` independent samples (n, *) of the exact tilt of the base's chain.
 
         Trajectories of the tilted chain are accepted by their weights (`adjoint.rejection`): the
         better the tilt, the more of them.  ``adjoint.rejection.acceptance`` of the certificate's
@@ -102,8 +102,8 @@ class Tilted:
         least as many trajectories are needed as count 1/cut effective samples.
 
         Arguments:
-            cut: largest total variation between the law of the samples and the exact tilt, as far
-                as the certificate's weights tell; a warning says where they do not.
+            cut: largest total variation between the distribution of the samples and the exact tilt,
+                as far as the certificate's weights tell; a warning says where they do not.
             cond: for a conditional flow, one condition, of leading size 1.
             generator: on the device of the model.
             progress: show a bar.
@@ -129,7 +129,7 @@ class Tilted:
         )
 
     def __str__(self) -> str:
-        """The two certificates as a table."""
+        """Return the two certificates as a table."""
         if self.certificate is None or self.certificate_base is None:
             return f"tilted flow, kernel {self.kernel.name}, {self.kernel.steps} steps"
         before, after = self.certificate_base.summary(), self.certificate.summary()
@@ -144,7 +144,7 @@ class Tilted:
 
 
 def certify_tilt(arguments: Arguments, preparation: Preparation, field: nn.Module) -> Tilted:
-    """The tilted flow ``field`` with its certificates before and after training.
+    """Return the tilted flow ``field`` with its certificates before and after training.
 
     Warns:
         UserWarning: ODE and chain of the base disagree about log Z.
@@ -171,7 +171,7 @@ def certify_tilt(arguments: Arguments, preparation: Preparation, field: nn.Modul
 def _certificate(
     arguments: Arguments, preparation: Preparation, field: VelocityField
 ) -> Certificate | None:
-    """Certificate with noise that depends only on the seed; None if no samples are asked for.
+    """Return a certificate with noise that depends only on the seed; None if it has no samples.
 
     With conditions it has groups of `PER_CONDITION` trajectories under one condition.
     """

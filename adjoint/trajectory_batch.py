@@ -40,11 +40,11 @@ class TrajectoryBatch:
     control_variate: Tensor | None = None
 
     def __len__(self) -> int:
-        """Number of trajectories B."""
+        """Return the number of trajectories B."""
         return len(self.reward)
 
     def tensors(self) -> Iterator[tuple[Tensor, int]]:
-        """Every tensor of the batch, with the dimension that counts the trajectories."""
+        """Yield every tensor of the batch, with the dimension that counts the trajectories."""
         for name in (f.name for f in fields(self)):
             value, dim = getattr(self, name), BATCH_DIM.get(name, 0)
             for tensor in value.values() if isinstance(value, dict) else (value,):
@@ -52,7 +52,7 @@ class TrajectoryBatch:
                     yield tensor, dim
 
     def map(self, function: Callable[[Tensor, int], Tensor]) -> TrajectoryBatch:
-        """Batch of the results of ``function(tensor, dim)`` for every tensor; see `tensors`."""
+        """Return the batch of the results of ``function(tensor, dim)`` for every tensor."""
         new: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
             value, dim = getattr(self, name), BATCH_DIM.get(name, 0)
@@ -63,5 +63,5 @@ class TrajectoryBatch:
         return TrajectoryBatch(**new)
 
     def rows(self, index: Tensor) -> TrajectoryBatch:
-        """Batch of the trajectories with these indices (n,)."""
+        """Return the batch of the trajectories with these indices (n,)."""
         return self.map(lambda tensor, dim: tensor.index_select(dim, index.to(tensor.device)))

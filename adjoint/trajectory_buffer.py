@@ -59,7 +59,7 @@ class TrajectoryBuffer:
         self.size = min(self.size + count, self.capacity)
 
     def draw(self, count: int, *, generator: torch.Generator | None = None) -> TrajectoryBatch:
-        """``count`` trajectories drawn uniformly with replacement.
+        """Return ``count`` trajectories drawn uniformly with replacement.
 
         Raises:
             ValueError: the buffer is empty.
@@ -72,13 +72,13 @@ class TrajectoryBuffer:
         )
 
     def _empty(self, tensor: Tensor, dim: int) -> Tensor:
-        """Zeros like ``tensor`` with room for all trajectories."""
+        """Return zeros like ``tensor`` with room for all trajectories."""
         shape = list(tensor.shape)
         shape[dim] = self.capacity
         return tensor.new_zeros(shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """Contents and position, for a checkpoint."""
+        """Return the contents and position, for a checkpoint."""
         store = None
         if self.store is not None:
             store = {f.name: getattr(self.store, f.name) for f in fields(self.store)}

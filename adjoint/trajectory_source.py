@@ -39,7 +39,7 @@ COMPILED_FORMS = 64
 
 
 class TrajectorySource:
-    """Rolls the current model out, and evaluates base, reward and adjoint on its trajectories.
+    """A source of trajectories of the current model, with rewards and adjoints.
 
     Arguments:
         base: frozen velocity field.
@@ -78,7 +78,7 @@ class TrajectorySource:
         return Evaluator(field, self.config.micro_batch, self._device)
 
     def model(self, module: nn.Module) -> Evaluator:
-        """Evaluator of ``module``, or of its compiled form, which shares its weights."""
+        """Return the evaluator of ``module``, or of its compiled form, which shares its weights."""
         if not self.config.compile:
             return self._evaluator(module)
         if module not in self._compiled:
@@ -88,7 +88,7 @@ class TrajectorySource:
     def roll_out(
         self, module: nn.Module, kernel: Kernel, n: int, groups: int, generator: torch.Generator
     ) -> tuple[Trajectory, Cond | None]:
-        """Fresh trajectories of ``module``, and their conditions.
+        """Return fresh trajectories of ``module``, and their conditions.
 
         Arguments:
             n: number of trajectories.
@@ -112,7 +112,7 @@ class TrajectorySource:
     def collect(
         self, module: nn.Module, kernel: Kernel, n: int, generator: torch.Generator
     ) -> TrajectoryBatch:
-        """``n`` fresh trajectories of ``module`` with their lean adjoints."""
+        """Return ``n`` fresh trajectories of ``module`` with their lean adjoints."""
         trajectory, cond = self.roll_out(module, kernel, n, n, generator)
         value, gradient, terms = self.reward.value_and_gradient(trajectory.xs[-1], cond)
         value, gradient = value.to(self.dtype), gradient.to(self.dtype)
@@ -154,7 +154,7 @@ class TrajectorySource:
         steps: Tensor | None,
         cond: Cond | None,
     ) -> Tensor:
-        """Velocities (S, B, *) of ``field`` at the selected of the states xs (K, B, *).
+        """Return velocities (S, B, *) of ``field`` at the selected of the states xs (K, B, *).
 
         Arguments:
             steps: (S,) indices of the selected steps; None for all K.
@@ -166,7 +166,7 @@ class TrajectorySource:
 
 
 def compiled(field: VelocityField) -> VelocityField:
-    """``field`` compiled for the shapes that it will be given; parameters are shared.
+    """Return ``field`` compiled for the shapes that it is given; parameters are shared.
 
     Raises:
         ValueError: the field is sharded, so that its weights are gathered by hooks.

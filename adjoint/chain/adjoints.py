@@ -29,7 +29,7 @@ from flows.field import Cond, VelocityField
 
 @dataclass(frozen=True)
 class Adjoint:
-    """Adjoints along a trajectory.
+    """The adjoints along a trajectory, and the base velocities that came with them.
 
     Attributes:
         values: (K+1, B, *) λ_k, the last one -∇r(x_K).
@@ -51,11 +51,13 @@ def lean_adjoint(
     running: Tensor | None = None,
     control_variates: Tensor | None = None,
 ) -> Adjoint:
-    """Lean adjoint of the base along states xs (K+1, B, *) from ``terminal`` = -∇r(x_K) (B, *).
+    """Return the lean adjoint of the base along a trajectory.
 
     Arguments:
         base: velocity field of the base, or an evaluator of it.
         kernel: table of the chain.
+        xs: (K+1, B, *) states of the trajectory.
+        terminal: (B, *) -∇r at the end x_K, with which the adjoint starts.
         cond: conditions with leading size B.
         noise: (K, B, *) step noises of the trajectory, which the adjoint of a chain with a
             state-dependent noise needs; unused otherwise.
@@ -109,7 +111,7 @@ def _noise_pull(
     adjoint: Tensor,
     cond: Cond | None,
 ) -> Tensor:
-    """Term (B, *) that the state-dependent noise of step k adds to its adjoint."""
+    """Return the term (B, *) that the state-dependent noise of step k adds to its adjoint."""
     of_state = kernel.state_noise
     assert of_state is not None
 
@@ -123,7 +125,7 @@ def _noise_pull(
 def _at_own_time(
     along: Callable[[Tensor, Tensor], Tensor], kernel: Kernel, xs: Tensor, own: dict[int, Tensor]
 ) -> Tensor:
-    """Base velocities v_β(x_k, t_k), (K, B, *), from those known at some steps already.
+    """Return base velocities v_β(x_k, t_k), (K, B, *), from those known at some steps already.
 
     Arguments:
         along: evaluates the base at states (S, B, *) and times (S,).
@@ -147,7 +149,7 @@ def scalar_adjoint(
     terminal: Tensor,
     cond: Cond | None = None,
 ) -> Adjoint:
-    """Scalar adjoint, c_k = -∇r(x_K) at every step; arguments as for `lean_adjoint`."""
+    """Return the scalar adjoint, c_k = -∇r(x_K) at every step; arguments as for `lean_adjoint`."""
     own_time = kernel.adjoint_scale[0] < 1  # there λ is c, elsewhere t c
     scale = torch.where(own_time, 1.0, kernel.t).to(xs.dtype)
     values = scale.reshape(-1, *([1] * terminal.ndim)) * terminal.detach()
@@ -164,7 +166,7 @@ def full_adjoint(
     terminal: Tensor,
     cond: Cond | None = None,
 ) -> Adjoint:
-    """Full adjoint of the tilted chain, in the variable λ of the kernel.
+    """Return the full adjoint of the tilted chain, in the variable λ of the kernel.
 
     At t = 0, where a = t c vanishes whatever c is, it is 0 for the own-time kernels too.
 

@@ -47,7 +47,7 @@ def jacobian(
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Velocity (B, *) and Jacobian (B, d, d), rows ∂v_i/∂x, by one batch of d·B products.
+    """Return the velocity (B, *) and its Jacobian (B, d, d) by one batch of d·B products.
 
     Arguments:
         create_graph: keep the Jacobian differentiable in x, which then must require a gradient.
@@ -83,7 +83,7 @@ def jacobian(
 
 
 def conditional_covariance(jac: Tensor, t: Tensor) -> Tensor:
-    """Cov(X_1 | x), (B, d, d), symmetric and lifted to the floor, from J (B, d, d) at t > 0."""
+    """Return Cov(X_1 | x) (B, d, d) from J (B, d, d) at t > 0, symmetric and above the floor."""
     eye = torch.eye(jac.shape[-1], dtype=jac.dtype, device=jac.device)
     symmetric = 0.5 * (jac + jac.transpose(1, 2))
     covariance = ((1 - t) ** 2 / t).to(jac.dtype) * (eye + (1 - t).to(jac.dtype) * symmetric)
@@ -93,7 +93,7 @@ def conditional_covariance(jac: Tensor, t: Tensor) -> Tensor:
 
 
 def scaled_noise(root: Tensor, noise: Tensor) -> Tensor:
-    """Products L ε of the shape of the noise ε (..., *), from factors L (..., d, d).
+    """Return products L ε of the shape of the noise ε (..., *), from factors L (..., d, d).
 
     As a sum of products, since autocast would round a matrix product.
     """
@@ -117,7 +117,7 @@ class ConditionalNoise:
     start_covariance: Tensor
 
     def to(self, device: torch.device | str) -> ConditionalNoise:
-        """Copy of this noise with its tensors on ``device``."""
+        """Return a copy of this noise with its tensors on ``device``."""
         return ConditionalNoise(
             *(c.to(device) for c in (self.t, self.bridge, self.gain, self.start_covariance))
         )
@@ -131,7 +131,7 @@ class ConditionalNoise:
         *,
         create_graph: bool = False,
     ) -> Tensor:
-        """Lower triangular factors L (B, d, d) at the states x (B, *) of step k.
+        """Return lower triangular factors L (B, d, d) at the states x (B, *) of step k.
 
         Arguments:
             create_graph: keep L differentiable in x, which then must require a gradient.
@@ -156,7 +156,7 @@ class ConditionalNoise:
         adjoint: Tensor,
         cond: Cond | None = None,
     ) -> Tensor:
-        """Gradient ∇_x [(L(x_k) ε_k)ᵀ a] (B, *), the term that L(x) adds to the adjoint."""
+        """Return the term ∇_x [(L(x_k) ε_k)ᵀ a] (B, *) that L(x) adds to the adjoint."""
         if k == 0:  # the covariance at t = 0 is that of the data, whatever the state
             return torch.zeros_like(x)
         with torch.enable_grad():

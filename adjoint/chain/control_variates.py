@@ -1,4 +1,4 @@
-r"""Control variates of the lean adjoint: the noise in it that the model knows.
+r"""Control variates of the lean adjoint, which remove noise that the model predicts.
 
 The regression of adjoint matching sees one sample of the adjoint λ_k at each state, whose noise can
 be many times the control itself where much is still undecided.  It comes from the steps that
@@ -17,10 +17,10 @@ one, though the first steps of a memoryless chain renew most of the noise on any
 Λ is zero, and only the last step's noise is taken away.  Unlike in bootstrapping the model's error
 is never taken for a target.
 
-Importance weights w.  Under the tilted path law ε_j is neither centred nor symmetric, so that w e
-has a mean, of the order of the step.  Only w λ is weighted therefore: the gradient of the loss is
-that of w (residual_v (v_θ - v_β) + residual_a λ) - residual_a e (`adjoint.loss`).  A cap on the
-terms of the loss would spoil the mean as well, and is refused.
+Importance weights w.  Under the tilted path distribution ε_j is neither centred nor symmetric, so
+that w e has a mean, of the order of the step.  Only w λ is weighted therefore: the gradient of the
+loss is that of w (residual_v (v_θ - v_β) + residual_a λ) - residual_a e (`adjoint.loss`).  A cap on
+the terms of the loss would spoil the mean as well, and is refused.
 
 Other kernels.  Where the residual of step k reads λ_{k+1}, the noise of step k is in it too, and so
 C_{k+1} is added to e_{k+1}; Λ(x_{j+1}) is then the mean of λ_{j+2}, a little off.  Before a
@@ -60,7 +60,7 @@ def control_variates(
     terminal: Callable[[Tensor], Tensor],
     cond: Cond | None = None,
 ) -> Tensor:
-    """Control variates C_1 … C_K (K, B, *) of a trajectory that ``field`` made.
+    """Return the control variates C_1 … C_K (K, B, *) of a trajectory that ``field`` made.
 
     Arguments:
         field, base: velocity fields of the model and of the base, or evaluators of them.

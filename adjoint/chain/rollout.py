@@ -36,7 +36,7 @@ class Trajectory:
 
 
 def draw_noise(kernel: Kernel, x0: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal step noises (K, B, *) for a start x0 of shape (B, *)."""
+    """Return standard normal step noises (K, B, *) for a start x0 of shape (B, *)."""
     shape = (kernel.steps, *x0.shape)
     return torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
 
@@ -50,7 +50,7 @@ def rollout(
     noise: Tensor,
     cond: Cond | None = None,
 ) -> Trajectory:
-    """Trajectory of the chain ``kernel`` with velocity ``field`` from x0 (B, *).
+    """Return the trajectory of the chain ``kernel`` with velocity ``field`` from x0 (B, *).
 
     States have the dtype and device of x0, also where the field computes in another dtype or, as an
     `Evaluator`, on another device.
@@ -86,7 +86,7 @@ def rollout(
 
 
 def _noise_root(kernel: Kernel, base: Evaluator, k: int, x: Tensor, cond: Cond | None) -> Tensor:
-    """Factors (B, d, d) of the state-dependent noise of step k, detached."""
+    """Return factors (B, d, d) of the state-dependent noise of step k, detached."""
     noise = kernel.state_noise
     assert noise is not None
     return base.map(lambda x, cond: (noise.root(base.field, k, x, cond),), x, cond=cond)[0].detach()

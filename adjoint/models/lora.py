@@ -57,11 +57,11 @@ class SharedBase(nn.Module):
         self.field = field.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> SharedBase:
-        """Stay in evaluation mode."""
+        """Keep the field in evaluation mode."""
         return super().train(False)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the field, of the shape of ``x``."""
+        """Return the velocity of the field, of the shape of ``x``."""
         return self.field(x, t, cond)
 
 
@@ -74,7 +74,7 @@ def lora(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> tuple[nn.Module, SharedBase]:
-    """The field with adapters, to be trained, and the field as it is, for the base of the tilt.
+    """Return the field with adapters, to be trained, and the field without, as the base.
 
     Both share the parameters of ``field``, which stop requiring gradients; buffers are copied.
     Move the field to its device before.  Adapters of weights in half precision are in float32.
@@ -129,7 +129,7 @@ def lora(
 
 
 def _find_layers(field: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
-    """Full names of the layers of ``field`` that ``targets`` mean; see `lora`.
+    """Return the full names of the layers of ``field`` that ``targets`` mean; see `lora`.
 
     Raises:
         ValueError: see `lora`.
@@ -167,13 +167,13 @@ def _find_layers(field: nn.Module, targets: Sequence[str] | None = None) -> list
 
 
 def adapter_scales(model: nn.Module) -> str | None:
-    """The factors alpha / rank of the adapters of ``model``, as text; None if it has none."""
+    """Return the factors alpha / rank of the adapters as text; None if there are none."""
     scales = sorted({float(layer.scaling[ADAPTER]) for layer in _adapters(model).values()})
     return ", ".join(map(repr, scales)) or None
 
 
 def merge(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the field without adapters, W + (alpha / rank) B A in the place of W.
+    """Return the state dict of the field with its adapters folded in, W + (alpha / rank) B A.
 
     For ``load_state_dict(..., assign=True)`` of the field given to `lora`, in its own precision.
     The model is left as it is; tensors that no adapter changes are shared with it.
@@ -212,7 +212,7 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
 
 
 def load_adapters(model: nn.Module, path: str | Path) -> None:
-    """Read what `save_adapters` wrote into the adapters of ``model``, in place.
+    """Read the file of `save_adapters` into the adapters of ``model``, in place.
 
     Raises:
         CheckpointError: the file is damaged, or its layers, ranks, shapes or scales are not those
@@ -252,12 +252,12 @@ def prepare_dropout(model: nn.Module) -> None:
 
 
 def _adapters(model: nn.Module) -> dict[str, Any]:
-    """The layers of ``model`` with an adapter, by name."""
+    """Return the layers of ``model`` with an adapter, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights of the adapters and, as text, the scale of each layer, by name.
+    """Return the weights of the adapters and, as text, the scale of each layer, by name.
 
     Raises:
         ValueError: ``model`` has no adapters.

@@ -12,7 +12,7 @@ r(x̂_1) with the conditional mean x̂_1 = x + (1 - t) v(x, t), and then
 
 which is what guidance by a reward adds to a flow (Chung et al., arXiv 2209.14687).  For a Gaussian
 base and a linear reward it is exact at all times; in general it becomes so as t → 1 only, and a
-guidance of some strength samples no known law.  Here it is an ingredient:
+guidance of some strength samples no known distribution.  Here it is an ingredient:
 
     v_θ(x, t) = v(x, t) + (1 - t) g_θ(t) s(x, t) + N_θ(x, t, x̂_1, s).
 
@@ -24,10 +24,10 @@ Path integral samplers give their networks the score of the target (Zhang and Ch
 2111.15141).
 
 The price: base and reward are evaluated and differentiated at every step of the sampler too,
-samples can be drawn only where the reward is, and the loss does so at all states at once, unless
-``micro_batch`` says how many; ``reward_batch`` does not reach in here.  With micro-batches that are
-recomputed in the backward pass, base and reward are evaluated some more times.  `benchmarks.digits`
-has what it brings and costs on handwritten digits.
+samples can be drawn only where the reward is, and the loss evaluates them at all states at once, or
+at ``micro_batch`` of them; ``reward_batch`` has no effect on this model.  With micro-batches, base
+and reward are evaluated again in the backward pass.  `benchmarks.digits` measures gain and price on
+handwritten digits.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FEATURES = ("estimate", "slope")
 
 
 class RewardInformed(Corrected):
-    """``base + (1 - t) gain(t) s + correction``; see the module docstring.
+    """A velocity field ``base + (1 - t) gain(t) s + correction``; see the module docstring.
 
     Arguments:
         base: velocity field on the canonical path, copied (so not sharded) and frozen.
@@ -82,7 +82,7 @@ class RewardInformed(Corrected):
         self._reward = _Shared(as_reward(reward))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """Velocity of the shape of ``x``.
+        """Return the velocity of the shape of ``x``.
 
         Raises:
             ValueError: ``cond`` names a feature, or lacks what base, reward or correction ask for.
@@ -105,7 +105,7 @@ class RewardInformed(Corrected):
         return v + (1 - time) * gain * slope + correction
 
     def _slope(self, x: Tensor, cond: Cond | None, *, flat: bool) -> Tensor:
-        """∇r at ``x``, (B, *), or (S, B, *) if it is to be made ``flat``."""
+        """Return ∇r at ``x``, (B, *), or (S, B, *) if it is to be made ``flat``."""
         states = x
         if flat:
             states = x.flatten(0, 1)
@@ -115,13 +115,13 @@ class RewardInformed(Corrected):
 
 
 class _Shared:
-    """Holds what the copies of a module share."""
+    """Holds a reward that the copies of a module share."""
 
     def __init__(self, held: AbstractReward) -> None:
         self.held = held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        """Itself: a reward may hold networks of any size, which never change."""
+        """Return this object: a reward may hold networks of any size, which never change."""
         return self
 
 
@@ -134,11 +134,11 @@ def reward_informed(
     cond_dims: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> RewardInformed:
-    """An `RewardInformed` model of a flow of vectors (B, dim), with a perceptron as its correction.
+    """Return a `RewardInformed` model of a flow of vectors, with a perceptron as its correction.
 
     Arguments:
         base, reward: see `RewardInformed`.
-        dim: of the samples.
+        dim: number of entries of a sample.
         hidden: widths of the perceptron's hidden layers.
         cond_dims: name and size of each condition of the flow that the perceptron is to see; it
             must be given them all.

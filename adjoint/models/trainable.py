@@ -19,7 +19,7 @@ def trainable(
     cond: Cond | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A module to train that starts at the base.
+    """Return a module to train that starts at the base.
 
     A base with parameters is copied, and its parameters that require a gradient (all, if none does)
     are trained.  A base without parameters (a closed form) gets a zero-initialised residual network

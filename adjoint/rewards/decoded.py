@@ -41,7 +41,7 @@ def decoded(
     chunk: int = 0,
     recompute: bool = True,
 ) -> Decoded:
-    """The reward r(decode(x / scale + shift), cond) of latents x.
+    """Return the reward r(decode(x / scale + shift), cond) of latents x.
 
     Arguments:
         reward: of images (B, *), callable or `Reward`; its smoothing and cap act on images.
@@ -54,7 +54,7 @@ def decoded(
             latents by channel, scaling_factor / latents_std and latents_mean.
         dtype: in which the decoder computes; by default that of its parameters.  Images are handed
             to the reward in the dtype of x.
-        chunk: samples decoded and judged at a time; 0 is all.
+        chunk: samples that are decoded and evaluated at a time; 0 is all.
         recompute: evaluate the decoder twice instead of keeping its activations.
 
     Raises:
@@ -86,7 +86,7 @@ class Decoded(AbstractReward):
         self.recompute = recompute
 
     def _times(self, factor: float, cap_factor: float) -> Decoded:
-        """A copy whose reward is multiplied by ``factor`` and whose caps by ``cap_factor``."""
+        """Return a copy with its reward multiplied by ``factor``, its caps by ``cap_factor``."""
         clone = copy.copy(self)
         clone.reward = self.reward._times(factor, cap_factor)
         if self.max_norm is not None:
@@ -94,7 +94,7 @@ class Decoded(AbstractReward):
         return clone
 
     def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
-        """Value (B,) at latents x (B, *), and the terms of the reward by name.
+        """Return the value (B,) at latents x (B, *), and the terms of the reward by name.
 
         Where gradients are recorded, each chunk keeps its latents only.
         """
@@ -111,7 +111,7 @@ class Decoded(AbstractReward):
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Info]:
-        """Value (B,), capped gradient in the latents, and the terms; see `AbstractReward`.
+        """Return the value (B,), the capped gradient in the latents, and the terms.
 
         Raises:
             TypeError, ValueError: as for the reward itself; and ValueError if the images do not
@@ -138,12 +138,12 @@ class Decoded(AbstractReward):
         return torch.cat(values), gradient, _concatenated(infos)
 
     def _images(self, x: Tensor) -> Tensor:
-        """Images in the dtype of x, with the decoder's parameters as constants."""
+        """Return images in the dtype of x, with the decoder's parameters as constants."""
         constants = {name: p.detach() for name, p in self.decode.named_parameters()}
         return functional_call(self.decode, constants, (x,))
 
     def _kept(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's result, remembering its inputs instead of its activations.
+        """Return the function's result, keeping its inputs instead of its activations.
 
         Transforms of `torch.func` know no checkpoints: there the activations are kept.
         """
@@ -153,7 +153,7 @@ class Decoded(AbstractReward):
 
 
 class _Decode(nn.Module):
-    """x ↦ decode(x / scale + shift), computed in ``dtype``; arguments as for `decoded`."""
+    """The map x ↦ decode(x / scale + shift), computed in ``dtype``; arguments as for `decoded`."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class _Decode(nn.Module):
         self.dtype = dtype or (floating[0] if floating else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, *) in the dtype of x for latents x (B, *).
+        """Return images (B, *) in the dtype of x for latents x (B, *).
 
         Raises:
             TypeError: the decoder returns no floating-point tensor.
@@ -205,18 +205,18 @@ class _Decode(nn.Module):
 
 
 def _concatenated(parts: Sequence[Info]) -> Info:
-    """Terms of the batch from the terms of its chunks."""
+    """Return the terms of the batch from the terms of its chunks."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _aligned(value: float | Tensor, x: Tensor) -> Tensor:
-    """``value`` in the dtype and device of x, a vector along its second dimension."""
+    """Return ``value`` in the dtype and device of x, a vector along its second dimension."""
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     return value.reshape(-1, *([1] * (x.ndim - 2))) if value.ndim == 1 else value
 
 
 def _factors(autoencoder: Any, *, needed: bool) -> tuple[float | Tensor | None, ...]:
-    """Scale and shift by the autoencoder's config, None where it names none."""
+    """Return scale and shift from the autoencoder's config, None where it names none."""
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     config = getattr(autoencoder, "config", None)
     factor, shift, mean, std = (getattr(config, name, None) for name in names)

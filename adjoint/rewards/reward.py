@@ -55,7 +55,7 @@ class AbstractReward(ABC):
 
     @abstractmethod
     def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
-        """Value (B,) at samples x (B, *), and the values (B,) of the terms of a sum by name.
+        """Return the value (B,) at samples x (B, *), and the values (B,) of a sum's terms by name.
 
         The second is empty for a single reward.
         """
@@ -64,7 +64,7 @@ class AbstractReward(ABC):
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Info]:
-        """Value (B,), capped gradient of the shape of x, and the values of the terms of a sum.
+        """Return the value (B,), the capped gradient (B, *), and the values of a sum's terms.
 
         All are detached unless ``create_graph``.
 
@@ -81,10 +81,10 @@ class AbstractReward(ABC):
 
     @abstractmethod
     def _times(self: SomeReward, factor: float, cap_factor: float) -> SomeReward:
-        """A copy whose scale is multiplied by ``factor`` and whose caps by ``cap_factor``."""
+        """Return a copy with its scale multiplied by ``factor``, its caps by ``cap_factor``."""
 
     def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """Value (B,) at samples x (B, *).
+        """Return the value (B,) at samples x (B, *).
 
         Raises:
             TypeError: the value is not a floating-point tensor.
@@ -94,19 +94,19 @@ class AbstractReward(ABC):
         return self.value_and_info(x, cond)[0]
 
     def terms(self, x: Tensor, cond: Cond | None = None) -> Info:
-        """Values (B,) of the terms of a sum by name; a single reward is its only term."""
+        """Return values (B,) of the terms of a sum by name; a single reward is its only term."""
         value, info = self.value_and_info(x, cond)
         return info or {self.name: value}
 
     def scaled(self: SomeReward, factor: float) -> SomeReward:
-        """A copy whose scale is multiplied by ``factor``.
+        """Return a copy whose scale is multiplied by ``factor``.
 
         Caps stay as they are: they bound the gradient that is used.
         """
         return self._times(factor, 1.0)
 
     def capped(self: SomeReward, max_norm: float | None) -> SomeReward:
-        """A copy with the cap ``max_norm`` instead of its own.
+        """Return a copy with the cap ``max_norm`` instead of its own.
 
         The cap of a sum bounds its total gradient, that of a decoded reward the gradient with
         respect to the latents; caps of the terms, and of the reward of the image, stay in force.
@@ -117,7 +117,7 @@ class AbstractReward(ABC):
         return clone
 
     def __mul__(self: SomeReward, factor: float) -> SomeReward:
-        """``factor`` times the reward; its caps are multiplied by the size of the factor."""
+        """Return ``factor`` times the reward; its caps are multiplied by the size of the factor."""
         if not isinstance(factor, int | float):
             return NotImplemented
         if not math.isfinite(factor):
@@ -127,23 +127,23 @@ class AbstractReward(ABC):
     __rmul__ = __mul__
 
     def __truediv__(self: SomeReward, divisor: float) -> SomeReward:
-        """The reward divided by a number."""
+        """Return the reward divided by a number."""
         return self * (1 / divisor)
 
     def __neg__(self: SomeReward) -> SomeReward:
-        """The negative reward: samples that had a high reward are avoided."""
+        """Return the negative reward: samples that had a high reward are avoided."""
         return self * -1.0
 
     def __add__(self, other: ValueFunction) -> Sum:
-        """The sum with another reward or plain callable; see `Sum`."""
+        """Return the sum with another reward or plain callable; see `Sum`."""
         return Sum(self, as_reward(other)) if callable(other) else NotImplemented
 
     def __radd__(self: SomeReward, other: int) -> SomeReward:
-        """The reward itself where the function ``sum`` starts with 0."""
+        """Return the reward itself where the function ``sum`` starts with 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: ValueFunction) -> Sum:
-        """The difference from another reward or plain callable; see `Sum`."""
+        """Return the difference from another reward or plain callable; see `Sum`."""
         return self + -as_reward(other) if callable(other) else NotImplemented
 
 
@@ -201,19 +201,19 @@ class Reward(AbstractReward):
         self.probes = probes
 
     def _times(self, factor: float, cap_factor: float) -> Reward:
-        """A copy whose scale is multiplied by ``factor`` and whose cap by ``cap_factor``."""
+        """Return a copy whose scale is multiplied by ``factor`` and whose cap by ``cap_factor``."""
         clone = _with_cap_times(self, cap_factor)
         clone.scale = self.scale * factor
         return clone
 
     def _directions(self, x: Tensor) -> Tensor:
-        """Fixed antithetic smoothing directions, shape (probes, 1, *)."""
+        """Return fixed antithetic smoothing directions, shape (probes, 1, *)."""
         generator = torch.Generator().manual_seed(0)
         half = torch.randn(self.probes // 2, 1, *x.shape[1:], generator=generator)
         return torch.cat([half, -half]).to(x) * self.smoothing
 
     def _smoothed(self, function: ValueFunction, x: Tensor, cond: Cond | None) -> Tensor:
-        """Mean of ``function`` over the smoothing directions; the function itself without them.
+        """Return the mean of ``function`` over the smoothing directions, if there are any.
 
         Raises:
             ValueError: the function asks for a condition that is not there.
@@ -233,7 +233,7 @@ class Reward(AbstractReward):
             raise
 
     def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
-        """Scaled value (B,) at samples x (B, *), and no terms; raises as a call does."""
+        """Return the scaled value (B,) at samples x (B, *), and no terms."""
         value = self._smoothed(self._value, x, cond)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -250,7 +250,7 @@ class Reward(AbstractReward):
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Info]:
-        """Scaled value (B,), capped gradient and no terms; see `AbstractReward`."""
+        """Return the scaled value (B,), the capped gradient, and no terms."""
         if self._gradient is not None:
             with torch.set_grad_enabled(create_graph and recording(x)):
                 value = self(x, cond)
@@ -289,20 +289,20 @@ class Sum(AbstractReward):
             self.parts += inner
 
     def _times(self, factor: float, cap_factor: float) -> Sum:
-        """A copy whose terms are multiplied by ``factor`` and whose caps by ``cap_factor``."""
+        """Return a copy with its terms multiplied by ``factor``, its caps by ``cap_factor``."""
         clone = _with_cap_times(self, cap_factor)
         clone.parts = tuple(part._times(factor, cap_factor) for part in self.parts)
         return clone
 
     def value_and_info(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Info]:
-        """Sum (B,) of the terms, and the terms by name; the second ``r`` is called ``r_2``."""
+        """Return the sum (B,) of the terms, and the terms by name."""
         values, infos = zip(*(part.value_and_info(x, cond) for part in self.parts), strict=True)
         return _total(values), self._named(values, infos)
 
     def value_and_gradient(
         self, x: Tensor, cond: Cond | None = None, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Info]:
-        """Sum (B,) of the terms, capped sum of their gradients, and the terms by name."""
+        """Return the sum (B,) of the terms, the capped sum of gradients, and the terms by name."""
         found = [p.value_and_gradient(x, cond, create_graph=create_graph) for p in self.parts]
         values, gradients, infos = zip(*found, strict=True)
         return (
@@ -312,7 +312,7 @@ class Sum(AbstractReward):
         )
 
     def _named(self, values: Iterable[Tensor], infos: Iterable[Info]) -> Info:
-        """Terms of all parts under distinct names: a name met again gets _2, _3, ..."""
+        """Return the terms of all parts under distinct names: a name met again gets _2, _3, ..."""
         result: Info = {}
         for part, value, info in zip(self.parts, values, infos, strict=True):
             for name, term in (info or {part.name: value}).items():
@@ -325,13 +325,13 @@ class Sum(AbstractReward):
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:
-    """Sum of tensors of one shape."""
+    """Return the sum of tensors of one shape."""
     first, *others = terms
     return sum(others, first)
 
 
 def _with_cap_times(reward: SomeReward, factor: float) -> SomeReward:
-    """A copy of ``reward`` whose own cap is multiplied by ``factor``."""
+    """Return a copy of ``reward`` whose own cap is multiplied by ``factor``."""
     clone = copy.copy(reward)
     if reward.max_norm is not None:
         clone.max_norm = reward.max_norm * factor
@@ -339,7 +339,7 @@ def _with_cap_times(reward: SomeReward, factor: float) -> SomeReward:
 
 
 def cap_norm(gradient: Tensor, max_norm: float | None) -> Tensor:
-    """``gradient`` (B, *) with the Euclidean norm of each sample capped; itself without a cap."""
+    """Return ``gradient`` (B, *) with the Euclidean norm of each sample capped."""
     if max_norm is None:
         return gradient
     flat = gradient.flatten(1)
@@ -357,12 +357,12 @@ def _check_cap(max_norm: float | None) -> None:
 
 
 def as_reward(reward: ValueFunction) -> AbstractReward:
-    """A plain callable (x, cond) → (B,) as a reward; a reward itself stays as it is."""
+    """Return a callable (x, cond) → (B,) as a reward; a reward stays as it is."""
     return reward if isinstance(reward, AbstractReward) else Reward(reward)
 
 
 def check_reward(reward: AbstractReward, x: Tensor, cond: Cond | None = None) -> None:
-    """Evaluate value and gradient once on ``x`` and refuse what training could not survive.
+    """Evaluate value and gradient on ``x``, and refuse values that a training does not survive.
 
     Raises:
         TypeError, ValueError: wrong shape, dtype or device, a condition that is missing, not

@@ -43,7 +43,7 @@ KERNELS: dict[str, Scheme] = {scheme.name: scheme for scheme in _SCHEMES}
 
 
 def find_scheme(kernel: str | Scheme) -> Scheme:
-    """The scheme of that name, or ``kernel`` itself if it is a scheme.
+    """Return the scheme of that name, or ``kernel`` itself if it is a scheme.
 
     Raises:
         TypeError: ``kernel`` is neither a name nor a `Scheme`.
@@ -76,7 +76,7 @@ def make_kernel(
     mmse: Tensor | None = None,
     covariance: Tensor | None = None,
 ) -> Kernel:
-    """Table of a scheme on a time grid.
+    """Return the table of a scheme on a time grid.
 
     Arguments:
         kernel: a name of ``KERNELS`` or a scheme.

@@ -40,14 +40,14 @@ WEIGHT_CAP = 5.0
 
 
 def ancestral_moments(grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients A and g and the bridge variance q of the ancestral kernel, each (K,)."""
+    """Return coefficients A and g and the bridge variance q of the ancestral kernel, each (K,)."""
     t, s = grid[:-1], grid[1:]
     rho = t * (1 - s) / (s * (1 - t))
     return rho * (1 - s) / (1 - t), s * (1 - rho**2), (1 - s) ** 2 * (1 - rho**2)
 
 
 def own_time_kernel(grid: Tensor, mmse: Tensor | None = None) -> Kernel:
-    """Table of ``ancestral`` or, given the mmse of the base, of ``moment_matched``.
+    """Return the table of ``ancestral`` or, given the mmse of the base, of ``moment_matched``.
 
     For a base that changes while it is tilted: a plain function of tensors, which checks nothing
     and does not wait for the device.  Otherwise call `adjoint.make_kernel`.
@@ -91,7 +91,7 @@ class AncestralPair(Scheme):
     summary = "the ancestral kernel with the adjoint of its own mean"
 
     def __call__(self, grid: Tensor, moments: Moments) -> Kernel:
-        """Table of the chain on ``grid`` (K+1,)."""
+        """Return the table of the chain on ``grid`` (K+1,)."""
         coefficient, g, q = ancestral_moments(grid)
         return Kernel.consistent(
             self.name, grid, mean_x=coefficient + g, mean_v=g * (1 - grid[:-1]), std=q.sqrt()
@@ -105,5 +105,5 @@ class Ancestral(Scheme):
     summary = "the ancestral kernel, adjoint read at its own time"
 
     def __call__(self, grid: Tensor, moments: Moments) -> Kernel:
-        """Table of the chain on ``grid`` (K+1,)."""
+        """Return the table of the chain on ``grid`` (K+1,)."""
         return own_time_kernel(grid)

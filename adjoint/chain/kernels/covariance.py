@@ -30,7 +30,7 @@ class CovarianceMatched(Scheme):
     max_dim = MAX_DIM
 
     def __call__(self, grid: Tensor, moments: Moments) -> Kernel:
-        """Table of the chain on ``grid`` (K+1,), with mmse (K,) and covariance (d, d)."""
+        """Return the table of the chain on ``grid`` (K+1,), from mmse and covariance."""
         assert moments.covariance is not None
         _, g, q = ancestral_moments(grid)
         noise = ConditionalNoise(

@@ -25,7 +25,7 @@ from adjoint.chain.kernels.scheme import Moments, Scheme
 
 
 def euler_moments(grid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Columns mean_x, mean_v and std of the chain, and σ, each (K,), for a grid (K+1,)."""
+    """Return columns mean_x, mean_v and std of the chain, and σ, each (K,), for a grid (K+1,)."""
     t, s = grid[:-1], grid[1:]
     h = s - t
     sigma = (2 * (1 - t + h) / s).sqrt()
@@ -42,7 +42,7 @@ class EulerPublished(Scheme):
     summary = "the Euler-Maruyama pair of the published Q-learning code"
 
     def __call__(self, grid: Tensor, moments: Moments) -> Kernel:
-        """Table of the chain on ``grid`` (K+1,)."""
+        """Return the table of the chain on ``grid`` (K+1,)."""
         t, s = grid[:-1], grid[1:]
         h = s - t
         mean_x, mean_v, std, sigma = euler_moments(grid)
@@ -71,6 +71,6 @@ class EulerConsistent(Scheme):
     summary = "the published Euler-Maruyama chain with the adjoint of its own mean"
 
     def __call__(self, grid: Tensor, moments: Moments) -> Kernel:
-        """Table of the chain on ``grid`` (K+1,)."""
+        """Return the table of the chain on ``grid`` (K+1,)."""
         mean_x, mean_v, std, _ = euler_moments(grid)
         return Kernel.consistent(self.name, grid, mean_x=mean_x, mean_v=mean_v, std=std)

@@ -45,7 +45,7 @@ class StateNoise(Protocol):
     """
 
     def root(self, base: VelocityField, k: int, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """Lower triangular factors L (B, d, d) at the states x (B, *) of step k."""
+        """Return lower triangular factors L (B, d, d) at the states x (B, *) of step k."""
 
     def pull(
         self,
@@ -56,15 +56,15 @@ class StateNoise(Protocol):
         adjoint: Tensor,
         cond: Cond | None = None,
     ) -> Tensor:
-        """Gradient ∇_x [(L(x) ε)ᵀ a] (B, *), the term that L(x) adds to the adjoint of step k."""
+        """Return the term ∇_x [(L(x) ε)ᵀ a] (B, *) that L(x) adds to the adjoint of step k."""
 
     def to(self, device: torch.device | str) -> StateNoise:
-        """Copy of this noise with its tensors on ``device``."""
+        """Return a copy of this noise with its tensors on ``device``."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Columns of a memoryless chain, one row a step; see the module docstring.
+    """The table of a memoryless chain, with a row for each step; see the module docstring.
 
     All tensors are float64.
 
@@ -103,7 +103,7 @@ class Kernel:
     def consistent(
         cls, name: str, t: Tensor, *, mean_x: Tensor, mean_v: Tensor, std: Tensor
     ) -> Kernel:
-        """Kernel with the exact adjoint of its own mean, and the residual that belongs to it.
+        """Return a kernel with the exact adjoint of its own mean and the matching residual.
 
         Adjoint a_k = (∂μ_β/∂x)ᵀ a_{k+1} with μ_β = mean_x x + mean_v v_β(x, t), and residual
         mean_v/std (v_θ - v_β) + std a_{k+1}; a noiseless step has no residual.
@@ -144,16 +144,16 @@ class Kernel:
 
     @property
     def steps(self) -> int:
-        """Number of steps K."""
+        """Return the number of steps K."""
         return self.mean_x.shape[0]
 
     @property
     def is_exact_adjoint(self) -> bool:
-        """True where the adjoint is the Jacobian of the chain's own mean."""
+        """Return whether the adjoint is the Jacobian of the chain's own mean."""
         return self.own_time[-1]
 
     def to(self, device: torch.device | str) -> Kernel:
-        """Copy of this table with its tensors on ``device`` (still float64)."""
+        """Return a copy of this table with its tensors on ``device`` (still float64)."""
         moved: dict[str, Any] = {
             f.name: value.to(device)
             for f in fields(self)

@@ -31,7 +31,7 @@ class MomentMatched(Scheme):
     needs = frozenset({"mmse"})
 
     def __call__(self, grid: Tensor, moments: Moments) -> Kernel:
-        """Table of the chain on ``grid`` (K+1,), with the mmse (K,) of the base."""
+        """Return the table of the chain on ``grid`` (K+1,), with the mmse (K,) of the base."""
         return own_time_kernel(grid, moments.mmse)
 
 
@@ -45,9 +45,9 @@ def measure_mmse(
     batch_size: int = 4096,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Mean squared error E‖X_1 - x̂₁(X_t)‖²/d of the base's estimate of the data, (K,) float64.
+    """Return the mean squared error of the base's estimate of the data by time, (K,) float64.
 
-    Equal to (1-t)² times the base's flow-matching loss per dimension at t.
+    mmse(t) = E‖X_1 - x̂₁(X_t)‖²/d is (1-t)² times the base's flow-matching loss per dimension.
 
     Arguments:
         base: velocity field, or an evaluator of one.

@@ -32,7 +32,7 @@ MEASURED = ("mmse", "covariance")
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics of the base that schemes ask for; None where a scheme needs none.
+    """Statistics of the base that schemes ask for.
 
     Attributes:
         mmse: (K,) float64, mean squared error E‖X_1 - x̂₁(X_t)‖²/d of the base's estimate of the
@@ -45,7 +45,7 @@ class Moments:
 
 
 class Scheme(ABC):
-    """Rule that turns a time grid into the table of a memoryless chain.
+    """A rule that turns a time grid into the table of a memoryless chain.
 
     Options of a scheme are attributes of the instance.  With the name and the class they make its
     description (``str``), by which a checkpoint knows the scheme again.
@@ -67,7 +67,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def __call__(self, grid: Tensor, moments: Moments) -> Kernel:
-        """Table of the chain on ``grid``.
+        """Return the table of the chain on ``grid``.
 
         Arguments:
             grid: (K+1,) float64, strictly increasing from 0 to 1.
@@ -75,7 +75,7 @@ class Scheme(ABC):
         """
 
     def __str__(self) -> str:
-        """Name, class and options of the scheme."""
+        """Return the name, class and options of the scheme."""
         options = ", ".join(
             f"{name}={value.tolist() if isinstance(value, Tensor) else value!r}"
             for name, value in sorted(vars(self).items())

@@ -34,8 +34,8 @@ _FILES = {
     "agents.bam": "BAM BAMConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform follow",
-    "agents.options": "AgentConfig CriticOptions MatchingOptions Range TiltOptions above at_least "
-    "one_of option",
+    "agents.options": "AgentConfig BestOfOptions CriticOptions MatchingOptions Range TiltOptions "
+    "above at_least one_of option",
     "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor ValueNetwork",
     "agents.rollouts": "FlowODE Noise best_of candidates condition flow_action",
     "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss edit_loss expectile_loss "
@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from applications.rl.agents.base import Agent, Shapes, Uniform, follow
     from applications.rl.agents.options import (
         AgentConfig,
+        BestOfOptions,
         CriticOptions,
         MatchingOptions,
         Range,

@@ -1,5 +1,6 @@
 """The page of an agent names every option it has and every metric it logs, with its default."""
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 from helpers.agent_problems import batch, make, noise
 
 from applications.rl import AGENTS
-from applications.rl.agents.options import AgentConfig, CriticOptions
+from applications.rl.agents.options import AgentConfig, BestOfOptions, CriticOptions
 
+SHARED = (AgentConfig, BestOfOptions, CriticOptions)
 DOCS = Path(__file__).parents[2] / "docs" / "agents"
 
 
@@ -31,7 +33,9 @@ def test_every_metric_and_option_is_explained(name):
 def test_defaults_of_an_agents_own_options_are_those_said(name):
     config = AGENTS[name].config_class()
     own = {field.name for field in fields(config)} - {
-        field.name for group in (AgentConfig, CriticOptions) for field in fields(group)
+        field.name
+        for group in (AgentConfig, BestOfOptions, CriticOptions)
+        for field in fields(group)
     }
     said = {}
     for line in pages(name).splitlines():
@@ -47,3 +51,15 @@ def test_defaults_of_an_agents_own_options_are_those_said(name):
 
 def test_every_agent_has_a_page_and_no_page_lacks_an_agent():
     assert {path.stem for path in DOCS.glob("*.md")} == {"README", *AGENTS}
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_the_page_names_the_losses_the_code_and_the_command(name):
+    text, agent = (DOCS / f"{name}.md").read_text(encoding="utf-8"), AGENTS[name]
+    module = sys.modules[agent.__module__]
+    used = {word for word in vars(module) if word.endswith("_loss")}
+    assert len(used) == len(make(name).losses(batch(), noise(make(name))))
+    assert {word for word in used if f"`{word}`" not in text} == set()
+    assert f"(../../{module.__name__.replace('.', '/')}.py)" in text
+    assert f"python -m applications.rl train --agent {name} " in text
+    assert (DOCS.parents[1] / agent.page) == DOCS / f"{name}.md"

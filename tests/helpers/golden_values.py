@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from applications.rl import Agent, Batch, find_agent, make_agent
-from applications.rl.agents.networks import MLP, Critics, FlowActor, OneStepActor, TanhGaussianActor
+from applications.rl.agents.layers import MLP
+from applications.rl.agents.networks import Critics, FlowActor, OneStepActor, TanhGaussianActor
 
 OBSERVATION_DIM, ACTION_DIM = 6, 2
 

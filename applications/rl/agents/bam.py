@@ -37,6 +37,7 @@ from applications.rl.agents.losses import (
 from applications.rl.agents.networks import Critics
 from applications.rl.agents.options import (
     AgentConfig,
+    BestOfOptions,
     CriticOptions,
     TiltOptions,
     above,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BAMConfig(TiltOptions, CriticOptions, AgentConfig):
+class BAMConfig(TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of BAM."""
 
     inverse_temperature: float = option(10.0, above(0))
@@ -93,7 +94,7 @@ class BAM(Agent):
         self.kernel = ChainKernel("euler_published", config.flow_steps)
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Noise of the policy at the next observation, of the behaviour's path, of the chain."""
+        """Declare the noises of the next actions, of the behaviour loss and of the other losses."""
         chunk = (batch_size, self.chunk_dim)
         return {
             "next_action_noise": (batch_size, self.config.best_of_n, self.chunk_dim),
@@ -104,11 +105,11 @@ class BAM(Agent):
         }
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Start of the ODE for each candidate."""
+        """Declare the start of the ODE for each candidate."""
         return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """L_Q + L_BC + L_path."""
+        """Compute the terms of L = L_Q + L_BC + L_path."""
         config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
         with torch.no_grad():
             starts = {"noise": noise["next_action_noise"]}
@@ -130,17 +131,17 @@ class BAM(Agent):
 
     @property
     def flow(self) -> PolicyFlow:
-        """The policy's velocity, in the chain and when it acts."""
+        """Velocity of the policy, in the chain and when it acts."""
         residual = self.config.residual
         return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
 
     def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """One candidate: the ODE of the policy flow."""
+        """Propose one candidate: the ODE of the policy flow."""
         config, field, x = self.config, self.flow.acting_velocity, noise["noise"]
         return flow_action(field, observations, x, config.flow_steps, config.solver)
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The candidate that the critics rank first."""
+        """Choose the candidate that the critics rank first."""
         rows, x = candidates(observations, noise["noise"])
         return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
 

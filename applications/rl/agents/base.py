@@ -112,22 +112,22 @@ class Agent(nn.Module, ABC):
 
     @abstractmethod
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Name and shape of every random number of one update, in the order they are drawn."""
+        """Declare name and shape of every random number of one update, in the order of drawing."""
 
     @abstractmethod
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Name and shape (B, ...) of the normal random numbers of acting at B observations."""
+        """Declare name and shape (B, ...) of the normal random numbers of acting."""
 
     @abstractmethod
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """The losses by name, each with its metrics, of a batch whose observations are normalised.
+        """Compute the losses by name, each with its metrics, at normalised observations.
 
         Their sum is minimised.
         """
 
     @abstractmethod
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """Flattened chunks (B, chunk_dim) in [-1, 1] at normalised observations."""
+        """Compute flattened chunks (B, chunk_dim) in [-1, 1] at normalised observations."""
 
     @abstractmethod
     def update_targets(self) -> None:
@@ -153,7 +153,7 @@ class Agent(nn.Module, ABC):
     @final
     @torch.no_grad()
     def act(self, observations: Tensor, noise: Noise | torch.Generator) -> Tensor:
-        """Chunks of actions (B, chunk_length, action_dim) in [-1, 1], a pure function of the noise.
+        """Choose chunks of actions (B, chunk_length, action_dim) in [-1, 1] by the noise alone.
 
         Arguments:
             observations: (B, observation_dim).

@@ -45,15 +45,15 @@ class BC(Agent):
         self.behaviour = self.flow_actor()
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Start and time of the flow's path."""
+        """Declare start and time of the flow's path."""
         return {"bc_x0": (batch_size, self.chunk_dim), "bc_t": Uniform((batch_size, 1))}
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Start of the flow; the middle axis counts candidates, as for other agents."""
+        """Declare the start of the flow; the middle axis counts candidates, as for other agents."""
         return {"noise": (batch_size, 1, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """L_BC."""
+        """Compute the terms of L = L_BC."""
         s, actions = batch.observations, self.flatten(batch.actions)
         return {"behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise)}
 

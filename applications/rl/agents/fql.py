@@ -28,7 +28,13 @@ from applications.rl.agents.losses import (
     td_target,
 )
 from applications.rl.agents.networks import Critics
-from applications.rl.agents.options import AgentConfig, CriticOptions, at_least, option
+from applications.rl.agents.options import (
+    AgentConfig,
+    BestOfOptions,
+    CriticOptions,
+    at_least,
+    option,
+)
 from applications.rl.agents.rollouts import Noise, best_of, candidates, flow_action
 from flows import frozen
 
@@ -37,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FQLConfig(CriticOptions, AgentConfig):
+class FQLConfig(BestOfOptions, CriticOptions, AgentConfig):
     """Options of FQL."""
 
     alpha: float = option(100.0, at_least(0.0))
@@ -73,7 +79,7 @@ class FQL(Agent):
         self.one_step = self.one_step_actor()
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Noise of the policy at the next observation, of the flow's path, and of the imitation."""
+        """Declare the noises of the next actions, of the behaviour loss and of the other losses."""
         chunk = (batch_size, self.chunk_dim)
         return {
             "next_action_noise": (batch_size, self.config.best_of_n, self.chunk_dim),
@@ -83,11 +89,11 @@ class FQL(Agent):
         }
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Noise z of each candidate."""
+        """Declare noise z of each candidate."""
         return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """L_Q + L_BC + L_g."""
+        """Compute the terms of L = L_Q + L_BC + L_g."""
         config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
         next_actions, flow_actions = self.rollouts(batch, noise)
         y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
@@ -100,7 +106,7 @@ class FQL(Agent):
 
     @torch.no_grad()
     def rollouts(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
-        """Actions of the policy at the next observations, and of the flow from noise z."""
+        """Sample actions of the policy at the next observations, and of the flow from noise z."""
         config, z = self.config, noise["distill_noise"]
         next_actions = self.chunks(batch.next_observations, {"noise": noise["next_action_noise"]})
         return next_actions, flow_action(
@@ -108,11 +114,11 @@ class FQL(Agent):
         )
 
     def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """One candidate: clip g(s, z)."""
+        """Propose one candidate: clip g(s, z)."""
         return self.one_step(observations, noise["noise"]).clamp(-1, 1)
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The candidate that the critics rank first."""
+        """Choose the candidate that the critics rank first."""
         rows, z = candidates(observations, noise["noise"])
         return best_of(self.critic, rows, self.propose(rows, {"noise": z}), self.config.best_of_n)
 

@@ -80,15 +80,15 @@ class IFQL(Agent):
         self.value = ValueNetwork(observation_dim, hidden=config.hidden)
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Start and time of the flow's path; targets need no action."""
+        """Declare start and time of the flow's path; targets need no action."""
         return {"bc_x0": (batch_size, self.chunk_dim), "bc_t": Uniform((batch_size, 1))}
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Start of the flow for each candidate."""
+        """Declare the start of the flow for each candidate."""
         return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """L_Q + L_BC + L_V."""
+        """Compute the terms of L = L_Q + L_BC + L_V."""
         config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
         with torch.no_grad():
             y = bootstrap(batch, self.value(batch.next_observations), config.window_discount)
@@ -100,12 +100,12 @@ class IFQL(Agent):
         }
 
     def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """One candidate: the ODE of the behaviour flow."""
+        """Propose one candidate: the ODE of the behaviour flow."""
         config, x = self.config, noise["noise"]
         return flow_action(self.behaviour, observations, x, config.flow_steps, config.solver)
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The candidate whose least critic is greatest."""
+        """Choose the candidate whose least critic is greatest."""
         rows, x = candidates(observations, noise["noise"])
         actions = self.propose(rows, {"noise": x})
         return best_of(self.critic, rows, actions, self.config.best_of_n, ensemble_minimum)

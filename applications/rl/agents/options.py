@@ -4,7 +4,7 @@ The configuration of an agent is one frozen dataclass.  It derives from `AgentCo
 it, from the groups it needs:
 
     @dataclass(frozen=True)
-    class QAMConfig(MatchingOptions, TiltOptions, CriticOptions, AgentConfig): ...
+    class QAMConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig): ...
 
 An option written as ``option(default, range)`` is checked when a configuration is made; an option
 with a plain default is not.
@@ -139,6 +139,12 @@ class CriticOptions:
     """Pessimism ρ of the target: mean - ρ sd over the target critics."""
     target_rate: float = option(0.005, Range("in (0, 1]", lambda value: 0 < value <= 1))
     """Polyak rate at which target networks follow their networks."""
+
+
+@dataclass(frozen=True)
+class BestOfOptions:
+    """Options of the agents that choose among candidates."""
+
     best_of_n: int = option(1, at_least(1))
     """Candidates of which the critics choose an action, when acting and in targets."""
 

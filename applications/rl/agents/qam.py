@@ -43,6 +43,7 @@ from applications.rl.agents.losses import (
 from applications.rl.agents.networks import Critics
 from applications.rl.agents.options import (
     AgentConfig,
+    BestOfOptions,
     CriticOptions,
     MatchingOptions,
     TiltOptions,
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QAMConfig(MatchingOptions, TiltOptions, CriticOptions, AgentConfig):
+class QAMConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of QAM."""
 
 
@@ -100,7 +101,7 @@ class QAM(Agent):
         self.kernel = ChainKernel(config.kernel, config.flow_steps)
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Noise of the policy at the next observation, of the behaviour's path, of the chain."""
+        """Declare the noises of the next actions, of the behaviour loss and of the other losses."""
         chunk = (batch_size, self.chunk_dim)
         return {
             "next_action_noise": (batch_size, self.config.best_of_n, self.chunk_dim),
@@ -111,11 +112,11 @@ class QAM(Agent):
         }
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Start of the ODE for each candidate."""
+        """Declare the start of the ODE for each candidate."""
         return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """L_Q + L_BC + L_AM."""
+        """Compute the terms of L = L_Q + L_BC + L_AM."""
         config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
         x0, cond = noise["bc_x0"], condition(s)
         self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
@@ -129,13 +130,13 @@ class QAM(Agent):
 
     @property
     def flow(self) -> PolicyFlow:
-        """The policy's velocity, in the chain and when it acts."""
+        """Velocity of the policy, in the chain and when it acts."""
         residual = self.config.residual
         return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
 
     @property
     def reward(self) -> Reward:
-        """The reward of the tilt, τ Q."""
+        """Reward τ Q of the tilt."""
         config = self.config
         critic = self.target_critic if config.target_gradient else self.critic
         return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
@@ -150,12 +151,12 @@ class QAM(Agent):
         return Rollouts(best_of(self.critic, rows, actions, config.best_of_n), chain)
 
     def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """One candidate: the ODE of the policy flow."""
+        """Propose one candidate: the ODE of the policy flow."""
         config, field, x = self.config, self.flow.acting_velocity, noise["noise"]
         return flow_action(field, observations, x, config.flow_steps, config.solver)
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The candidate that the critics rank first."""
+        """Choose the candidate that the critics rank first."""
         rows, x = candidates(observations, noise["noise"])
         return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
 

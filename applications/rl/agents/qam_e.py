@@ -42,6 +42,7 @@ from applications.rl.agents.networks import Critics, TanhGaussianActor
 from applications.rl.agents.options import (
     FINITE,
     AgentConfig,
+    BestOfOptions,
     CriticOptions,
     MatchingOptions,
     Range,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QAMEConfig(MatchingOptions, TiltOptions, CriticOptions, AgentConfig):
+class QAMEConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of QAM-E."""
 
     edit_scale: float = option(0.1, Range("in [0, 2]", lambda scale: 0 <= scale <= 2))
@@ -117,7 +118,7 @@ class QAME(Agent):
             self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Noise of the policy at the next observation, of the behaviour's path, chain and edit."""
+        """Declare the noises of the next actions, of the behaviour loss and of the other losses."""
         chunk = (batch_size, self.chunk_dim)
         candidate = (batch_size, self.config.best_of_n, self.chunk_dim)
         edits = self.editor is not None
@@ -132,12 +133,12 @@ class QAME(Agent):
         }
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Start of the ODE and noise of the edit for each candidate."""
+        """Declare the start of the ODE and noise of the edit for each candidate."""
         names = ["noise"] if self.editor is None else ["noise", "edit_eps"]
         return dict.fromkeys(names, (batch_size, self.config.best_of_n, self.chunk_dim))
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """L_Q + L_BC + L_AM + L_edit."""
+        """Compute the terms of L = L_Q + L_BC + L_AM + L_edit."""
         config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
         x0, cond = noise["bc_x0"], condition(s)
         self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
@@ -163,13 +164,13 @@ class QAME(Agent):
 
     @property
     def flow(self) -> PolicyFlow:
-        """The policy's velocity, in the chain and when it acts."""
+        """Velocity of the policy, in the chain and when it acts."""
         residual = self.config.residual
         return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
 
     @property
     def reward(self) -> Reward:
-        """The reward of the tilt, τ Q."""
+        """Reward τ Q of the tilt."""
         config = self.config
         critic = self.target_critic if config.target_gradient else self.critic
         return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
@@ -190,12 +191,12 @@ class QAME(Agent):
         return Rollouts(best_of(self.critic, rows, actions, config.best_of_n), chain, flow_actions)
 
     def edit(self, observations: Tensor, actions: Tensor, eps: Tensor) -> Tensor:
-        """The edited actions (B, chunk_dim) of the flow's ``actions``, by noise ``eps``."""
+        """Compute the edited actions (B, chunk_dim) of the flow's ``actions``, by noise ``eps``."""
         assert self.editor is not None
         return edited(self.editor, observations, actions, eps, self.config.edit_scale)[0]
 
     def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """One candidate: the edited ODE of the policy flow."""
+        """Propose one candidate: the edited ODE of the policy flow."""
         config, field, x = self.config, self.flow.acting_velocity, noise["noise"]
         actions = flow_action(field, observations, x, config.flow_steps, config.solver)
         return (
@@ -203,7 +204,7 @@ class QAME(Agent):
         )
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The candidate that the critics rank first."""
+        """Choose the candidate that the critics rank first."""
         rows, _ = candidates(observations, noise["noise"])
         flat = {name: noise[name].flatten(0, 1) for name in self.act_shapes(1)}
         return best_of(self.critic, rows, self.propose(rows, flat), self.config.best_of_n)

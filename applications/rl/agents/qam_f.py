@@ -33,6 +33,7 @@ from applications.rl.agents.losses import (
 from applications.rl.agents.networks import Critics, OneStepActor
 from applications.rl.agents.options import (
     AgentConfig,
+    BestOfOptions,
     CriticOptions,
     MatchingOptions,
     TiltOptions,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QAMFConfig(MatchingOptions, TiltOptions, CriticOptions, AgentConfig):
+class QAMFConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of QAM-F."""
 
     alpha: float = option(30.0, at_least(0.0))
@@ -100,7 +101,7 @@ class QAMF(Agent):
         self.one_step: OneStepActor | None = self.one_step_actor() if config.alpha else None
 
     def noise_shapes(self, batch_size: int) -> Shapes:
-        """Noise of the policy at the next observation, the behaviour's path, chain, imitation."""
+        """Declare the noises of the next actions, of the behaviour loss and of the other losses."""
         chunk = (batch_size, self.chunk_dim)
         return {
             "next_action_noise": (batch_size, self.config.best_of_n, self.chunk_dim),
@@ -112,11 +113,11 @@ class QAMF(Agent):
         }
 
     def act_shapes(self, batch_size: int) -> Shapes:
-        """Noise z, or start of the ODE where there is no g, for each candidate."""
+        """Declare noise z, or start of the ODE where there is no g, for each candidate."""
         return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """L_Q + L_BC + L_AM + L_g."""
+        """Compute the terms of L = L_Q + L_BC + L_AM + L_g."""
         config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
         x0, cond = noise["bc_x0"], condition(s)
         self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
@@ -136,13 +137,13 @@ class QAMF(Agent):
 
     @property
     def flow(self) -> PolicyFlow:
-        """The policy's velocity, in the chain and when it acts."""
+        """Velocity of the policy, in the chain and when it acts."""
         residual = self.config.residual
         return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
 
     @property
     def reward(self) -> Reward:
-        """The reward of the tilt, τ Q."""
+        """Reward τ Q of the tilt."""
         config = self.config
         critic = self.target_critic if config.target_gradient else self.critic
         return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
@@ -162,14 +163,14 @@ class QAMF(Agent):
         return Rollouts(self.chunks(next_s, {"noise": next_noise}), chain, flow_actions)
 
     def propose(self, observations: Tensor, noise: Noise) -> Tensor:
-        """One candidate: clip g(s, z), or the ODE of the policy flow where there is no g."""
+        """Propose one candidate: clip g(s, z), or without g the ODE of the policy flow."""
         if self.one_step is not None:
             return self.one_step(observations, noise["noise"]).clamp(-1, 1)
         config, field, x = self.config, self.flow.acting_velocity, noise["noise"]
         return flow_action(field, observations, x, config.flow_steps, config.solver)
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
-        """The candidate that the critics rank first."""
+        """Choose the candidate that the critics rank first."""
         rows, x = candidates(observations, noise["noise"])
         return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributions, nn
 
+from applications.rl.agents.layers import gelu, gelu_and_slope
 from applications.rl.agents.networks import (
     LOG_STD_RANGE,
     Critics,
@@ -14,8 +15,6 @@ from applications.rl.agents.networks import (
     OneStepActor,
     TanhGaussianActor,
     ValueNetwork,
-    gelu,
-    gelu_and_slope,
     tanh_gaussian_log_prob,
 )
 from flows.autodiff import velocity_and_vjp

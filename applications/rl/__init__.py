@@ -20,7 +20,7 @@ _FILES = {
     "training.config": "TrainConfig",
     "training.train": "Trained train",
     # Evaluate it, and read it back from its run folder
-    "evaluation.evaluator": "Evaluation Evaluator evaluate",
+    "evaluation.evaluator": "Evaluation EpisodeEvaluator evaluate",
     "run_folder": "TrainedAgent load_agent",
     # Agents and their options
     "agents.registry": "AGENTS agent_name find_agent make_agent",
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from applications.rl.training.train import Trained, train
 
     # Evaluate it, and read it back from its run folder
-    from applications.rl.evaluation.evaluator import Evaluation, Evaluator, evaluate
+    from applications.rl.evaluation.evaluator import Evaluation, EpisodeEvaluator, evaluate
     from applications.rl.run_folder import TrainedAgent, load_agent
 
     # Agents and their options

@@ -144,10 +144,10 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
     """Return the parts of an update: functions, by name, that each run one part once."""
     replay = Replay.from_dataset(random_dataset(sizes), device=device)
     trainer = make_trainer(sizes, replay, 0)
-    agent, objective, generator = trainer.module, trainer.loss, trainer.generator
+    agent, loss, generator = trainer.module, trainer.loss, trainer.generator
     assert isinstance(agent, QAM)
-    assert isinstance(objective, AgentLoss)
-    batch, noise = objective.sample(agent, generator)
+    assert isinstance(loss, AgentLoss)
+    batch, noise = loss.sample(agent, generator)
     s, cond = batch.observations, condition(batch.observations)
     config, flow, reward = agent.config, agent.flow, agent.reward
     actions = agent.flatten(batch.actions)
@@ -191,7 +191,7 @@ def parts(sizes: Sizes, device: str) -> dict[str, Callable[[], object]]:
         trainer.apply()
 
     return {
-        "sampling": lambda: objective.sample(agent, generator),
+        "sampling": lambda: loss.sample(agent, generator),
         "chain and actions": lambda: agent.rollouts(batch, noise),
         "target": target,
         "critic loss": afresh(critic),

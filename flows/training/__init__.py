@@ -7,7 +7,7 @@
 from flows.training.config import TrainerConfig, learning_rate
 from flows.training.loss import Loss, LossFunction, SplitLoss
 from flows.training.trainer import Trainer
-from flows.training.resume import Identity
+from flows.training.trainer_checkpoint import Identity
 from flows.training.divergence import TrainingDiverged
 
 # Fitting a flow to samples

@@ -36,7 +36,7 @@ class FiniteNumbers:
         """Forget numbers that have not been checked."""
         self._waiting.clear()
 
-    def problem(self) -> str | None:
+    def first_not_finite(self) -> str | None:
         """Read the numbers noted so far; return which is the first that is not finite, if any."""
         if not self._waiting:
             return None

@@ -20,8 +20,8 @@ from flows.training.callbacks import Callback, default_callbacks
 from flows.training.config import TrainerConfig, learning_rate
 from flows.training.divergence import TrainingDiverged
 from flows.training.loss import Loss, LossFunction
-from flows.training.resume import Identity
 from flows.training.trainer import Trainer
+from flows.training.trainer_checkpoint import Identity
 
 __all__ = [
     "COUPLINGS",

@@ -53,7 +53,7 @@ class GradientGraph:
         self._trainer, self._device, self._on_cuda = trainer, device, capture is None
         self._capture = capture or cuda_graph
         self._phase: Hashable = None
-        self._made = 0
+        self._calls_of_phase = 0
         self._replay: Block | None = None
         self._gradients: list[Tensor | None] = []
 
@@ -69,10 +69,10 @@ class GradientGraph:
     def _make(self) -> None:
         trainer = self._trainer
         loss = trainer.loss
-        if self._made == 0 or self._phase != loss.phase:
-            self._phase, self._made, self._replay = loss.phase, 0, None
-        self._made += 1
-        if self._made <= self.WARM:
+        if self._calls_of_phase == 0 or self._phase != loss.phase:
+            self._phase, self._calls_of_phase, self._replay = loss.phase, 0, None
+        self._calls_of_phase += 1
+        if self._calls_of_phase <= self.WARM:
             on_side_stream(trainer.backward, on_cuda=self._on_cuda)
             return
         if self._replay is None:

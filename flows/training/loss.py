@@ -88,10 +88,10 @@ class SplitLoss(Loss):
 
     def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
         """Return the loss of one update and the metrics of its parts."""
-        known = self.host_step(module, generator)
+        host_metrics = self.host_step(module, generator)
         inputs = self.sample(module, generator)
         loss, metrics = self.evaluation(module, inputs)
-        return loss, metrics | known
+        return loss, metrics | host_metrics
 
     def host_step(self, module: nn.Module, generator: torch.Generator) -> Metrics:
         """Do what is due on the host before the next update; return metrics known already."""

@@ -105,7 +105,7 @@ class StackedTrainers:
             ValueError: the loss is not a scalar.
         """
         for of_all in zip(*drawn, strict=True):
-            inputs, known = zip(*of_all, strict=True)
+            inputs, host_metrics = zip(*of_all, strict=True)
             stacked = pytree.tree_map(lambda *tensors: torch.stack(tensors), *inputs)
             with self.trainers[0].autocast():
                 losses, metrics = self._evaluate(self._stacked, stacked)
@@ -114,7 +114,7 @@ class StackedTrainers:
             (losses.sum() / len(drawn[0])).backward()
             metrics = {**metrics, "loss": losses.detach()}
             columns = {name: values.unbind() for name, values in metrics.items()}
-            for s, (trainer, numbers) in enumerate(zip(self.trainers, known, strict=True)):
+            for s, (trainer, numbers) in enumerate(zip(self.trainers, host_metrics, strict=True)):
                 own = {name: values[s] for name, values in columns.items()}
                 trainer.loss_metrics.append({**own, **numbers})
         for name, stack in self._stacked.items():
@@ -138,8 +138,8 @@ def draw(trainer: Trainer) -> list[Drawn]:
     loss, module, generator = cast(SplitLoss, trainer.loss), trainer.module, trainer.generator
     drawn = []
     for _ in range(trainer.config.accumulate):
-        known = loss.host_step(module, generator)
-        drawn.append((loss.sample(module, generator), known))
+        host_metrics = loss.host_step(module, generator)
+        drawn.append((loss.sample(module, generator), host_metrics))
     return drawn
 
 

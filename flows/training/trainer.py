@@ -16,7 +16,7 @@ moment to move networks that follow the weights, such as target networks.
 Divergence.  A loss or gradient norm that is not finite stops the training.  On a CPU it is seen
 before the weights change; elsewhere numbers are read only once in several iterations, so as not to
 wait for the device (``flows.training.divergence``), and always before a checkpoint is written.
-`flows.training.resume` says what a checkpoint holds.
+`flows.training.trainer_checkpoint` says what a checkpoint holds.
 
 Several processes (``torchrun``, see ``flows.training.distributed``).  Each evaluates the loss with
 random numbers of its own; g and the metrics are means over the processes, so that weights that are
@@ -45,8 +45,8 @@ from flows.training.config import TrainerConfig
 from flows.training.divergence import FiniteNumbers, TrainingDiverged
 from flows.training.loss import LossFunction, Metrics, as_loss, mean_metrics
 from flows.training.optimizer import AveragedAdam
-from flows.training.resume import Identity, TrainerCheckpoint
 from flows.training.sharding import is_sharded, reshard
+from flows.training.trainer_checkpoint import Identity, TrainerCheckpoint
 
 
 class Trainer:
@@ -268,11 +268,11 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Raise `TrainingDiverged` if a number noted so far is not finite."""
-        if (problem := self._finite.problem()) is not None:
-            raise self._diverged(problem)
+        if (found := self._finite.first_not_finite()) is not None:
+            raise self._diverged(found)
 
-    def _diverged(self, problem: str) -> TrainingDiverged:
-        return TrainingDiverged(f"training stopped: {problem}; {self._file.last_good()}")
+    def _diverged(self, reason: str) -> TrainingDiverged:
+        return TrainingDiverged(f"training stopped: {reason}; {self._file.last_good()}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next iteration depends on, as tensors and plain data.

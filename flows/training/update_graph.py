@@ -94,8 +94,8 @@ class UpdateGraph:
         for results in blocks:
             for trainer, result in zip(trainers, results, strict=True):
                 loss = cast(SplitLoss, trainer.loss)
-                known = loss.host_step(trainer.module, trainer.generator)
-                trainer.unreported.append(result | known)
+                host_metrics = loss.host_step(trainer.module, trainer.generator)
+                trainer.unreported.append(result | host_metrics)
 
     def _can_launch(self, trainer: Trainer) -> bool:
         loss = cast(SplitLoss, trainer.loss)
@@ -108,16 +108,16 @@ class UpdateGraph:
         The inputs of the next update do not depend on this one, so a second stream draws them
         meanwhile.  It waits for the update before, so that it never takes memory still in use.
         """
-        beside = SecondStream() if self._on_cuda else nullcontext()
+        second_stream = SecondStream() if self._on_cuda else nullcontext()
         results, following = [], self._draw()
         for left in reversed(range(self.updates)):
             inputs = following
             if left:
-                with beside:
+                with second_stream:
                     following = self._draw()
             results.append(self._update(inputs))
-            if left and isinstance(beside, SecondStream):
-                beside.join()
+            if left and isinstance(second_stream, SecondStream):
+                second_stream.join()
         return results
 
     def _draw(self) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""Background evaluation: an `Evaluator` in a worker process, while training goes on.
+"""Background evaluation: an `EpisodeEvaluator` in a worker process, while training goes on.
 
 A request holds a copy of an agent's weights.  The worker makes an agent of them on the CPU,
 evaluates it, and answers the requests in order.  Seeds of the episodes, rows of the batches and the
@@ -28,7 +28,7 @@ import torch
 from applications.common.errors import RunError
 from applications.rl.agents.base import Agent
 from applications.rl.environments.workers import WorkerProcess
-from applications.rl.evaluation.evaluator import Evaluation, Evaluator
+from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from flows.training import prepare_process
 
 
@@ -70,7 +70,7 @@ class BackgroundEvaluator(WorkerProcess):
     """Evaluates agents in a worker process, without waiting for the results; close it after use.
 
     Arguments:
-        factory, environments, workers: as for `Evaluator`; the factory must be picklable.
+        factory, environments, workers: as for `EpisodeEvaluator`; the factory must be picklable.
 
     Raises:
         ValueError: the factory cannot be pickled.
@@ -90,7 +90,7 @@ class BackgroundEvaluator(WorkerProcess):
         super().__init__(_serve, factory, environments, workers)
 
     def __call__(self, agent: Agent, *, episodes: int, seed: int) -> PendingEvaluation:
-        """Ask for an evaluation of ``agent`` with its present weights; see `Evaluator`.
+        """Ask for an evaluation of ``agent`` with its present weights; see `EpisodeEvaluator`.
 
         Raises:
             RunError: the worker process could not start, or died.
@@ -127,7 +127,7 @@ def _serve(
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     answer: tuple[str | None, Evaluation | None]
     try:
-        with Evaluator(factory, environments=environments, workers=workers) as evaluator:
+        with EpisodeEvaluator(factory, environments=environments, workers=workers) as evaluator:
             connection.send((None, evaluator.spaces))
             threading.Thread(target=_read, args=(connection, requests), daemon=True).start()
             while True:

@@ -25,7 +25,7 @@ from applications.common.errors import RunError
 from applications.rl.agents.base import Agent
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.tasks import Task, find_task, make_environment, prepare_mujoco
-from applications.rl.evaluation.evaluator import Evaluation, Evaluator
+from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from applications.rl.run_folder import TrainedAgent, load_agent, run_folders
 from flows.training import choose_device, ensure_writable, replacing
 
@@ -123,7 +123,7 @@ def evaluate_trained(trained: TrainedAgent, config: EvaluateConfig) -> Evaluatio
     environments, workers = (min(n, config.episodes) for n in (config.environments, config.workers))
     successes = 0
     with (
-        Evaluator(factory, environments=environments, workers=workers) as evaluator,
+        EpisodeEvaluator(factory, environments=environments, workers=workers) as evaluator,
         tqdm(total=config.episodes, desc="episodes", file=sys.stderr, dynamic_ncols=True) as bar,
     ):
 
@@ -145,7 +145,7 @@ def record(
     episode: int = 0,
     most_frames: int = 100,
 ) -> list[np.ndarray]:
-    """Record frames (height, width, 3), uint8, of one episode as `Evaluator` plays it.
+    """Record frames (height, width, 3), uint8, of one episode as `EpisodeEvaluator` plays it.
 
     Arguments:
         agent: the agent that plays.
@@ -176,7 +176,7 @@ def record(
         step += 1
 
     try:
-        evaluator = Evaluator(factory, environments=1, watch=watch)
+        evaluator = EpisodeEvaluator(factory, environments=1, watch=watch)
     except Exception as error:  # a renderer is often opened with its environment
         raise _rendering_error(error) from error
     with evaluator:

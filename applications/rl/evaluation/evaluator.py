@@ -90,7 +90,7 @@ class Evaluation:
         )
 
 
-class Evaluator:
+class EpisodeEvaluator:
     """Evaluates agents in environments that stay open; close it, or use it in ``with``.
 
     Arguments:
@@ -209,7 +209,7 @@ class Evaluator:
             environment.close()
         self._environments = []
 
-    def __enter__(self) -> Evaluator:
+    def __enter__(self) -> EpisodeEvaluator:
         return self
 
     def __exit__(
@@ -230,10 +230,10 @@ def evaluate(
     environments: int = 4,
     workers: int = 0,
 ) -> Evaluation:
-    """Evaluate an agent in environments made for this call; see `Evaluator`."""
+    """Evaluate an agent in environments made for this call; see `EpisodeEvaluator`."""
     environments = min(environments, max(1, episodes))
     workers = min(workers, episodes)
-    with Evaluator(factory, environments=environments, workers=workers) as evaluator:
+    with EpisodeEvaluator(factory, environments=environments, workers=workers) as evaluator:
         return evaluator(agent, episodes=episodes, seed=seed)
 
 

@@ -16,7 +16,7 @@ from applications.rl import run_folder
 from applications.rl.agents.base import Agent
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.evaluation.background import BackgroundEvaluator, PendingEvaluation
-from applications.rl.evaluation.evaluator import Evaluation, Evaluator
+from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.phases import Phases
 from flows import Callback
@@ -68,7 +68,7 @@ class Evaluations(Callback):
 
     @classmethod
     def of_run(
-        cls, config: TrainConfig, seed: int, evaluator: Evaluator | BackgroundEvaluator
+        cls, config: TrainConfig, seed: int, evaluator: EpisodeEvaluator | BackgroundEvaluator
     ) -> Evaluations:
         """Evaluations of the run of ``seed``, each on new episodes by ``evaluator``."""
 

@@ -35,7 +35,7 @@ from applications.rl.environments.episodes import Episodes
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.spaces import Spaces, check_spaces, spaces_of
 from applications.rl.evaluation.background import BackgroundEvaluator
-from applications.rl.evaluation.evaluator import Evaluation, Evaluator
+from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from applications.rl.training.agent_loss import AgentLoss
 from applications.rl.training.callbacks import training_callbacks
 from applications.rl.training.config import TrainConfig
@@ -157,13 +157,13 @@ def _process_settings(config: TrainConfig, device: torch.device) -> Iterator[Non
         torch.set_float32_matmul_precision(precision)
 
 
-def _make_evaluator(setup: TrainingSetup) -> Evaluator | BackgroundEvaluator | None:
+def _make_evaluator(setup: TrainingSetup) -> EpisodeEvaluator | BackgroundEvaluator | None:
     """Open the environments of the evaluations; None if the training evaluates nothing."""
     config = setup.config
     if not config.eval_every:
         return None
-    kind: type[Evaluator | BackgroundEvaluator] = (
-        BackgroundEvaluator if config.background_eval else Evaluator
+    kind: type[EpisodeEvaluator | BackgroundEvaluator] = (
+        BackgroundEvaluator if config.background_eval else EpisodeEvaluator
     )
     return kind(
         setup.factory,
@@ -175,7 +175,7 @@ def _make_evaluator(setup: TrainingSetup) -> Evaluator | BackgroundEvaluator | N
 def _train_seeds(
     setup: TrainingSetup,
     seeds: Sequence[int],
-    evaluator: Evaluator | BackgroundEvaluator | None,
+    evaluator: EpisodeEvaluator | BackgroundEvaluator | None,
     callbacks: Sequence[Callback],
 ) -> list[Trained | Exception]:
     """Train some seeds at a time: a single one by a plain loop, several ones stacked."""
@@ -213,7 +213,7 @@ class SeedRun:
         self,
         setup: TrainingSetup,
         seed: int,
-        evaluator: Evaluator | BackgroundEvaluator | None,
+        evaluator: EpisodeEvaluator | BackgroundEvaluator | None,
         callbacks: Sequence[Callback],
     ) -> None:
         self.setup, self.seed, self.folder = setup, seed, setup.config.run_folder(seed)

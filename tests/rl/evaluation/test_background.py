@@ -23,7 +23,7 @@ from helpers.killing import PRELOADED, Report
 from helpers.same_run import equal
 from helpers.tiny import Corridor, corridor_data
 
-from applications.rl import Evaluation, Evaluator, Phases, RunError, train
+from applications.rl import EpisodeEvaluator, Evaluation, Phases, RunError, train
 from applications.rl.training.callbacks import WandbLogger
 from applications.rl.training.evaluations import Evaluations
 from flows.training import checkpoint as checkpoints
@@ -232,7 +232,7 @@ def test_what_cannot_be_sent_to_a_process_is_refused(tmp_path):
         fit(tmp_path, environment=local, background_eval=True)
     assert not [*tmp_path.rglob("*.*")]
     with pytest.raises(ValueError, match="^workers" + message):
-        Evaluator(local, workers=1)
+        EpisodeEvaluator(local, workers=1)
 
 
 class Late:

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from applications.rl import (
+    EpisodeEvaluator,
     Evaluation,
-    Evaluator,
     RunError,
     Spaces,
     TrainedAgent,
@@ -107,7 +107,7 @@ def test_the_numbers_depend_neither_on_how_many_play_at_once_nor_on_where(agent)
     assert evaluate(agent, Corridor, episodes=12, seed=5) == whole
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
-    with Evaluator(Corridor, environments=2) as evaluator:
+    with EpisodeEvaluator(Corridor, environments=2) as evaluator:
         assert evaluator(agent, episodes=4, seed=5, first=3).returns == whole.returns[3:7]
         assert evaluator(agent, episodes=12, seed=5) == whole  # whatever was played before
 
@@ -129,7 +129,7 @@ def test_an_episode_by_hand(agent):
             total, steps, done = total + reward, steps + 1, terminated or truncated
             if done:
                 break
-    with Evaluator(Corridor, environments=1) as evaluator:
+    with EpisodeEvaluator(Corridor, environments=1) as evaluator:
         found = evaluator(agent, episodes=1, first=9, seed=5)
     assert (found.successes, found.lengths) == ((info["success"],), (steps,))
     assert found.returns[0] == pytest.approx(total, rel=1e-12)  # chunks are summed first
@@ -156,7 +156,7 @@ def test_summary():
 
 def test_progress_is_told_of_each_episode(agent):
     told = []
-    with Evaluator(Corridor, environments=3) as evaluator:
+    with EpisodeEvaluator(Corridor, environments=3) as evaluator:
         result = evaluator(
             agent,
             episodes=5,
@@ -168,9 +168,9 @@ def test_progress_is_told_of_each_episode(agent):
 
 def test_arguments_and_spaces_are_checked(agent):
     with pytest.raises(ValueError, match="environments must be at least 1, got 0"):
-        Evaluator(Corridor, environments=0)
+        EpisodeEvaluator(Corridor, environments=0)
     with pytest.raises(ValueError, match="workers must be at least 0"):
-        Evaluator(Corridor, workers=-1)
+        EpisodeEvaluator(Corridor, workers=-1)
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         evaluate(agent, Corridor, episodes=0)
     other = make_agent(options("bc"), 4, 3)

@@ -89,9 +89,9 @@ def steps(name, members, compiled):
     trainers = []
     for seed in range(members):
         agent = make_agent(options(name, flow_steps=2), 4, 2, seed=seed)
-        objective = Drawn(Replay(0, 4, 2), Phases(9), batch_size=B, compiled=compiled)
+        loss = Drawn(Replay(0, 4, 2), Phases(9), batch_size=B, compiled=compiled)
         config = TrainerConfig(lr_schedule="constant", ema_decay=0, seed=seed)
-        trainers.append(Trainer(agent, objective, config))
+        trainers.append(Trainer(agent, loss, config))
     step = StackedTrainers(trainers).step if members > 1 else lambda: [trainers[0].step()]
     metrics = [step() for _ in range(2)]
     return metrics, [trainer.module.state_dict() for trainer in trainers]

@@ -12,7 +12,7 @@ from flows.training import CSVLogger, Training
 
 
 class ResumeNotice(Callback):
-    """A line on the standard error stream says at which iteration a training is resumed.
+    """Writes to the standard error stream at which iteration a training is resumed.
 
     Arguments:
         name: what is trained, as the user sees it.

@@ -9,7 +9,7 @@ from pathlib import Path
 from adjoint import KERNELS
 from applications.toy2d.config import RunConfig
 from applications.toy2d.digits import run as digits
-from applications.toy2d.digits.run import DigitsConfig
+from applications.toy2d.digits.config import DigitsConfig
 from applications.toy2d.pictures.of_a_run import save_pictures
 from applications.toy2d.report import table
 from applications.toy2d.rewards import REWARDS

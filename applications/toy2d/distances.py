@@ -25,7 +25,7 @@ Generator = torch.Generator | None
 
 
 class Weighted(Protocol):
-    """An exact tilt knows the frequencies of its modes: ``GridTilt`` and ``ResampledTilt``."""
+    """An exact tilt with frequencies of its modes: ``GridTilt`` and ``ResampledTilt``."""
 
     def mode_frequencies(self, modes: Tensor) -> Tensor:
         """Return the probability (C,) of each nearest-centre cell."""

@@ -43,7 +43,7 @@ SAMPLE_STEPS = 50
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run holds all that its pictures show.
+    """A finished run: options, target, reward, tilt, samples and report.
 
     Attributes:
         config: the options.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from applications.toy2d.digits.run import DigitsConfig
+from applications.toy2d.digits.config import DigitsConfig
 from benchmarks.common.records import RESULTS
 
 

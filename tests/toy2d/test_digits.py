@@ -13,13 +13,14 @@ from applications.toy2d.digits import data as digit_data
 from applications.toy2d.digits import mlp_flow
 from applications.toy2d.digits import run as digits
 from applications.toy2d.digits.classifier import Classifier, DigitReward
+from applications.toy2d.digits.config import DigitsConfig
 from applications.toy2d.digits.metrics import (
     Comparison,
     compare_classes,
     nearest_distance,
     training_distances,
 )
-from applications.toy2d.digits.run import OF_CHAIN, OF_ODE, DigitsConfig
+from applications.toy2d.digits.run import OF_CHAIN, OF_ODE
 from applications.toy2d.exact_tilt import resample_tilt
 from flows.matching import flow_matching_loss
 from flows.sampling import sample

@@ -11,7 +11,7 @@ from applications.toy2d import commands, gallery, run
 from applications.toy2d.__main__ import main
 from applications.toy2d.commands import Demo
 from applications.toy2d.config import RunConfig
-from applications.toy2d.digits.run import DigitsConfig
+from applications.toy2d.digits.config import DigitsConfig
 from applications.toy2d.renamed import RENAMED
 from applications.toy2d.run_folder import FILES
 from flows.training import checkpoint as checkpoints

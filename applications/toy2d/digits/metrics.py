@@ -24,7 +24,7 @@ from flows import Cond
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Class frequencies compare tilted samples with the exact tilt of the base's samples.
+    """Class frequencies of a base, its tilt and the exact tilt, with their errors.
 
     Attributes:
         base, tilted, exact: (10,) frequencies.

@@ -1,7 +1,7 @@
 """The folder of a run, one per seed, and how an agent is read back from it.
 
     config.json      task, agent, seed and all options as they were resolved; versions; the data
-    metrics.csv      metrics of the updates (`flows.training.callbacks.CSVLogger`)
+    metrics.csv      metrics of the updates (`flows.training.CSVLogger`)
     evaluation.csv   step, phase, success, episodes, return, length
     checkpoint.pt    weights and everything that a resume needs
     snapshot.pt      weights whose evaluation beside training has not come yet

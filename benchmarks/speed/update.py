@@ -12,10 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from adjoint import adjoint_matching_loss, lean_adjoint, velocity_along
-from applications.rl import QAM, AgentLoss, Batch, Dataset, Phases, QAMConfig, Replay, make_agent
-from applications.rl.agents.base import Noise
-from applications.rl.agents.losses import behaviour_loss, chain_adjoint, critic_loss, td_target
-from applications.rl.agents.rollouts import condition
+from applications.rl import (
+    QAM,
+    AgentLoss,
+    Batch,
+    Dataset,
+    Noise,
+    Phases,
+    QAMConfig,
+    Replay,
+    behaviour_loss,
+    condition,
+    critic_loss,
+    make_agent,
+    td_target,
+)
+from applications.rl.agents.losses import chain_adjoint
 from flows import Trainer, TrainerConfig
 from flows.training import StackedTrainers, UpdateGraph
 

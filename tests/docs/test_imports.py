@@ -6,6 +6,7 @@ inside the facade's own package, whose files import from each other.
 """
 
 import ast
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,36 @@ def wrong_way(graph, groups, group_of):
 def room_of(name):
     parts = name.split(".")
     return parts[2] if parts[:2] == ["applications", "rl"] and len(parts) > 2 else None
+
+
+FACADES = ("flows", "flows.training", "adjoint", "applications.rl")
+
+
+def past_a_facade(module, tree):
+    """Names that a file imports from another file than the facade that exports them."""
+    return sorted(
+        f"{module} imports {alias.name} from {node.module}"
+        for node in ast.walk(tree)
+        for facade in FACADES
+        if isinstance(node, ast.ImportFrom)
+        and str(node.module).startswith(f"{facade}.")
+        and node.module not in FACADES
+        and not f"{module}.".startswith(f"{facade}.")
+        for alias in node.names
+        if alias.name in import_module(facade).__all__
+    )
+
+
+def test_applications_and_benchmarks_import_through_the_facades():
+    users = {n: p for n, p in FILES.items() if n.split(".")[0] in ("applications", "benchmarks")}
+    found = {name: past_a_facade(name, ast.parse(path.read_text())) for name, path in users.items()}
+    assert {name: imports for name, imports in found.items() if imports} == {}
+
+
+def test_an_import_past_a_facade_is_found():
+    tree = ast.parse("from flows.grid import uniform, private\nfrom flows.training import Trainer")
+    assert past_a_facade("benchmarks.x", tree) == ["benchmarks.x imports uniform from flows.grid"]
+    assert past_a_facade("flows.x", tree) == []
 
 
 def test_no_circle_between_files():

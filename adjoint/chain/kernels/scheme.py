@@ -36,7 +36,7 @@ class Moments:
 
     Attributes:
         mmse: (K,) float64, mean squared error E‖X_1 - x̂₁(X_t)‖²/d of the base's estimate of the
-            data, at grid[:-1]; see `adjoint.chain.kernels.mmse`.
+            data, at grid[:-1]; see `adjoint.chain.kernels.measure_mmse`.
         covariance: (d, d) float64 covariance of the base's samples.
     """
 

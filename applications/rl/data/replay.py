@@ -208,7 +208,7 @@ class Replay:
             )
         if len(self) < horizon:
             raise ValueError(
-                f"a window of {horizon} rows needs as many, the replay has {len(self)}"
+                f"horizon must be at most the number of rows, {len(self)}, got {horizon}"
             )
         starts = torch.randint(
             len(self) - horizon + 1, (batch_size,), generator=generator, device=self.device

@@ -24,7 +24,8 @@ from applications.rl.sweep.plan import Job, duration, makespan, slots
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.train import train
 from flows import Callback
-from flows.training.callbacks import Metrics, Training
+from flows.training import Training
+from flows.training.callbacks import Metrics
 
 WARM = 5
 """Number of updates before the clock starts."""

@@ -49,7 +49,10 @@ class AgentLoss(SplitLoss):
         compiled: bool = False,
     ) -> None:
         if phases.online_steps and (collector is None or not replay.capacity):
-            raise ValueError("online_steps needs a collector and a replay of capacity above 0")
+            raise ValueError(
+                f"collector and a replay of capacity above 0 must be given where online_steps is "
+                f"{phases.online_steps}, got collector={collector!r} and capacity={replay.capacity}"
+            )
         self.replay, self.phases, self.batch_size = replay, phases, batch_size
         self.collector, self.before_sampling = collector, before_sampling
         self.compiled = compiled

@@ -23,8 +23,8 @@ from applications.rl.training.evaluations import (
 )
 from applications.rl.training.phases import Phases
 from flows import Callback
-from flows.training import CSVLogger, TensorBoardLogger, replacing
-from flows.training.callbacks import Metrics, Training
+from flows.training import CSVLogger, TensorBoardLogger, Training, replacing
+from flows.training.callbacks import Metrics
 
 EVALUATED = "evaluation/iteration"
 """Name, at Weights & Biases, of the iteration whose weights were evaluated."""

@@ -1,7 +1,7 @@
 """Evaluations during a training, and the table of them.
 
 evaluation.csv is a function of the run alone: a run that is killed and resumed writes the same file
-as an undisturbed one, as the loggers of `flows.training.callbacks` do.
+as an undisturbed one, as the loggers of `flows.training` do.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.phases import Phases
 from flows import Callback
+from flows.training import Training, replacing
 from flows.training import checkpoint as checkpoints
-from flows.training import replacing
-from flows.training.callbacks import Metrics, Training
+from flows.training.callbacks import Metrics
 
 COLUMNS = ("step", "phase", "success", "episodes", "return", "length")
 EVALUATION_STREAM = 1

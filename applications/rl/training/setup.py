@@ -170,7 +170,8 @@ def resolve(
         )
     if first is not None and len(first) < options.horizon:
         raise ValueError(
-            f"a window of {options.horizon} rows needs as many, the data have {len(first)}"
+            f"data must have at least horizon={options.horizon} rows, which a window takes, got "
+            f"{len(first)}"
         )
     if first is None and config.start_training < options.horizon:
         raise ValueError(

@@ -33,11 +33,11 @@ _FILES = {
     "agents.ifql": "IFQL IFQLConfig",
     "agents.bam": "BAM BAMConfig",
     # An agent of one's own
-    "agents.base": "Agent Shapes Uniform follow",
+    "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions MatchingOptions Range TiltOptions "
-    "above at_least one_of option",
+    "above at_least checked_option one_of",
     "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor ValueNetwork",
-    "agents.rollouts": "FlowODE Noise best_of candidates condition flow_action",
+    "agents.rollouts": "FlowODE Noise best_of candidates condition first_ranked flow_action",
     "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss edit_loss expectile_loss "
     "one_step_loss td_target",
     "agents.domains": "by_domain",
@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from applications.rl.agents.bam import BAM, BAMConfig
 
     # An agent of one's own
-    from applications.rl.agents.base import Agent, Shapes, Uniform, follow
+    from applications.rl.agents.base import Agent, Shapes, Uniform
     from applications.rl.agents.options import (
         AgentConfig,
         BestOfOptions,
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
         above,
         at_least,
         one_of,
-        option,
+        checked_option,
     )
     from applications.rl.agents.networks import (
         Critics,
@@ -116,6 +116,7 @@ if TYPE_CHECKING:
         best_of,
         candidates,
         condition,
+        first_ranked,
         flow_action,
     )
     from applications.rl.agents.losses import (
@@ -180,5 +181,5 @@ else:
         return value
 
     def __dir__() -> list[str]:
-        """Names of the facade, for completion in a shell."""
+        """Return the names of the facade, for completion in a shell."""
         return sorted({*globals(), *__all__})

@@ -148,7 +148,7 @@ def run_export(config: ExportConfig) -> Exported:
         "noise": {
             "shape": ["batch", policy.noise_dim],
             "dtype": "float32",
-            "law": "standard normal",
+            "distribution": "standard normal",
             "parts": [[name, list(shape)] for name, shape in policy.shapes.items()],
         },
         "actions": {

@@ -8,6 +8,7 @@ import pytest
 from helpers.agent_problems import batch, make, noise
 
 from applications.rl import AGENTS
+from applications.rl.agents.losses import tilt_terms
 from applications.rl.agents.options import AgentConfig, BestOfOptions, CriticOptions
 
 SHARED = (AgentConfig, BestOfOptions, CriticOptions)
@@ -57,7 +58,8 @@ def test_every_agent_has_a_page_and_no_page_lacks_an_agent():
 def test_the_page_names_the_losses_the_code_and_the_command(name):
     text, agent = (DOCS / f"{name}.md").read_text(encoding="utf-8"), AGENTS[name]
     module = sys.modules[agent.__module__]
-    used = {word for word in vars(module) if word.endswith("_loss")}
+    names = {*vars(module), *(tilt_terms.__code__.co_names if "tilt_terms" in vars(module) else ())}
+    used = {word for word in names if word.endswith("_loss")}
     assert len(used) == len(make(name).losses(batch(), noise(make(name))))
     assert {word for word in used if f"`{word}`" not in text} == set()
     assert f"(../../{module.__name__.replace('.', '/')}.py)" in text

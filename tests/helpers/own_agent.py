@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from applications.rl import Agent, AgentConfig, at_least, option
+from applications.rl import Agent, AgentConfig, at_least, checked_option
 
 
 @dataclass(frozen=True)
 class RegressionConfig(AgentConfig):
     """Options of regression."""
 
-    jitter: float = option(0.0, at_least(0.0))
+    jitter: float = checked_option(0.0, at_least(0.0))
     """Noise on the imitated actions."""
 
 
@@ -40,6 +40,3 @@ class Regression(Agent):
 
     def chunks(self, observations, noise):
         return self.actor(observations, torch.zeros_like(noise["noise"])).clamp(-1, 1)
-
-    def update_targets(self):
-        pass

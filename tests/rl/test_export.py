@@ -109,6 +109,7 @@ def test_a_run_is_exported_with_its_description(tmp_path, capsys):
     assert (facts["task"], facts["updates"]) == (TASK, 7)
     assert facts["observation"]["shape"] == ["batch", OBSERVATION_DIM]
     assert facts["noise"]["shape"] == ["batch", HORIZON * ACTION_DIM]
+    assert facts["noise"]["distribution"] == "standard normal"
     assert facts["noise"]["parts"] == [["noise", [1, HORIZON * ACTION_DIM]]]
     assert facts["actions"]["shape"] == ["batch", HORIZON, ACTION_DIM]
     assert facts["largest_difference"] <= 1e-6

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adjoint import Kernel, velocity_along
-from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform
 from applications.rl.agents.chain_kernel import ChainKernel
 from applications.rl.agents.domains import by_domain
 from applications.rl.agents.losses import (
@@ -41,14 +41,13 @@ from applications.rl.agents.options import (
     CriticOptions,
     TiltOptions,
     above,
-    option,
+    checked_option,
 )
 from applications.rl.agents.rollouts import (
     Noise,
     PolicyFlow,
-    best_of,
-    candidates,
     condition,
+    first_ranked,
     flow_action,
     stop_weight_gradient,
 )
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
 class BAMConfig(TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of BAM."""
 
-    inverse_temperature: float = option(10.0, above(0))
+    inverse_temperature: float = checked_option(10.0, above(0))
     """Inverse temperature τ, K times that of QAM."""
 
 
@@ -84,9 +83,7 @@ class BAM(Agent):
 
     def __init__(self, config: BAMConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.critic = Critics(
-            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
-        )
+        self.critic = self.critics(config.critics)
         self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
@@ -131,9 +128,8 @@ class BAM(Agent):
 
     @property
     def flow(self) -> PolicyFlow:
-        """Velocity of the policy, in the chain and when it acts."""
-        residual = self.config.residual
-        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
+        """Return the velocity of the policy, in the chain and when it acts."""
+        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, self.config.residual)
 
     def propose(self, observations: Tensor, noise: Noise) -> Tensor:
         """Propose one candidate: the ODE of the policy flow."""
@@ -142,20 +138,13 @@ class BAM(Agent):
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """Choose the candidate that the critics rank first."""
-        rows, x = candidates(observations, noise["noise"])
-        return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
-
-    def update_targets(self) -> None:
-        """Move the target critics and the target behaviour."""
-        critics = (self.critic, self.target_critic)
-        behaviours = (self.behaviour, self.target_behaviour)
-        follow([critics, behaviours], self.config.target_rate)
+        return first_ranked(self.propose, self.critic, observations, noise)
 
 
 def differentiable_chain(
     flow: PolicyFlow, kernel: Kernel, observations: Tensor, noise: Noise
 ) -> tuple[Tensor, Tensor]:
-    """Run the chain with gradient: states (K+1, B, d) and velocities of f (K-1, B, d)."""
+    """Run the chain with gradient; return states (K+1, B, d), velocities of f (K-1, B, d)."""
     cond, reference = condition(observations), stop_weight_gradient(flow.reference)
     x, eps = noise["sde_x0"], noise["sde_eps"]
     xs, vs = [x], []
@@ -181,7 +170,7 @@ def path_loss(
     inverse_temperature: float,
     rho: float,
 ) -> Term:
-    """Cost of the policy's path, minus the value of its end.
+    """Compute the cost of the policy's path, minus the value of its end.
 
     Arguments:
         flow: the policy that is trained, and the behaviour it is compared with.

@@ -20,7 +20,7 @@ chunks after Li et al., "Reinforcement learning with action chunking" (arXiv 250
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from applications.rl.agents.losses import Metrics, Term
-from applications.rl.agents.networks import FlowActor, OneStepActor
+from applications.rl.agents.networks import Critics, FlowActor, OneStepActor
 from applications.rl.agents.options import AgentConfig, require
 from applications.rl.agents.rollouts import Noise
 
@@ -48,8 +48,9 @@ class Uniform(tuple[int, ...]):
 class Agent(nn.Module, ABC):
     """A policy over chunks of actions and the losses that train it.
 
-    A subclass says which noises it needs, what its losses are, how it acts, and how its target
-    networks follow; nothing else is overridden.
+    A subclass says which noises it needs, what its losses are, and how it acts; nothing else is
+    overridden.  A module assigned to an attribute ``target_NAME`` is the target network of the
+    module ``NAME``: it follows it at the rate ``target_rate`` of the options.
 
     Arguments:
         config: options.
@@ -108,7 +109,7 @@ class Agent(nn.Module, ABC):
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_deviation", torch.ones(observation_dim))
 
-    # ----- what an agent says of itself ------------------------------------------------------
+    # ----- methods that every agent defines --------------------------------------------------
 
     @abstractmethod
     def noise_shapes(self, batch_size: int) -> Shapes:
@@ -129,11 +130,7 @@ class Agent(nn.Module, ABC):
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """Compute flattened chunks (B, chunk_dim) in [-1, 1] at normalised observations."""
 
-    @abstractmethod
-    def update_targets(self) -> None:
-        """Move the target networks a step, see `follow`; called before the optimiser's step."""
-
-    # ----- what every agent does -------------------------------------------------------------
+    # ----- methods that all agents have in common --------------------------------------------
 
     @final
     def loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
@@ -157,7 +154,7 @@ class Agent(nn.Module, ABC):
 
         Arguments:
             observations: (B, observation_dim).
-            noise: what `act_noise` gave for B, or the generator to draw it from.
+            noise: the noise that `act_noise` drew for B, or the generator to draw it from.
 
         Raises:
             ValueError: observations of another shape, or noise that lacks a name or has another
@@ -171,11 +168,13 @@ class Agent(nn.Module, ABC):
         batch_size = observations.shape[0]
         if isinstance(noise, torch.Generator):
             noise = self.act_noise(batch_size, noise)
-        for name, shape in self.act_shapes(batch_size).items():
+        shapes = self.act_shapes(batch_size)
+        for name, shape in shapes.items():
             if name not in noise or noise[name].shape != shape:
                 got = tuple(noise[name].shape) if name in noise else sorted(noise)
                 raise ValueError(f"noise must hold {name!r} of shape {shape}, got {got}")
-        chunks = self.chunks(self.normalize(observations), noise)
+        own = {name: noise[name] for name in shapes}
+        chunks = self.chunks(self.normalize(observations), own)
         return chunks.reshape(batch_size, self.chunk_length, self.action_dim)
 
     @final
@@ -191,7 +190,7 @@ class Agent(nn.Module, ABC):
     @final
     @torch.no_grad()
     def fit_normalizer(self, observations: Tensor) -> None:
-        """Take mean and deviation, by which observations are normalised, from data (N, obs).
+        """Set mean and deviation, by which observations are normalised, from data (N, obs).
 
         A component that does not vary keeps its own scale.
         """
@@ -202,7 +201,7 @@ class Agent(nn.Module, ABC):
 
     @final
     def normalize(self, observations: Tensor) -> Tensor:
-        """Scale observations (B, observation_dim) to what the networks see."""
+        """Scale observations (B, observation_dim) for the networks."""
         scale = self.config.observation_scale
         if not scale:
             return observations
@@ -212,6 +211,35 @@ class Agent(nn.Module, ABC):
     def flatten(self, actions: Tensor) -> Tensor:
         """Flatten (B, h, d_a) to the chunk (B, chunk_dim), time-major, that the policy emits."""
         return actions[:, : self.chunk_length].flatten(1)
+
+    @final
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """Move the target networks a step, θ̄ <- rate θ + (1 - rate) θ̄, before the optimiser's step.
+
+        Raises:
+            TypeError: there are target networks, and the options have no ``target_rate``.
+        """
+        targets = [name for name, _ in self.named_children() if name.startswith("target_")]
+        if not targets:
+            return
+        rate = getattr(self.config, "target_rate", None)
+        if rate is None:
+            raise TypeError(
+                f"{type(self.config).__name__} must have an option target_rate, as CriticOptions "
+                f"has it, for the target networks {', '.join(targets)}"
+            )
+        networks = [self.get_submodule(name.removeprefix("target_")) for name in targets]
+        moved: list[Tensor] = [p for name in targets for p in self.get_submodule(name).parameters()]
+        followed: list[Tensor] = [p for network in networks for p in network.parameters()]
+        torch._foreach_lerp_(moved, followed, rate)
+
+    @final
+    def critics(self, members: int) -> Critics:
+        """Make a new ensemble of critics of the agent's chunks."""
+        return Critics(
+            self.observation_dim, self.chunk_dim, hidden=self.config.hidden, members=members
+        )
 
     @final
     def flow_actor(self) -> FlowActor:
@@ -241,17 +269,3 @@ class Agent(nn.Module, ABC):
             )
             for name, shape in shapes.items()
         }
-
-
-@torch.no_grad()
-def follow(pairs: Iterable[tuple[nn.Module, nn.Module | None]], rate: float) -> None:
-    """Move target networks toward their networks: θ̄ <- rate θ + (1 - rate) θ̄.
-
-    Arguments:
-        pairs: of a network and its target network, or None where there is none.
-        rate: the share of the network.
-    """
-    present = [(network, target) for network, target in pairs if target is not None]
-    targets: list[Tensor] = [p for _, target in present for p in target.parameters()]
-    online: list[Tensor] = [p for network, _ in present for p in network.parameters()]
-    torch._foreach_lerp_(targets, online, rate)

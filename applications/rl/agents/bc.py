@@ -61,6 +61,3 @@ class BC(Agent):
         """Run the ODE of the flow."""
         config, x = self.config, noise["noise"].squeeze(1)
         return flow_action(self.behaviour, observations, x, config.flow_steps, config.solver)
-
-    def update_targets(self) -> None:
-        """Do nothing: there are no target networks."""

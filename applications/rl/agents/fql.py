@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform
 from applications.rl.agents.domains import by_domain
 from applications.rl.agents.losses import (
     Term,
@@ -27,15 +27,14 @@ from applications.rl.agents.losses import (
     one_step_loss,
     td_target,
 )
-from applications.rl.agents.networks import Critics
 from applications.rl.agents.options import (
     AgentConfig,
     BestOfOptions,
     CriticOptions,
     at_least,
-    option,
+    checked_option,
 )
-from applications.rl.agents.rollouts import Noise, best_of, candidates, flow_action
+from applications.rl.agents.rollouts import Noise, first_ranked, flow_action
 from flows import frozen
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 class FQLConfig(BestOfOptions, CriticOptions, AgentConfig):
     """Options of FQL."""
 
-    alpha: float = option(100.0, at_least(0.0))
+    alpha: float = checked_option(100.0, at_least(0.0))
     """Weight α of the imitation."""
 
 
@@ -71,9 +70,7 @@ class FQL(Agent):
 
     def __init__(self, config: FQLConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.critic = Critics(
-            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
-        )
+        self.critic = self.critics(config.critics)
         self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.one_step = self.one_step_actor()
@@ -119,9 +116,4 @@ class FQL(Agent):
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """Choose the candidate that the critics rank first."""
-        rows, z = candidates(observations, noise["noise"])
-        return best_of(self.critic, rows, self.propose(rows, {"noise": z}), self.config.best_of_n)
-
-    def update_targets(self) -> None:
-        """Move the target critics."""
-        follow([(self.critic, self.target_critic)], self.config.target_rate)
+        return first_ranked(self.propose, self.critic, observations, noise)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from applications.rl.agents.base import Agent, Shapes, Uniform, follow
+from applications.rl.agents.base import Agent, Shapes, Uniform
 from applications.rl.agents.domains import by_domain
 from applications.rl.agents.losses import (
     Term,
@@ -30,13 +30,18 @@ from applications.rl.agents.losses import (
     expectile_loss,
     pessimistic,
 )
-from applications.rl.agents.networks import Critics, ValueNetwork
-from applications.rl.agents.options import AgentConfig, CriticOptions, Range, at_least, option
+from applications.rl.agents.networks import ValueNetwork
+from applications.rl.agents.options import (
+    AgentConfig,
+    CriticOptions,
+    Range,
+    at_least,
+    checked_option,
+)
 from applications.rl.agents.rollouts import (
     Noise,
-    best_of,
-    candidates,
     ensemble_minimum,
+    first_ranked,
     flow_action,
 )
 from flows import frozen
@@ -49,9 +54,9 @@ if TYPE_CHECKING:
 class IFQLConfig(CriticOptions, AgentConfig):
     """Options of IFQL."""
 
-    expectile: float = option(0.9, Range("in (0, 1)", lambda value: 0 < value < 1))
+    expectile: float = checked_option(0.9, Range("in (0, 1)", lambda value: 0 < value < 1))
     """Expectile κ: above 1/2 the value leans to the best actions of the data."""
-    best_of_n: int = option(32, at_least(1))
+    best_of_n: int = checked_option(32, at_least(1))
     """Samples of the flow of which the critics choose an action when acting."""
 
 
@@ -72,9 +77,7 @@ class IFQL(Agent):
 
     def __init__(self, config: IFQLConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.critic = Critics(
-            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
-        )
+        self.critic = self.critics(config.critics)
         self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.value = ValueNetwork(observation_dim, hidden=config.hidden)
@@ -106,10 +109,4 @@ class IFQL(Agent):
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """Choose the candidate whose least critic is greatest."""
-        rows, x = candidates(observations, noise["noise"])
-        actions = self.propose(rows, {"noise": x})
-        return best_of(self.critic, rows, actions, self.config.best_of_n, ensemble_minimum)
-
-    def update_targets(self) -> None:
-        """Move the target critics."""
-        follow([(self.critic, self.target_critic)], self.config.target_rate)
+        return first_ranked(self.propose, self.critic, observations, noise, ensemble_minimum)

@@ -29,7 +29,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`gelu` and its derivative, written by the logistic s of 2√(2/π) (x + 0.044715 x³)."""
+    """Evaluate `gelu` and its derivative by the logistic s of 2√(2/π) (x + 0.044715 x³)."""
     rate = x.new_full((), 2 * math.sqrt(2 / math.pi))
     cubic = 0.044715 * 2 * math.sqrt(2 / math.pi)
     s = torch.sigmoid(torch.addcmul(rate, x, x, value=cubic) * x)
@@ -56,7 +56,7 @@ def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def in_full(layer: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
-    """``layer(x)``, also under autocast in the precision of its ``weight``: for output layers.
+    """Compute ``layer(x)``, an output, also under autocast in the precision of its ``weight``.
 
     A value of -200 has its neighbours in bfloat16 at -199 and -201, a whole step of reward away.
     """

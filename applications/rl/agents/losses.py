@@ -14,6 +14,9 @@ over the critics.
     edit_loss        -mean Q(s, a) + α mean log p(e) + exp(log α) (-mean log p(e) - H)
     expectile_loss   mean |κ - 1[d < 0]| d²
 
+`tilt_terms` are the three losses that QAM, QAM-E and QAM-F have in common: critic_loss,
+behaviour_loss and matching_loss.
+
 Only critic_loss and behaviour_loss weight windows by w.  Where a loss climbs Q, the critics are the
 online ones and their weights are held constant.
 
@@ -32,6 +35,7 @@ from torch import Tensor
 
 from adjoint import Adjoint, Reward, adjoint_matching_loss, lean_adjoint, velocity_along
 from applications.rl.agents.networks import Critics, OneStepActor, TanhGaussianActor
+from applications.rl.agents.options import MatchingOptions
 from applications.rl.agents.rollouts import Noise, PolicyChain, PolicyFlow, condition
 from flows import Cond, VelocityField, flow_matching_loss
 
@@ -81,7 +85,7 @@ def td_target(
 def critic_loss(
     critic: Critics, observations: Tensor, actions: Tensor, target: Tensor, valid: Tensor
 ) -> Term:
-    """Squared temporal-difference error of the critics.
+    """Compute the squared temporal-difference error of the critics.
 
     Arguments:
         critic: the network that is trained.
@@ -105,7 +109,7 @@ def critic_loss(
 def behaviour_loss(
     field: VelocityField, observations: Tensor, actions: Tensor, valid: Tensor, noise: Noise
 ) -> Term:
-    """Flow-matching error of a flow that imitates the actions of the data.
+    """Compute the flow-matching error of a flow that imitates the actions of the data.
 
     Arguments:
         field: the flow that is trained.
@@ -140,6 +144,12 @@ def critic_reward(critic: Critics, inverse_temperature: float, *, clip: bool = T
     return Reward(value, scale=inverse_temperature)
 
 
+def tilt_reward(critic: Critics, target_critic: Critics, options: MatchingOptions) -> Reward:
+    """Make the reward of an agent's tilt by its options, from the critics or the target critics."""
+    chosen = target_critic if options.target_gradient else critic
+    return critic_reward(chosen, options.inverse_temperature, clip=options.clip_terminal)
+
+
 def chain_adjoint(
     flow: PolicyFlow, chain: PolicyChain, observations: Tensor, reward: Reward
 ) -> Adjoint:
@@ -152,13 +162,13 @@ def chain_adjoint(
 def matching_loss(
     flow: PolicyFlow, chain: PolicyChain, observations: Tensor, reward: Reward
 ) -> Term:
-    """Adjoint-matching error of a policy flow along its chain.
+    """Compute the adjoint-matching error of a policy flow along its chain.
 
     Arguments:
         flow: the policy that is trained, and the behaviour it is compared with.
         chain: states of the policy, constants.
         observations: (B, observation_dim) of the chain.
-        reward: what the behaviour is tilted toward, see `critic_reward`.
+        reward: the reward toward which the behaviour is tilted, see `tilt_reward`.
     """
     adjoint = chain_adjoint(flow, chain, observations, reward)
     times = chain.kernel.t[:-1]
@@ -172,6 +182,38 @@ def matching_loss(
     }
 
 
+def tilt_terms(
+    critic: Critics,
+    flow: PolicyFlow,
+    reward: Reward,
+    chain: PolicyChain,
+    batch: Batch,
+    actions: Tensor,
+    target: Tensor,
+    noise: Noise,
+) -> dict[str, Term]:
+    """Compute the three losses of an agent that tilts its behaviour flow by adjoint matching.
+
+    Arguments:
+        critic: the online critics.
+        flow: the policy and the behaviour that are trained.
+        reward: the reward toward which the behaviour is tilted, see `tilt_reward`.
+        chain: states of the policy at the observations, constants.
+        batch: observations and weights of the windows.
+        actions: chunks of the data (B, chunk_dim).
+        target: y (B,), see `td_target`.
+        noise: ``bc_x0`` and ``bc_t``, see `behaviour_loss`.
+
+    Returns: ``critic``, ``behaviour`` and ``matching``.
+    """
+    s, w = batch.observations, batch.valid
+    return {
+        "critic": critic_loss(critic, s, actions, target, w),
+        "behaviour": behaviour_loss(flow.behaviour, s, actions, w, noise),
+        "matching": matching_loss(flow, chain, s, reward),
+    }
+
+
 def one_step_loss(
     actor: OneStepActor,
     critic: Critics,
@@ -180,7 +222,7 @@ def one_step_loss(
     flow_actions: Tensor,
     alpha: float,
 ) -> Term:
-    """Loss of a one-step policy that imitates a flow's action and climbs the critics.
+    """Compute the loss of a one-step policy that imitates a flow's action and climbs the critics.
 
     The imitation is of the unclipped g.
 
@@ -220,7 +262,7 @@ def edit_loss(
     scale: float,
     target_entropy: float,
 ) -> Term:
-    """Loss of an editor that climbs the critics, and of the temperature of its entropy.
+    """Compute the loss of an editor that climbs the critics, and of its entropy's temperature.
 
     The temperature α = exp(log α) is not differentiated in the editor's own loss, nor log p(e) in
     that of the temperature; log p(e) is not corrected for the scale.
@@ -249,9 +291,10 @@ def edit_loss(
 
 
 def expectile_loss(values: Tensor, targets: Tensor, expectile: float) -> Term:
-    """Asymmetric squared error that fits values (B,) to an expectile κ of targets (B,).
+    """Compute the asymmetric squared error that fits values (B,) to an expectile κ of targets.
 
-    With d = target - value the error is κ d² where d >= 0 and (1 - κ) d² elsewhere.
+    Targets are (B,).  With d = target - value the error is κ d² where d >= 0 and
+    (1 - κ) d² elsewhere.
     """
     difference = targets - values
     squares = difference.square()

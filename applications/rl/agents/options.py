@@ -4,10 +4,10 @@ The configuration of an agent is one frozen dataclass.  It derives from `AgentCo
 it, from the groups it needs:
 
     @dataclass(frozen=True)
-    class QAMConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig): ...
+    class QAMConfig(MatchingOptions, BestOfOptions, CriticOptions, AgentConfig): ...
 
-An option written as ``option(default, range)`` is checked when a configuration is made; an option
-with a plain default is not.
+An option written as ``checked_option(default, range)`` is checked when a configuration is made; an
+option with a plain default is not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def one_of(*names: str) -> Range:
 FINITE = Range("finite", math.isfinite)
 
 
-def option(default: Any, allowed: Range) -> Any:
+def checked_option(default: Any, allowed: Range) -> Any:
     """Declare an option of a configuration with its default and the range it is checked against."""
     return field(default=default, metadata={"range": allowed})
 
@@ -78,31 +78,31 @@ class AgentConfig:
 
     agent_class: ClassVar[Any]  # type[Agent], which the command line could not resolve here
 
-    hidden: tuple[int, ...] = option(
+    hidden: tuple[int, ...] = checked_option(
         (512, 512, 512, 512),
         Range("one or more positive widths", lambda sizes: bool(sizes) and min(sizes) >= 1),
     )
     """Widths of the hidden layers of every network."""
     actor_layer_norm: bool = False
     """Use layer norm in the flow and one-step actors."""
-    horizon: int = option(5, at_least(1))
+    horizon: int = checked_option(5, at_least(1))
     """Steps h of a window: the length of a chunk of actions and of the n-step return."""
-    observation_scale: float = option(0.0, at_least(0.0))
+    observation_scale: float = checked_option(0.0, at_least(0.0))
     """Standardise observations by the data's mean and deviation, then multiply by this; 0 leaves
     them as they are, as published.  Small networks resolve a maze only if it is several wide.
     Without data, so for learning online alone, mean 0 and deviation 1 are taken: it then multiplies
     the observations as they come."""
     action_chunking: bool = True
     """Act in chunks of h actions; otherwise in single actions, with returns over h steps."""
-    discount: float = option(0.99, Range("in (0, 1]", lambda value: 0 < value <= 1))
+    discount: float = checked_option(0.99, Range("in (0, 1]", lambda value: 0 < value <= 1))
     """Discount γ per environment step."""
-    flow_steps: int = option(10, at_least(1))
+    flow_steps: int = checked_option(10, at_least(1))
     """Steps K of the flow, when acting and in the training chain."""
-    solver: Solver = option("euler", one_of("euler", "ab2"))  # noqa: RUF009 — a field, as above
+    solver: Solver = checked_option("euler", one_of("euler", "ab2"))  # noqa: RUF009 — a field, as above
     """Solver of the flow's ODE: "euler" as published, or "ab2", of second order, as cheap."""
-    lr: float = option(3e-4, above(0))
+    lr: float = checked_option(3e-4, above(0))
     """Learning rate of Adam."""
-    grad_clip: float = option(0.0, at_least(0.0))
+    grad_clip: float = checked_option(0.0, at_least(0.0))
     """Largest norm of the gradient over all networks; 0 turns clipping off."""
 
     @final
@@ -120,12 +120,12 @@ class AgentConfig:
 
     @property
     def chunk_length(self) -> int:
-        """Number of actions that the policy emits at once."""
+        """Return the number of actions that the policy emits at once."""
         return self.horizon if self.action_chunking else 1
 
     @property
     def window_discount(self) -> float:
-        """Discount γ^h of a whole window."""
+        """Return the discount γ^h of a whole window."""
         return self.discount**self.horizon
 
 
@@ -133,11 +133,11 @@ class AgentConfig:
 class CriticOptions:
     """Options of the agents that have critics."""
 
-    critics: int = option(10, at_least(1))
+    critics: int = checked_option(10, at_least(1))
     """Members of the ensemble of critics."""
-    rho: float = option(0.5, at_least(0.0))
+    rho: float = checked_option(0.5, at_least(0.0))
     """Pessimism ρ of the target: mean - ρ sd over the target critics."""
-    target_rate: float = option(0.005, Range("in (0, 1]", lambda value: 0 < value <= 1))
+    target_rate: float = checked_option(0.005, Range("in (0, 1]", lambda value: 0 < value <= 1))
     """Polyak rate at which target networks follow their networks."""
 
 
@@ -145,7 +145,7 @@ class CriticOptions:
 class BestOfOptions:
     """Options of the agents that choose among candidates."""
 
-    best_of_n: int = option(1, at_least(1))
+    best_of_n: int = checked_option(1, at_least(1))
     """Candidates of which the critics choose an action, when acting and in targets."""
 
 
@@ -153,23 +153,23 @@ class BestOfOptions:
 class TiltOptions:
     """Options of the agents whose policy flow is the tilt of a behaviour flow."""
 
-    inverse_temperature: float = option(1.0, above(0))
+    inverse_temperature: float = checked_option(1.0, above(0))
     """Inverse temperature τ: the policy is the behaviour tilted by exp(τ Q)."""
     residual: bool = False
     """Learn a correction of the behaviour's velocity rather than a velocity of its own."""
     target_behaviour: bool = True
     """Compare the policy with the target network of the behaviour rather than with itself."""
-    flow_steps: int = option(10, Range("at least 2 for a chain", lambda steps: steps >= 2))
+    flow_steps: int = checked_option(10, Range("at least 2 for a chain", lambda steps: steps >= 2))
     """Steps K of the flow, when acting and in the training chain."""
-    grad_clip: float = option(1.0, at_least(0.0))
+    grad_clip: float = checked_option(1.0, at_least(0.0))
     """Largest norm of the gradient over all networks; 0 turns clipping off."""
 
 
 @dataclass(frozen=True)
-class MatchingOptions:
+class MatchingOptions(TiltOptions):
     """Options of the agents that tilt by adjoint matching."""
 
-    kernel: str = option("euler_published", one_of(*AGENT_KERNELS))
+    kernel: str = checked_option("euler_published", one_of(*AGENT_KERNELS))
     """Memoryless scheme, one of adjoint.KERNELS but ``covariance_matched``; ``moment_matched`` is
     the most exact at few steps."""
     clip_terminal: bool = True

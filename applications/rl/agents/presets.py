@@ -8,8 +8,8 @@ Horizon and discount are those of the task.
 
 ``small``: the same but for networks that a laptop trains, 3 layers of 128 and two critics.  τ, α
 and the other values carry over: they weigh a Q of the same scale.  Domains in `RECIPES` have a
-recipe of their own instead, found by trial on one core and judged by `benchmarks.rl`; what single
-agents set there is in their files (``Agent.small``).
+recipe of their own instead, found by trial on one core and evaluated by `benchmarks.rl`; what
+single agents set there is in their files (``Agent.small``).
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class HasProtocol(Protocol):
 
     @property
     def domain(self) -> str:
-        """The environment, as in `applications.rl.agents.domains.DOMAINS`."""
+        """Name the environment, as in `applications.rl.agents.domains.DOMAINS`."""
         ...
 
     @property
     def horizon(self) -> int:
-        """Chunk length h."""
+        """Return the chunk length h."""
         ...
 
     @property
     def discount(self) -> float:
-        """Discount γ."""
+        """Return the discount γ per step."""
         ...
 
 

@@ -29,24 +29,20 @@ import torch
 from torch import Tensor
 
 from adjoint import Reward
-from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform
 from applications.rl.agents.chain_kernel import ChainKernel
 from applications.rl.agents.domains import by_domain
 from applications.rl.agents.losses import (
     Term,
-    behaviour_loss,
-    critic_loss,
-    critic_reward,
-    matching_loss,
     td_target,
+    tilt_reward,
+    tilt_terms,
 )
-from applications.rl.agents.networks import Critics
 from applications.rl.agents.options import (
     AgentConfig,
     BestOfOptions,
     CriticOptions,
     MatchingOptions,
-    TiltOptions,
 )
 from applications.rl.agents.rollouts import (
     FlowODE,
@@ -57,6 +53,7 @@ from applications.rl.agents.rollouts import (
     candidates,
     chain_and_actions,
     condition,
+    first_ranked,
     flow_action,
 )
 from flows import frozen
@@ -66,7 +63,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QAMConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
+class QAMConfig(MatchingOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of QAM."""
 
 
@@ -91,9 +88,7 @@ class QAM(Agent):
 
     def __init__(self, config: QAMConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.critic = Critics(
-            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
-        )
+        self.critic = self.critics(config.critics)
         self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
@@ -116,30 +111,23 @@ class QAM(Agent):
         return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """Compute the terms of L = L_Q + L_BC + L_AM."""
-        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
-        x0, cond = noise["bc_x0"], condition(s)
-        self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
+        """Compute the terms of L = L_Q + L_BC + L_AM (`tilt_terms`)."""
+        config, s, flow = self.config, batch.observations, self.flow
+        x0, actions = noise["bc_x0"], self.flatten(batch.actions)
+        self.kernel.measure(flow.reference, x0, actions, batch.valid, condition(s))
         next_actions, chain, _ = self.rollouts(batch, noise)
         y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
-        return {
-            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
-            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
-            "matching": matching_loss(self.flow, chain, s, self.reward),
-        }
+        return tilt_terms(self.critic, flow, self.reward, chain, batch, actions, y, noise)
 
     @property
     def flow(self) -> PolicyFlow:
-        """Velocity of the policy, in the chain and when it acts."""
-        residual = self.config.residual
-        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
+        """Return the velocity of the policy, in the chain and when it acts."""
+        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, self.config.residual)
 
     @property
     def reward(self) -> Reward:
-        """Reward τ Q of the tilt."""
-        config = self.config
-        critic = self.target_critic if config.target_gradient else self.critic
-        return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
+        """Return the reward τ Q of the tilt."""
+        return tilt_reward(self.critic, self.target_critic, self.config)
 
     @torch.no_grad()
     def rollouts(self, batch: Batch, noise: Noise) -> Rollouts:
@@ -157,13 +145,4 @@ class QAM(Agent):
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """Choose the candidate that the critics rank first."""
-        rows, x = candidates(observations, noise["noise"])
-        return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
-
-    def update_targets(self) -> None:
-        """Move the target critics and the target behaviour."""
-        critics, behaviours = (
-            (self.critic, self.target_critic),
-            (self.behaviour, self.target_behaviour),
-        )
-        follow([critics, behaviours], self.config.target_rate)
+        return first_ranked(self.propose, self.critic, observations, noise)

@@ -25,20 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from adjoint import Reward
-from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform
 from applications.rl.agents.chain_kernel import ChainKernel
 from applications.rl.agents.domains import by_domain
 from applications.rl.agents.losses import (
     Term,
-    behaviour_loss,
-    critic_loss,
-    critic_reward,
     edit_loss,
     edited,
-    matching_loss,
     td_target,
+    tilt_reward,
+    tilt_terms,
 )
-from applications.rl.agents.networks import Critics, TanhGaussianActor
+from applications.rl.agents.networks import TanhGaussianActor
 from applications.rl.agents.options import (
     FINITE,
     AgentConfig,
@@ -46,8 +44,7 @@ from applications.rl.agents.options import (
     CriticOptions,
     MatchingOptions,
     Range,
-    TiltOptions,
-    option,
+    checked_option,
 )
 from applications.rl.agents.rollouts import (
     FlowODE,
@@ -58,6 +55,7 @@ from applications.rl.agents.rollouts import (
     candidates,
     chain_and_actions,
     condition,
+    first_ranked,
     flow_action,
 )
 from flows import frozen
@@ -67,12 +65,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QAMEConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
+class QAMEConfig(MatchingOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of QAM-E."""
 
-    edit_scale: float = option(0.1, Range("in [0, 2]", lambda scale: 0 <= scale <= 2))
+    edit_scale: float = checked_option(0.1, Range("in [0, 2]", lambda scale: 0 <= scale <= 2))
     """Largest edit of each action; 0 leaves the editor out."""
-    target_entropy: float = option(-0.5, FINITE)
+    target_entropy: float = checked_option(-0.5, FINITE)
     """Entropy of the editor's e that its temperature aims at, in nats per dimension."""
 
 
@@ -102,9 +100,7 @@ class QAME(Agent):
 
     def __init__(self, config: QAMEConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.critic = Critics(
-            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
-        )
+        self.critic = self.critics(config.critics)
         self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
@@ -138,18 +134,15 @@ class QAME(Agent):
         return dict.fromkeys(names, (batch_size, self.config.best_of_n, self.chunk_dim))
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """Compute the terms of L = L_Q + L_BC + L_AM + L_edit."""
-        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
-        x0, cond = noise["bc_x0"], condition(s)
-        self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
+        """Compute the terms of L = L_Q + L_BC + L_AM (`tilt_terms`) + L_edit."""
+        config, s, flow = self.config, batch.observations, self.flow
+        x0, actions = noise["bc_x0"], self.flatten(batch.actions)
+        self.kernel.measure(flow.reference, x0, actions, batch.valid, condition(s))
         next_actions, chain, flow_actions = self.rollouts(batch, noise)
         y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
-        terms = {
-            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
-            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
-            "matching": matching_loss(self.flow, chain, s, self.reward),
-        }
-        if self.editor is not None and flow_actions is not None:
+        terms = tilt_terms(self.critic, flow, self.reward, chain, batch, actions, y, noise)
+        if self.editor is not None:
+            assert flow_actions is not None
             terms["edit"] = edit_loss(
                 self.editor,
                 self.log_alpha,
@@ -164,16 +157,13 @@ class QAME(Agent):
 
     @property
     def flow(self) -> PolicyFlow:
-        """Velocity of the policy, in the chain and when it acts."""
-        residual = self.config.residual
-        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
+        """Return the velocity of the policy, in the chain and when it acts."""
+        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, self.config.residual)
 
     @property
     def reward(self) -> Reward:
-        """Reward τ Q of the tilt."""
-        config = self.config
-        critic = self.target_critic if config.target_gradient else self.critic
-        return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
+        """Return the reward τ Q of the tilt."""
+        return tilt_reward(self.critic, self.target_critic, self.config)
 
     @torch.no_grad()
     def rollouts(self, batch: Batch, noise: Noise) -> Rollouts:
@@ -205,14 +195,4 @@ class QAME(Agent):
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """Choose the candidate that the critics rank first."""
-        rows, _ = candidates(observations, noise["noise"])
-        flat = {name: noise[name].flatten(0, 1) for name in self.act_shapes(1)}
-        return best_of(self.critic, rows, self.propose(rows, flat), self.config.best_of_n)
-
-    def update_targets(self) -> None:
-        """Move the target critics and the target behaviour."""
-        critics, behaviours = (
-            (self.critic, self.target_critic),
-            (self.behaviour, self.target_behaviour),
-        )
-        follow([critics, behaviours], self.config.target_rate)
+        return first_ranked(self.propose, self.critic, observations, noise)

@@ -18,27 +18,24 @@ import torch
 from torch import Tensor
 
 from adjoint import Reward
-from applications.rl.agents.base import Agent, Options, Shapes, Uniform, follow
+from applications.rl.agents.base import Agent, Options, Shapes, Uniform
 from applications.rl.agents.chain_kernel import ChainKernel
 from applications.rl.agents.domains import by_domain
 from applications.rl.agents.losses import (
     Term,
-    behaviour_loss,
-    critic_loss,
-    critic_reward,
-    matching_loss,
     one_step_loss,
     td_target,
+    tilt_reward,
+    tilt_terms,
 )
-from applications.rl.agents.networks import Critics, OneStepActor
+from applications.rl.agents.networks import OneStepActor
 from applications.rl.agents.options import (
     AgentConfig,
     BestOfOptions,
     CriticOptions,
     MatchingOptions,
-    TiltOptions,
     at_least,
-    option,
+    checked_option,
 )
 from applications.rl.agents.rollouts import (
     FlowODE,
@@ -49,6 +46,7 @@ from applications.rl.agents.rollouts import (
     candidates,
     chain_and_actions,
     condition,
+    first_ranked,
     flow_action,
 )
 from flows import frozen
@@ -58,10 +56,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QAMFConfig(MatchingOptions, TiltOptions, BestOfOptions, CriticOptions, AgentConfig):
+class QAMFConfig(MatchingOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of QAM-F."""
 
-    alpha: float = option(30.0, at_least(0.0))
+    alpha: float = checked_option(30.0, at_least(0.0))
     """Weight α of the imitation; 0 leaves the one-step policy out."""
 
 
@@ -90,9 +88,7 @@ class QAMF(Agent):
 
     def __init__(self, config: QAMFConfig, observation_dim: int, action_dim: int) -> None:
         super().__init__(config, observation_dim, action_dim)
-        self.critic = Critics(
-            observation_dim, self.chunk_dim, hidden=config.hidden, members=config.critics
-        )
+        self.critic = self.critics(config.critics)
         self.target_critic = frozen(self.critic)
         self.behaviour = self.flow_actor()
         self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
@@ -117,18 +113,15 @@ class QAMF(Agent):
         return {"noise": (batch_size, self.config.best_of_n, self.chunk_dim)}
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """Compute the terms of L = L_Q + L_BC + L_AM + L_g."""
-        config, s, actions = self.config, batch.observations, self.flatten(batch.actions)
-        x0, cond = noise["bc_x0"], condition(s)
-        self.kernel.measure(self.flow.reference, x0, actions, batch.valid, cond)
+        """Compute the terms of L = L_Q + L_BC + L_AM (`tilt_terms`) + L_g."""
+        config, s, flow = self.config, batch.observations, self.flow
+        x0, actions = noise["bc_x0"], self.flatten(batch.actions)
+        self.kernel.measure(flow.reference, x0, actions, batch.valid, condition(s))
         next_actions, chain, flow_actions = self.rollouts(batch, noise)
         y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
-        terms = {
-            "critic": critic_loss(self.critic, s, actions, y, batch.valid),
-            "behaviour": behaviour_loss(self.behaviour, s, actions, batch.valid, noise),
-            "matching": matching_loss(self.flow, chain, s, self.reward),
-        }
-        if self.one_step is not None and flow_actions is not None:
+        terms = tilt_terms(self.critic, flow, self.reward, chain, batch, actions, y, noise)
+        if self.one_step is not None:
+            assert flow_actions is not None
             z = noise["extra_base_noise"]
             terms["one_step"] = one_step_loss(
                 self.one_step, self.critic, s, z, flow_actions, config.alpha
@@ -137,16 +130,13 @@ class QAMF(Agent):
 
     @property
     def flow(self) -> PolicyFlow:
-        """Velocity of the policy, in the chain and when it acts."""
-        residual = self.config.residual
-        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, residual)
+        """Return the velocity of the policy, in the chain and when it acts."""
+        return PolicyFlow(self.policy, self.behaviour, self.target_behaviour, self.config.residual)
 
     @property
     def reward(self) -> Reward:
-        """Reward τ Q of the tilt."""
-        config = self.config
-        critic = self.target_critic if config.target_gradient else self.critic
-        return critic_reward(critic, config.inverse_temperature, clip=config.clip_terminal)
+        """Return the reward τ Q of the tilt."""
+        return tilt_reward(self.critic, self.target_critic, self.config)
 
     @torch.no_grad()
     def rollouts(self, batch: Batch, noise: Noise) -> Rollouts:
@@ -171,13 +161,4 @@ class QAMF(Agent):
 
     def chunks(self, observations: Tensor, noise: Noise) -> Tensor:
         """Choose the candidate that the critics rank first."""
-        rows, x = candidates(observations, noise["noise"])
-        return best_of(self.critic, rows, self.propose(rows, {"noise": x}), self.config.best_of_n)
-
-    def update_targets(self) -> None:
-        """Move the target critics and the target behaviour."""
-        critics, behaviours = (
-            (self.critic, self.target_critic),
-            (self.behaviour, self.target_behaviour),
-        )
-        follow([critics, behaviours], self.config.target_rate)
+        return first_ranked(self.propose, self.critic, observations, noise)

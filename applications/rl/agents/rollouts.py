@@ -143,6 +143,27 @@ def best_of(
     return actions.reshape(-1, n, actions.shape[1]).gather(1, index).squeeze(1)
 
 
+def first_ranked(
+    propose: Callable[[Tensor, Noise], Tensor],
+    critic: Callable[[Tensor, Tensor], Tensor],
+    observations: Tensor,
+    noise: Noise,
+    rank: Callable[[Tensor], Tensor] = ensemble_mean,
+) -> Tensor:
+    """Propose n actions for each observation, and return the first-ranked of each, (B, d).
+
+    Arguments:
+        propose: makes actions (n·B, d) of observations (n·B, observation_dim) and noise (n·B, ...).
+        critic: gives values (E, n·B); it is not evaluated where n is 1.
+        observations: (B, observation_dim).
+        noise: the noises (B, n, ...) of the candidates by name, of which one is ``noise``.
+        rank: makes one score (n·B,) of the values.
+    """
+    rows, _ = candidates(observations, noise["noise"])
+    own = {name: value.flatten(0, 1) for name, value in noise.items()}
+    return best_of(critic, rows, propose(rows, own), noise["noise"].shape[1], rank)
+
+
 def stop_weight_gradient(network: nn.Module) -> VelocityField:
     """Return the network as a velocity field of constant weights: gradients reach x only."""
     if not any(parameter.requires_grad for parameter in network.parameters()):
@@ -176,7 +197,7 @@ class PolicyFlow:
 
     @property
     def reference(self) -> nn.Module:
-        """The flow with which the policy is compared: b̄ if there is one, else b."""
+        """Return the flow with which the policy is compared: b̄ if there is one, else b."""
         return self.behaviour if self.target_behaviour is None else self.target_behaviour
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:

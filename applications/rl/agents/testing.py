@@ -170,14 +170,12 @@ def _loss_is_a_function_of_its_noise(case: _Case) -> None:
 
 def _actions_are_a_function_of_their_noise(case: _Case) -> None:
     agent, s = case.agent(), 3 * case.batch().observations
-    drawn = _Seen(agent.act_noise(B, _generator()))
+    drawn = agent.act_noise(B, _generator())
     actions = _without_global_randomness(lambda: agent.act(s, drawn), "act")
     expected = (B, case.config.chunk_length, case.action_dim)
     assert actions.shape == expected, f"actions must be {expected}, got {tuple(actions.shape)}"
     assert actions.abs().max() <= 1, f"actions must lie in [-1, 1], got {actions.abs().max()}"
     assert torch.equal(actions, agent.act(s, drawn)), "actions change at the same noise"
-    unread = drawn.keys() - drawn.read
-    assert not unread, f"act_shapes declares {sorted(unread)}, which acting does not read"
     for i in range(B):
         own = {name: value[i : i + 1] for name, value in drawn.items()}
         _same(agent.act(s[i : i + 1], own)[0], actions[i], "an action depends on the other rows")

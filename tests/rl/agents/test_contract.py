@@ -7,7 +7,7 @@ import torch
 from helpers.agent_problems import OPTIONS, SHARED
 from helpers.own_agent import Regression, RegressionConfig
 
-from applications.rl import AGENTS, check_agent
+from applications.rl import AGENTS, check_agent, make_agent
 from applications.rl.agents.options import AGENT_KERNELS
 
 VARIANTS = [
@@ -34,6 +34,14 @@ def test_the_contract(name, changes):
 
 def test_a_loss_compiles():
     check_agent(config("qam-e"), compiled=True)
+
+
+def test_target_networks_need_a_rate():
+    agent = make_agent(RegressionConfig(hidden=(8,)), 5, 2)
+    agent.update_targets()
+    agent.target_actor = agent.one_step_actor()
+    with pytest.raises(TypeError, match="RegressionConfig must have an option target_rate"):
+        agent.update_targets()
 
 
 OWN = RegressionConfig(hidden=(8,), horizon=3)
@@ -90,7 +98,7 @@ BROKEN = {
         "chunks": lambda self, s, noise: (noise["noise"] - noise["noise"].mean()).tanh()
     },
     "spare.weight gets no gradient": {"__init__": spare},
-    "must move target_actor": {"__init__": target},
+    "must move target_actor": {"__init__": target, "update_targets": lambda self: None},
     "do not work under torch.vmap": {
         "losses": losses_with(lambda self, loss, noise: in_place(loss))
     },

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,43 +14,34 @@ from adjoint.loss import select_steps
 from flows import grid as grids
 from flows.training import TrainerConfig
 from flows.training.config import plain_options
+from flows.training.renamed import Renamed
 
-Config = TypeVar("Config", bound=type)
 
-
-def option(default: Any, *, resume: str = "fixed", formerly: str | None = None) -> Any:
+def option(default: Any, *, resume: str = "fixed") -> Any:
     """Return a field of `TiltConfig` with its default value.
 
     Arguments:
         resume: "free" where a resumed run may change the option: the numbers of the training stay
             as they are, up to rounding.  A resume with another value of a "fixed" option is
             refused.
-        formerly: the option's name in version 0.1.0.
     """
-    return field(default=default, metadata={"resume": resume, "formerly": formerly})
+    return field(default=default, metadata={"resume": resume})
 
 
-def refuse_former_names(config: Config) -> Config:
-    """Make the constructor of a dataclass name the new name where it is given a former one."""
-    former = {f.metadata["formerly"]: f.name for f in fields(config) if f.metadata.get("formerly")}
-    changed: Any = config
-    construct: Callable[..., None] = changed.__init__
-
-    @functools.wraps(construct)
-    def checked(self: Any, *args: Any, **options: Any) -> None:
-        for old in former.keys() & options.keys():
-            raise TypeError(f"option {old!r} of version 0.1.0 is now called {former[old]!r}")
-        construct(self, *args, **options)
-
-    changed.__init__ = checked
-    return config
-
-
-@refuse_former_names
 @dataclass(frozen=True)
 class TiltConfig(TrainerConfig):
     """Options of a tilt; the options of `flows.training.TrainerConfig` come first."""
 
+    renamed: ClassVar[Renamed] = {
+        "refine": "refine_fraction",
+        "late": "late_fraction",
+        "early": "early_fraction",
+        "variates": "control_variates",
+        "replay": "replay_size",
+        "refresh": "losses_per_rollout",
+        "graph": "cuda_graphs",
+    }
+    """New names of options by their names in version 0.1."""
     grad_clip: float = 100.0
     """Largest norm of the gradient; 0 turns clipping off.  The loss is a sum over steps, and its
     rare large terms carry the mass between modes: a tight limit would bias the tilt."""
@@ -64,7 +53,7 @@ class TiltConfig(TrainerConfig):
     """Number of steps K of the training chain."""
     shift: float = 1.0
     """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise."""
-    refine_fraction: float = option(0.0, formerly="refine")
+    refine_fraction: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w instead of the
     adjoint-matching loss.  They start from the averaged weights with a fresh optimiser; 0 is none.
     Choose a half or more in low dimensions, with 20 steps or more, or with the kernel
@@ -81,9 +70,9 @@ class TiltConfig(TrainerConfig):
     """Trajectories in an update (in one loss, where ``accumulate`` adds several).  This number,
     ``replay_size``, ``base_samples`` and ``certificate_samples`` are totals over the processes and
     are rounded up to a multiple of their number."""
-    late_fraction: float = option(1.0, formerly="late")
+    late_fraction: float = 1.0
     """Fraction of the steps, the last ones, that always enter the loss."""
-    early_fraction: float = option(1.0, formerly="early")
+    early_fraction: float = 1.0
     """Fraction of the other steps, drawn at random, that enter the loss."""
     clip: float = 0.0
     """Constant cap on the loss of one step of one trajectory; 0 is none."""
@@ -93,15 +82,15 @@ class TiltConfig(TrainerConfig):
     """Weight trajectories by softmax(log w).  It removes bias that a coarse grid leaves, and adds
     noise: choose large batches.  With conditions, w contains Z(c), so that conditions with a large
     Z(c) count more; where Z(c) varies much, ``min_ess`` leaves batches unweighted."""
-    control_variates: bool = option(False, formerly="variates")
+    control_variates: bool = False
     """Subtract control variates from the adjoints (`adjoint.chain.control_variates`).  Their
     variance falls as the model improves.  The price is a second adjoint pass and more evaluations
     of model and base per update."""
     min_ess: float = 0.5
     """With ``importance``, the effective sample size / B below which a batch goes unweighted."""
-    replay_size: int = option(0, formerly="replay")
+    replay_size: int = 0
     """Trajectories kept for reuse; 0 is none."""
-    losses_per_rollout: int = option(1, formerly="refresh")
+    losses_per_rollout: int = 1
     """With ``replay_size``, the number of losses per fresh rollout."""
     base_samples: int | None = None
     """ODE samples drawn from the base before training, to estimate its mean squared errors, to
@@ -124,7 +113,7 @@ class TiltConfig(TrainerConfig):
     """Compile base and model for the updates with `torch.compile` (on a CPU with a C++ compiler).
     It takes from seconds to a minute before the first update, which only long trainings earn
     back."""
-    cuda_graphs: bool = option(False, resume="free", formerly="graph")
+    cuda_graphs: bool = option(False, resume="free")
     """On cuda, record loss and gradient once as a CUDA graph and launch it for each update
     (`flows.training.gradient_graph`).  It serves small networks, whose kernels end sooner than the
     host asks for the next one.  Base, reward and cond_sampler must not wait for the GPU, must do

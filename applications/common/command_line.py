@@ -11,14 +11,15 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import tyro
 from tqdm import tqdm
 
 from applications.common.errors import EXPECTED, describe
-from applications.common.renamed import PACKAGE, Renamed, refuse_old_flags
+from flows.training.checkpoint import PACKAGE
+from flows.training.renamed import refuse_old_flags
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,11 @@ class Program:
     Attributes:
         name: words that start it, such as ``python -m applications.rl``.
         commands: the commands by name.
-        renamed: options that had another name in an earlier version.
         extra: extra of this package that installs the optional packages of the program.
     """
 
     name: str
     commands: Mapping[str, Command]
-    renamed: Renamed = field(default_factory=dict)
     extra: str = ""
 
     def usage(self) -> str:
@@ -91,7 +90,7 @@ class Program:
         """
         command = self.commands[name]
         config, function = command.load()
-        refuse_old_flags(arguments, self.renamed)
+        refuse_old_flags(arguments, getattr(config, "renamed", {}))
         program = f"{self.name} {name}"
         if command.default is None:
             return tyro.cli(config, args=arguments, prog=program), function

@@ -17,10 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from applications.common.renamed import PACKAGE, Renamed, old_options, version_of
 from flows.training import versions, write_json
+from flows.training.checkpoint import PACKAGE
+from flows.training.renamed import Renamed, old_options
 
 CONFIG = "config.json"
+
+FIRST = "0.1"
+"""The version whose files do not say which version wrote them."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a disk without room, a quota used up, a file above its limit."""
@@ -67,6 +71,12 @@ def write_config(folder: Path, content: Mapping[str, Any]) -> None:
     """
     known = {**versions(), **content.get("versions", {})}
     write_json(folder / CONFIG, {**content, "versions": known})
+
+
+def version_of(config: Mapping[str, Any]) -> str:
+    """Return the version of this package that wrote a config.json with the content ``config``."""
+    versions = config.get("versions")
+    return str(versions.get(PACKAGE, FIRST)) if isinstance(versions, Mapping) else FIRST
 
 
 def check_free(folder: Path, files: RunFiles, *, resume: bool, overwrite: bool) -> bool:

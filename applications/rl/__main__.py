@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 from applications.common.command_line import Command, Program
-from applications.rl.renamed import RENAMED
 from flows.training import prepare_process
 
 NAME = "python -m applications.rl"
@@ -105,7 +104,7 @@ COMMANDS = {
     "list": _command("list_names", "ListConfig", "show_list", "name the tasks, agents and options"),
 }
 
-PROGRAM = Program(NAME, COMMANDS, renamed=RENAMED, extra="rl")
+PROGRAM = Program(NAME, COMMANDS, extra="rl")
 main, parse = PROGRAM.main, PROGRAM.parse
 
 if __name__ == "__main__":

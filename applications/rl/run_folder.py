@@ -27,7 +27,7 @@ from applications.common.run_folder import CONFIG, RunFiles, write_config
 from applications.rl.agents import AgentLike, UntrustedAgentError, find_agent, make_agent
 from applications.rl.agents.base import Agent, AgentConfig
 from applications.rl.environments.spaces import Spaces
-from applications.rl.renamed import RENAMED
+from applications.rl.training.config import TrainConfig
 from flows.training import CheckpointError, ensure_writable
 from flows.training import checkpoint as checkpoints
 
@@ -44,7 +44,7 @@ FILES = RunFiles(
     checkpoints=(CHECKPOINT,),
     outputs=(SNAPSHOT, METRICS, EVALUATION),
     marker="offline_steps",
-    renamed=RENAMED,
+    renamed=TrainConfig.renamed,
 )
 
 

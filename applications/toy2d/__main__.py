@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from applications.common.command_line import Command, Program
-from applications.toy2d.renamed import RENAMED
 from flows.training import prepare_process
 
 COMMANDS = "applications.toy2d.commands"
@@ -28,7 +27,6 @@ PROGRAM = Program(
         ),
         "list": Command(COMMANDS, "List", "show_list", "name the targets, rewards and kernels"),
     },
-    renamed=RENAMED,
 )
 main, parse = PROGRAM.main, PROGRAM.parse
 

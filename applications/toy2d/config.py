@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from adjoint import Scheme, TiltConfig, ValueFunction
 from applications.common.objects import NAME_OR_OBJECT
 from applications.toy2d.kernels import KernelOption, by_name, load_scheme
 from applications.toy2d.targets import Target
 from flows import TrainerConfig
+from flows.training.renamed import RefusesOldNames, Renamed
 
 CHECKPOINT_EVERY = 50
 """Updates, a few seconds of work, between two checkpoints."""
@@ -28,9 +29,11 @@ def name_of(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(RefusesOldNames):
     """Tilt one two-dimensional flow toward one reward, and see how good the tilt is."""
 
+    renamed: ClassVar[Renamed] = {"refine": "refine_fraction"}
+    """New names of options by their names in version 0.1."""
     target: Annotated[str | Target, NAME_OR_OBJECT] = field(
         default="pinwheel", metadata=SET_BY_GALLERY
     )

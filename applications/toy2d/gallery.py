@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,14 +23,17 @@ from applications.toy2d.run import run
 from applications.toy2d.setup import validate
 from applications.toy2d.targets import TARGETS, Target
 from flows.training import ensure_writable
+from flows.training.renamed import RefusesOldNames, Renamed
 
 RESOLUTION = 120
 
 
 @dataclass(frozen=True)
-class GalleryConfig:
+class GalleryConfig(RefusesOldNames):
     """Draw all targets, tilted toward all rewards, in one figure."""
 
+    renamed: ClassVar[Renamed] = RunConfig.renamed
+    """New names of options of ``run`` by their names in version 0.1."""
     folder: Path = Path("outputs/gallery")
     """Folder of gallery.png, and of the runs of a learned gallery."""
     learned: bool = False

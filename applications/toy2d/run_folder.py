@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from applications.common.run_folder import RunFiles
-from applications.toy2d.renamed import RENAMED
+from applications.toy2d.config import RunConfig
+from applications.toy2d.digits.config import DigitsConfig
 
 FILES = RunFiles(
     checkpoints=("classifier.pt", "base.pt", "tilt.pt"),
@@ -14,5 +15,5 @@ FILES = RunFiles(
     ),
     marker="base_iterations",
     last="report.json",
-    renamed=RENAMED,
+    renamed={**RunConfig.renamed, **DigitsConfig.renamed},
 )

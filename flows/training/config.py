@@ -7,9 +7,11 @@ import numbers
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_type_hints
 
+from flows.training.renamed import RefusesOldNames
+
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(RefusesOldNames):
     """The options of a training; module and loss are arguments of the trainer."""
 
     iterations: int = 2000

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
@@ -12,6 +13,7 @@ from applications.common.command_line import Command, Program
 class Config:
     """Count sheep."""
 
+    renamed: ClassVar = {"goats": "sheep"}
     sheep: int = 3
     """Number of sheep."""
     resume: bool = False
@@ -101,7 +103,7 @@ def test_usage_lists_the_commands(capsys):
 )
 def test_what_happens_is_one_line(capsys, arguments, status, shown):
     before = warnings.showwarning
-    assert program(extra="farm", renamed={"goats": "sheep"}).main(arguments) == status
+    assert program(extra="farm").main(arguments) == status
     assert capsys.readouterr().err == shown
     assert warnings.showwarning is before
 

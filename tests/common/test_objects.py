@@ -1,11 +1,10 @@
-"""Objects by ``module:Name``, and options by the names of earlier versions."""
+"""Objects by ``module:Name``."""
 
 import sys
 
 import pytest
 
 from applications.common.objects import is_reference, load_object
-from applications.common.renamed import old_options, refuse_old_arguments, refuse_old_flags
 
 
 @pytest.fixture
@@ -44,31 +43,3 @@ def test_what_is_not_there_is_named(module, reference, message):
 def test_a_package_that_the_module_needs_is_another_error(module):
     with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
         load_object("needy_for_tests:Spiral", "target")
-
-
-RENAMED = {"slow_rate": "target_rate"}
-
-
-@pytest.mark.parametrize(
-    ("flag", "new"),
-    [
-        ("--slow-rate", "--target-rate"),
-        ("--slow_rate=3", "--target-rate"),
-        ("--no-slow-rate", "--target-rate"),
-        ("--run.slow-rate", "--run.target-rate"),
-    ],
-)
-def test_old_flags_are_refused_with_the_new_name(flag, new):
-    with pytest.raises(ValueError, match=f"was renamed to {new}$"):
-        refuse_old_flags(["--folder", "x", flag], RENAMED)
-
-
-def test_values_and_new_flags_pass():
-    refuse_old_flags(["slow-rate", "--target-rate", "3", "--other", "slow_rate"], RENAMED)
-    refuse_old_arguments("Config", ["target_rate"], RENAMED)
-    assert old_options(["target_rate"], RENAMED) == ""
-
-
-def test_old_arguments_are_refused_with_the_new_name():
-    with pytest.raises(TypeError, match="Config: the argument 'slow_rate' was renamed to 'target_"):
-        refuse_old_arguments("Config", ["slow_rate"], RENAMED)

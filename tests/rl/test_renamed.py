@@ -7,7 +7,6 @@ import pytest
 
 from applications.rl import AGENTS, Setting, TrainConfig
 from applications.rl import __main__ as cli
-from applications.rl.renamed import RENAMED
 from applications.rl.run_folder import claim, load_agent
 from applications.rl.training.config import EXECUTION_OPTIONS
 from flows.training import CheckpointError, checkpoint
@@ -21,8 +20,8 @@ def names(*configurations):
 
 def test_new_names_exist_and_old_ones_do_not():
     known = names(TrainConfig, *(agent.config_class for agent in AGENTS.values()))
-    assert set(RENAMED.values()) <= known
-    assert not set(RENAMED) & known
+    assert set(TrainConfig.renamed.values()) <= known
+    assert not set(TrainConfig.renamed) & known
 
 
 @pytest.mark.parametrize("configuration", [TrainConfig, Setting])

@@ -12,7 +12,6 @@ from applications.toy2d.__main__ import main
 from applications.toy2d.commands import Demo
 from applications.toy2d.config import RunConfig
 from applications.toy2d.digits.config import DigitsConfig
-from applications.toy2d.renamed import RENAMED
 from applications.toy2d.run_folder import FILES
 from flows.training import checkpoint as checkpoints
 from flows.training.callbacks import Callback
@@ -205,5 +204,5 @@ def test_a_run_of_an_earlier_version_says_which_and_what_to_do(tmp_path, capsys)
 
 def test_new_names_exist_and_old_ones_do_not():
     known = {option.name for config in (RunConfig, DigitsConfig) for option in fields(config)}
-    assert set(RENAMED.values()) <= known
-    assert not set(RENAMED) & known
+    assert set(FILES.renamed.values()) <= known
+    assert not set(FILES.renamed) & known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -12,6 +12,7 @@ from applications.rl.agents.base import AgentConfig
 from applications.rl.sweep.plan import Plan, make_plan
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.seeds import parse_seeds
+from flows.training.renamed import RefusesOldNames, Renamed
 
 RESULTS = "results.json"
 
@@ -32,9 +33,11 @@ class Setting(TrainConfig):
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(RefusesOldNames):
     """Train agents on tasks with seeds, on this machine or on a cluster of Ray."""
 
+    renamed: ClassVar[Renamed] = Setting.renamed
+    """New names of options of ``run`` by their names in version 0.1."""
     tasks: tuple[str, ...]
     """Tasks; `published` stands for the 50 tasks of the published table."""
     agents: tuple[str, ...] = ("qam",)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from applications.common.renamed import refuse_old_arguments
 from applications.rl.agents.options import AgentConfig
 from applications.rl.agents.registry import agent_name
-from applications.rl.renamed import RENAMED
 from applications.rl.training.phases import Phases
 from applications.rl.training.seeds import SEEDS
+from flows.training.renamed import RefusesOldNames, Renamed
 
 EXECUTION = {"execution": True}
 """Metadata of an option that says how a run is executed or logged, not what is learned.
@@ -22,9 +21,18 @@ Runs that differ in such options alone are seeds of one setting; see `EXECUTION_
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RefusesOldNames):
     """Train an agent on a task, offline, online, or both; options of the agent come last."""
 
+    renamed: ClassVar[Renamed] = {
+        "eval_beside": "background_eval",
+        "together": "stacked",
+        "graph": "cuda_graphs",
+        "slow_rate": "target_rate",
+        "slow_gradient": "target_gradient",
+        "slow_base": "target_behaviour",
+    }
+    """New names of options, also the agents', by their names in version 0.1."""
     task: str
     """Task, such as cube-single-play-singletask-task1-v0; `list` shows the names."""
     agent: str = ""
@@ -100,15 +108,6 @@ class TrainConfig:
         None
     )
     """Options of the agent; those of the preset if not given."""
-
-    def __new__(cls, *arguments: Any, **options: Any) -> TrainConfig:
-        """Refuse options by a name of an earlier version.
-
-        Raises:
-            TypeError: an option has another name by now.
-        """
-        refuse_old_arguments(cls.__name__, options, RENAMED)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Refuse values out of range.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -11,12 +12,15 @@ from adjoint import TiltConfig
 from applications.toy2d.digits.data import CLASSES, DIM
 from applications.toy2d.kernels import KernelOption, by_name, load_scheme
 from flows.training import choose_device
+from flows.training.renamed import RefusesOldNames, Renamed
 
 
 @dataclass(frozen=True)
-class DigitsConfig:
+class DigitsConfig(RefusesOldNames):
     """Tilt a flow of handwritten digits toward one digit, and see how good the tilt is."""
 
+    renamed: ClassVar[Renamed] = {"refine": "refine_fraction", "variates": "control_variates"}
+    """New names of options by their names in version 0.1."""
     digit: int = 3
     """The digit whose log-probability is the reward."""
     temperature: float = 1.0

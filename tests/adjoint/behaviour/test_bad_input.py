@@ -455,7 +455,7 @@ def test_a_small_certificate_of_conditions_is_not_taken_for_one_of_a_single_law(
     [("late", "late_fraction"), ("refresh", "losses_per_rollout"), ("graph", "cuda")],
 )
 def test_a_former_name_of_an_option_is_refused_by_its_new_one(old, new):
-    with pytest.raises(TypeError, match=f"option '{old}' of version 0.1.0 is now called '{new}"):
+    with pytest.raises(TypeError, match=f"the argument '{old}' was renamed to '{new}"):
         TiltConfig(**{old: 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'leten'"):
         TiltConfig(leten=1)

@@ -1,19 +1,39 @@
 """Options that had another name in an earlier version: whoever uses the old name is told the new.
 
-Each application keeps one mapping from old names to new ones beside its configuration.
+A configuration derives from `RefusesOldNames` and has one mapping from old names to new ones,
+`renamed`.  The same mapping serves its constructor, its command line and the files of its runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 Renamed = Mapping[str, str]
 """New name of an option by its old name."""
 
-PACKAGE = "adjoint-matching"
-FIRST = "0.1"
-"""The version whose files do not say which version wrote them."""
+
+class RefusesOldNames:
+    """A base of configurations whose constructor refuses options by a name of an earlier version.
+
+    Attributes:
+        renamed: new name of an option by its old name.
+    """
+
+    renamed: ClassVar[Renamed] = {}
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Make the object, for ``__init__`` to fill.
+
+        Raises:
+            TypeError: an option has another name by now; the message has it.
+        """
+        for name in options:
+            if name in cls.renamed:
+                raise TypeError(
+                    f"{cls.__name__}: the argument {name!r} was renamed to {cls.renamed[name]!r}"
+                )
+        return super().__new__(cls)
 
 
 def refuse_old_flags(arguments: Iterable[str], renamed: Renamed) -> None:
@@ -31,23 +51,6 @@ def refuse_old_flags(arguments: Iterable[str], renamed: Renamed) -> None:
             raise ValueError(f"the option {flag} was renamed to --{path}{dot}{new}")
 
 
-def refuse_old_arguments(owner: str, names: Iterable[str], renamed: Renamed) -> None:
-    """Refuse keyword arguments of ``owner`` that have another name by now.
-
-    Raises:
-        TypeError: there is one; the message has its new name.
-    """
-    for name in names:
-        if name in renamed:
-            raise TypeError(f"{owner}: the argument {name!r} was renamed to {renamed[name]!r}")
-
-
 def old_options(options: Iterable[str], renamed: Renamed) -> str:
     """List the options among ``options`` that were renamed, as ``old is now new``; '' if none."""
     return ", ".join(f"{name} is now {renamed[name]}" for name in options if name in renamed)
-
-
-def version_of(config: Mapping[str, Any]) -> str:
-    """Return the version of this package that wrote a config.json with the content ``config``."""
-    versions = config.get("versions")
-    return str(versions.get(PACKAGE, FIRST)) if isinstance(versions, Mapping) else FIRST

@@ -124,11 +124,11 @@ class TiltConfig(TrainerConfig):
     @property
     def chain_steps(self) -> int:
         """Return the number of steps of the chain that training ends with and that is certified."""
-        refining = self.restart is not None and self.restart < self.iterations
+        refining = self.refine_from is not None and self.refine_from < self.iterations
         return self.refine_steps if self.refine_steps and refining else self.steps
 
     @property
-    def restart(self) -> int | None:
+    def refine_from(self) -> int | None:
         """Return the iteration with which the refinement begins; None without one."""
         if not self.refine_fraction:
             return None

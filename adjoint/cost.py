@@ -220,7 +220,7 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
     match_passes = match + backward / rate + 2 * matched
     refined = in_loss(final)
     refine = final * (2 + noise) + refined + again(refined)
-    part = 0.0 if config.restart is None else 1 - config.restart / max(1, config.iterations)
+    part = 0.0 if config.refine_from is None else 1 - config.refine_from / max(1, config.iterations)
     each = config.batch_size * config.accumulate
     forward = each * ((1 - part) * match + part * refine)
     passes = each * ((1 - part) * match_passes + part * (refine + 2 * refined))

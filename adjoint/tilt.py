@@ -170,6 +170,7 @@ def fit_tilt(
             "adapters": adapter_scales(model),
         },
         save_frozen=False,  # the caller has them
+        restart=config.refine_from,
     )
     return trainer.fit(
         resume=resume, backward=GradientGraph(trainer) if config.cuda_graphs else None

@@ -185,6 +185,8 @@ class VarianceLoss(Loss):
 class TiltLoss(Loss):
     """The loss of a tilt: adjoint matching, and in the last part of a training the refinement.
 
+    A trainer of your own restarts where the refinement begins: ``restart=config.refine_from``.
+
     Arguments:
         base: frozen velocity field.
         reward: scaled reward (temperature included).
@@ -238,8 +240,8 @@ class TiltLoss(Loss):
         if config.refine_fraction:
             self.refining = VarianceLoss(self.source, (refine_kernel or kernel).to(storage_device))
         self.companions = dict(companions or {})
-        restart = config.restart
-        self._matching_calls = None if restart is None else restart * config.accumulate
+        first = config.refine_from
+        self._matching_calls = None if first is None else first * config.accumulate
 
     @property
     def phase(self) -> Literal["match", "refine"]:

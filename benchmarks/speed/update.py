@@ -29,7 +29,7 @@ from applications.rl import (
 )
 from applications.rl.agents.losses import chain_adjoint
 from flows import Trainer, TrainerConfig
-from flows.training import StackedTrainers, UpdateGraph
+from flows.training import SplitLoss, StackedTrainers, UpdateGraph
 
 Execution = Literal["eager", "compiled", "graph"]
 """Way of execution: eager; with a compiled loss; or ten at a time from a CUDA graph, compiled."""
@@ -55,17 +55,41 @@ class Sizes:
 QUICK = Sizes(observation=6, action=2, horizon=3, batch=16, critics=2, steps=4, hidden=(32, 32))
 
 
-class FixedBatch(AgentLoss):
-    """An agent's loss on one fixed batch with fresh noise."""
+class FixedBatch(SplitLoss):
+    """An agent's loss on one fixed batch with fresh noise.
 
-    batch: Batch | None = None
+    Arguments:
+        loss: the loss, whose first batch stays.
+    """
+
+    def __init__(self, loss: AgentLoss) -> None:
+        self.loss, self.compiled = loss, loss.compiled
+        self.batch: Batch | None = None
+
+    def host_step(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Count an update."""
+        return self.loss.host_step(module, generator)
 
     def sample(self, module: nn.Module, generator: torch.Generator) -> tuple[Batch, Noise]:
         """Return the fixed batch and new noise."""
         if self.batch is None:
-            self.batch, _ = super().sample(module, generator)
+            self.batch, _ = self.loss.sample(module, generator)
         assert isinstance(module, QAM)
-        return self.batch, module.draw_noise(self.batch_size, generator)
+        return self.batch, module.draw_noise(self.loss.batch_size, generator)
+
+    def evaluate(
+        self, module: nn.Module, inputs: tuple[Batch, Noise]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the agent's loss on a batch and its noise, and metrics."""
+        return self.loss.evaluate(module, inputs)
+
+    def updates_without_host(self) -> int:
+        """Return how many updates from the next on do not need the host."""
+        return self.loss.updates_without_host()
+
+    def before_update(self, module: nn.Module) -> None:
+        """Move the target networks."""
+        self.loss.before_update(module)
 
 
 class Update:
@@ -99,7 +123,7 @@ class Update:
                 sizes,
                 replay,
                 seed,
-                kind=FixedBatch if fixed else AgentLoss,
+                fixed=fixed,
                 compiled=execution != "eager",
                 autocast=autocast,
             )
@@ -127,19 +151,24 @@ def make_trainer(
     replay: Replay,
     seed: int,
     *,
-    kind: type[AgentLoss] = AgentLoss,
+    fixed: bool = False,
     compiled: bool = False,
     autocast: bool = False,
 ) -> Trainer:
-    """Make a trainer of a new QAM agent on the device of the replay."""
+    """Make a trainer of a new QAM agent on the device of the replay.
+
+    Arguments:
+        fixed: train on one fixed batch, without sampling from the replay.
+    """
     config = QAMConfig(
         hidden=sizes.hidden, critics=sizes.critics, flow_steps=sizes.steps, horizon=sizes.horizon
     )
     agent = make_agent(config, sizes.observation, sizes.action, seed=seed)
     endless = 10**9
+    loss = AgentLoss(replay, Phases(endless), batch_size=sizes.batch, compiled=compiled)
     return Trainer(
         agent.to(replay.device),
-        kind(replay, Phases(endless), batch_size=sizes.batch, compiled=compiled),
+        FixedBatch(loss) if fixed else loss,
         TrainerConfig(
             iterations=endless,
             lr=config.lr,

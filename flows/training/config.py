@@ -58,19 +58,6 @@ class TrainerConfig(RefusesOldNames):
                 f"lr_schedule must be 'constant' or 'cosine', got {self.lr_schedule!r}"
             )
 
-    @property
-    def restart(self) -> int | None:
-        """The iteration before which training restarts from the average; None for never."""
-        return None
-
-    def stage(self, iteration: int) -> tuple[int, int]:
-        """Return the iterations since the last (re)start, and those from it to the next one."""
-        if self.restart is None or self.restart >= self.iterations:
-            return iteration, self.iterations
-        if iteration < self.restart:
-            return iteration, self.restart
-        return iteration - self.restart, self.iterations - self.restart
-
 
 def _convert(config: TrainerConfig) -> None:
     """Convert numbers of other libraries to plain ones, as checkpoints need them.
@@ -96,9 +83,30 @@ def plain_options(config: TrainerConfig) -> dict[str, Any]:
     return {n: v if v is None or isinstance(v, kept) else str(v) for n, v in values.items()}
 
 
-def learning_rate(config: TrainerConfig, iteration: int) -> float:
-    """Return the learning rate of the iteration with index ``iteration`` = 0, 1, ..."""
-    done, length = config.stage(iteration)
+def stage(iteration: int, iterations: int, restart: int | None) -> tuple[int, int]:
+    """Return the iterations since the last (re)start, and those from it to the next one.
+
+    Arguments:
+        iteration: index of an iteration, from 0.
+        iterations: number of iterations of the training.
+        restart: index of the iteration before which the training restarts; None for never.
+    """
+    if restart is None or restart >= iterations:
+        return iteration, iterations
+    if iteration < restart:
+        return iteration, restart
+    return iteration - restart, iterations - restart
+
+
+def learning_rate(config: TrainerConfig, iteration: int, restart: int | None = None) -> float:
+    """Return the learning rate of the iteration with index ``iteration`` = 0, 1, ...
+
+    Arguments:
+        config: options of the training.
+        iteration: index of the iteration.
+        restart: index of the iteration with which the schedule starts anew; None for never.
+    """
+    done, length = stage(iteration, config.iterations, restart)
     if done < config.warmup:
         return config.lr * (done + 1) / config.warmup
     if config.lr_schedule == "constant":

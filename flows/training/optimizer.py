@@ -6,7 +6,8 @@ One step i = 0, 1, ... of the weights theta along a gradient g is
     ema   = ema + (1 - d_i) (theta - ema),  d_i = min(ema_decay, (1 + i) / (10 + i))
 
 where the warm-up of d_i keeps the random initialisation from lingering in the average.  The rate
-lr_i is a function of i alone (``learning_rate``), so it needs no state.
+lr_i is a function of i alone (``learning_rate``), so it needs no state.  Where a training restarts,
+i counts from there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.training import distributed
-from flows.training.config import TrainerConfig, learning_rate
+from flows.training.config import TrainerConfig, learning_rate, stage
 from flows.training.ema import WeightAverage
 from flows.training.sharding import is_sharded, shards
 
@@ -33,6 +34,7 @@ class AveragedAdam:
     Arguments:
         module: the module whose weights are trained, in place.
         config: rates, decays and the norm at which gradients are clipped.
+        restart: index of the iteration with which the schedules start anew; None for never.
 
     Attributes:
         parameters: the parameters that are trained.
@@ -44,7 +46,9 @@ class AveragedAdam:
             sharded and others are not.
     """
 
-    def __init__(self, module: nn.Module, config: TrainerConfig) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainerConfig, *, restart: int | None = None
+    ) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("module has no parameter that requires a gradient")
@@ -54,7 +58,7 @@ class AveragedAdam:
                 "fully_shard on the whole module after its parts"
             )
         _warn_of_half_precision(named)
-        self.module, self.config = module, config
+        self.module, self.config, self._restart = module, config, restart
         self.parameters: tuple[Tensor, ...] = tuple(p for _, p in named)
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
         fused = self.device.type in ("cpu", "cuda")  # elsewhere PyTorch chooses the fastest
@@ -90,10 +94,10 @@ class AveragedAdam:
             iteration: the index i of the step.
         """
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate(self.config, iteration)
+            group["lr"] = learning_rate(self.config, iteration, self._restart)
         self.adam.step()
         if self._average:
-            done, _ = self.config.stage(iteration)
+            done, _ = stage(iteration, self.config.iterations, self._restart)
             self._average.update(min(self.config.ema_decay, (1 + done) / (10 + done)))
 
     def take_average(self) -> None:

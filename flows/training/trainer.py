@@ -5,7 +5,7 @@ A loss is any callable (module, generator) -> (loss, metrics), and one iteration
     g          = gradient of the mean of ``accumulate`` losses, clipped to the norm ``grad_clip``
     theta, ema = one step of Adam along g, and the running average (`flows.training.optimizer`).
 
-Before the iteration ``restart``, where a configuration has one, the average becomes the weights,
+Before the iteration ``restart``, where the trainer is given one, the average becomes the weights,
 Adam forgets its moments, and the schedules of the learning rate and the average start anew: a
 second training, say on another loss, from the result of the first.
 
@@ -64,6 +64,8 @@ class Trainer:
         identity: what the checkpoint belongs to; a resume from another identity is refused.
         save_frozen: whether checkpoints hold the parameters that require no gradient.  If not, the
             caller must have them on resume, and nothing may change them.
+        restart: index of the iteration before which training restarts from the average; None for
+            never.
 
     Attributes:
         iteration: optimiser steps done so far.
@@ -91,11 +93,12 @@ class Trainer:
         checkpoint: str | Path | None = None,
         identity: Identity | None = None,
         save_frozen: bool = True,
+        restart: int | None = None,
     ) -> None:
         distributed.start()
         self.module = module = distributed.unwrapped(module)
         self.loss = as_loss(loss)
-        self.config = config
+        self.config, self.restart = config, restart
         check_callbacks(callbacks)
         first = distributed.rank() == 0
         self.callbacks = tuple(c for c in callbacks if first or not getattr(c, "writes", False))
@@ -109,7 +112,7 @@ class Trainer:
 
         reshard(module)
         distributed.broadcast_([*module.parameters(), *module.buffers()])
-        self.optimizer = AveragedAdam(module, config)
+        self.optimizer = AveragedAdam(module, config, restart=restart)
         self.ema = self.optimizer.ema
         self._device = self.optimizer.device
         self.generator = torch.Generator(device=self._device)
@@ -210,7 +213,7 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Begin a step: restart where it is due, and drop gradients and metrics of the last one."""
-        if self.iteration == self.config.restart:
+        if self.iteration == self.restart:
             self.optimizer.restart()
         self.optimizer.zero_grad()
         self.loss_metrics.clear()

@@ -170,5 +170,5 @@ def check_recordable(trainer: Trainer, updates: int, *, cuda: bool = True) -> No
             f"checkpoint_every must be a multiple of {updates}, the updates of a launch, got "
             f"{config.checkpoint_every}"
         )
-    if config.restart is not None:
-        raise ValueError(f"a recorded training cannot restart, got restart {config.restart}")
+    if trainer.restart is not None:
+        raise ValueError(f"restart must be None where updates are recorded, got {trainer.restart}")

@@ -7,7 +7,7 @@ import re
 import sys
 
 import pytest
-from helpers.pages import Page
+from helpers.pages import ROOT, Page
 
 from adjoint import TiltConfig, tilt
 from flows import MLPVelocity
@@ -15,6 +15,17 @@ from flows import MLPVelocity
 SECTIONS = re.split(r"^### ", Page("docs/architecture.md").text, flags=re.MULTILINE)[1:]
 HOP = re.compile(r"^\d+\. `([\w/]+\.py): ([\w.]+)`", flags=re.MULTILINE)
 WALKS = {section.splitlines()[0]: HOP.findall(section) for section in SECTIONS}
+
+
+@pytest.mark.parametrize("package", ["flows", "adjoint"])
+def test_every_file_and_folder_has_its_place_in_the_rooms(package):
+    rooms = Page("docs/architecture.md").text.split("```")[1]
+    listed = re.search(rf"^{package}/.*\n((?: .*\n)+)", rooms, flags=re.MULTILINE)[1]
+    paths = [path for path in (ROOT / package).iterdir() if not path.name.startswith("_")]
+    names = {path.stem for path in paths if path.suffix == ".py" and path.stem != "version"}
+    names |= {f"{path.name}/" for path in paths if path.is_dir()}
+    assert len(names) > 8
+    assert names <= set(listed.split())
 
 
 def code_of(path, name):

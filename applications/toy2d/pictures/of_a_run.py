@@ -139,7 +139,7 @@ def _save_pictures(run: Run) -> list[Path]:
                 folder / "tilt.csv",
                 columns=CURVES,
                 labels={"reward": f"reward{scaled}"},
-                refined_from=run.config.tilt_options.restart,
+                refined_from=run.config.tilt_options.refine_from,
                 subtitle=heat.removeprefix("; "),
             )
         )

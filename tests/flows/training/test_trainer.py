@@ -676,11 +676,6 @@ def test_fit_flow_resumes_and_checks_its_arguments(tmp_path):
 def test_a_restart_is_a_second_training_from_the_average():
     """Bit by bit: seven iterations, then five more with a new optimiser and new schedules."""
 
-    class Restarting(TrainerConfig):
-        @property
-        def restart(self):
-            return 7
-
     def loss(module, generator):
         x = torch.randn(16, 2, generator=generator)
         return (module(x) - x.sin()).square().mean(), {}
@@ -691,7 +686,7 @@ def test_a_restart_is_a_second_training_from_the_average():
             return torch.nn.Linear(2, 2)
 
     options = {"lr": 0.05, "warmup": 2, "ema_decay": 0.9}
-    once = Trainer(network(), loss, Restarting(iterations=12, **options)).fit()
+    once = Trainer(network(), loss, TrainerConfig(iterations=12, **options), restart=7).fit()
     first = Trainer(network(), loss, TrainerConfig(iterations=7, **options))
     start = first.fit().requires_grad_(True)
     second = Trainer(start, loss, TrainerConfig(iterations=5, **options))

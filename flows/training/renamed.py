@@ -7,7 +7,9 @@ A configuration derives from `RefusesOldNames` and has one mapping from old name
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
+
+Configuration = TypeVar("Configuration", bound="RefusesOldNames")
 
 Renamed = Mapping[str, str]
 """New name of an option by its old name."""
@@ -22,7 +24,7 @@ class RefusesOldNames:
 
     renamed: ClassVar[Renamed] = {}
 
-    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+    def __new__(cls: type[Configuration], *arguments: Any, **options: Any) -> Configuration:
         """Make the object, for ``__init__`` to fill.
 
         Raises:

@@ -17,7 +17,7 @@ from applications.toy2d.config import RunConfig
 from applications.toy2d.rewards import REWARDS, ToyReward, make_reward
 from applications.toy2d.targets import TARGETS, Target, find_target
 
-PROBES = 64
+POINTS = 64
 """Number of points that a fingerprint is made of."""
 
 Identity = dict[str, str | int | float | bool]
@@ -91,7 +91,7 @@ def describe_target(target: Target) -> str:
     """Return the name of a target, with a fingerprint where it is not one of ``TARGETS``."""
     if TARGETS.get(target.name) is target:
         return target.name
-    samples = target.sample(PROBES, torch.Generator().manual_seed(0))
+    samples = target.sample(POINTS, torch.Generator().manual_seed(0))
     return f"{target.name} {_fingerprint(samples)}"
 
 
@@ -99,7 +99,7 @@ def describe_reward(reward: ToyReward, config: RunConfig) -> str:
     """Return the name of a reward, with a fingerprint where it is not one of ``REWARDS``."""
     if isinstance(config.reward, str) and config.reward in REWARDS:
         return reward.name
-    points = 2 * torch.randn(PROBES, 2, generator=torch.Generator().manual_seed(0))
+    points = 2 * torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return f"{reward.name} {_fingerprint(reward(points))}"
 

@@ -21,6 +21,7 @@ FORMER = (
     r"watchers\(",  # training callbacks
     r"_judged\(|train_judge|compare_laws",  # diagnostics, metrics, distributions
     r"probe_samples|known_rewards",  # base samples, reward record
+    r"\blaws?\b|\bjudges?\b|\bprobe\b",  # distribution, certificate or metrics, measurement
 )
 """Names that were given up, with the name that replaced them."""
 RENAMING = re.compile(r'\s*"\w+": "\w+",')

@@ -71,7 +71,7 @@ class Tilted:
 
         Conditions have leading size n, or 1, which stands for n times the same.
 
-        The certificate describes the chain; its own samples are ``certificate.samples``, and those of
+        The certificate is of the chain; its own samples are ``certificate.samples``, and those of
         the exact tilt `sample_exact`.
         """
         check_request(n, cond, generator)

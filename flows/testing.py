@@ -88,7 +88,7 @@ def check_velocity_field(
 
 
 def check_shape(case: Case) -> None:
-    """A velocity is a finite floating-point tensor of the shape of the states."""
+    """Check that velocities are finite floating-point tensors of the shape of the states."""
     v = case.field(case.x, case.t, case.cond)
     try:
         check_velocity(v, case.x)
@@ -99,14 +99,14 @@ def check_shape(case: Case) -> None:
 
 
 def check_times(case: Case) -> None:
-    """A scalar time stands for the same time in all rows."""
+    """Check that a scalar time stands for the same time in all rows."""
     t = case.t[0]
     expected = case.field(case.x, t.expand(len(case.x)), case.cond)
     case.same(case.field(case.x, t, case.cond), expected, "a scalar time must stand for (B,) times")
 
 
 def check_rows(case: Case) -> None:
-    """The velocity of a row depends on the state, time and conditions of that row only."""
+    """Check that the velocity of a row depends on the state, time and conditions of that row."""
     v = case.field(case.x, case.t, case.cond)
     for i in range(len(case.x)):
         alone = case.field(*case.rows(slice(i, i + 1)))
@@ -114,7 +114,7 @@ def check_rows(case: Case) -> None:
 
 
 def check_broadcasts(case: Case) -> None:
-    """A field with a true ``broadcasts`` takes states (S, B, *) at times (S, 1)."""
+    """Check that a field with a true ``broadcasts`` takes states (S, B, *) at times (S, 1)."""
     if not getattr(case.field, "broadcasts", False):
         return
     xs, ts = torch.stack([case.x, 2 * case.x, -case.x]), case.t[[0, -1, 1]]
@@ -124,7 +124,7 @@ def check_broadcasts(case: Case) -> None:
 
 
 def check_linearised(case: Case) -> None:
-    """A method ``linearised`` gives the velocities and vector-Jacobian products of the field."""
+    """Check that ``linearised`` gives the velocities and vector-Jacobian products of the field."""
     linearised = getattr(case.field, "linearised", None)
     if linearised is None:
         return
@@ -138,7 +138,7 @@ def check_linearised(case: Case) -> None:
 
 
 def check_copies(case: Case) -> None:
-    """A deep copy, and a copy that loads the state dict, give the same velocities."""
+    """Check that a deep copy, and one that loads the state dict, give the same velocities."""
     expected = case.field(case.x, case.t, case.cond)
     clone = replace(case, field=copy.deepcopy(case.field))
     case.same(clone.field(case.x, case.t, case.cond), expected, "a deep copy must give the same")
@@ -159,7 +159,7 @@ def check_copies(case: Case) -> None:
 
 
 def check_gradients(case: Case) -> None:
-    """Every parameter that requires a gradient gets a finite one."""
+    """Check that every parameter that requires a gradient gets a finite one."""
     if not isinstance(case.field, nn.Module):
         return
     named = [(name, p) for name, p in case.field.named_parameters() if p.requires_grad]

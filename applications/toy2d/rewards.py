@@ -110,19 +110,19 @@ def _quadratic_form(name: str, description: str, A: list[list[float]], b: list[f
 
 
 def linear(target: Target) -> ToyReward:
-    """A constant slope toward the upper right."""
+    """Return a reward with a constant slope toward the upper right."""
     return _quadratic_form("linear", "a constant slope", [[0.0, 0.0], [0.0, 0.0]], [0.8, 0.5])
 
 
 def quadratic(target: Target) -> ToyReward:
-    """A well around c = (1, -0.5), narrower along one diagonal than along the other."""
+    """Return a well around c = (1, -0.5), narrower along one diagonal than along the other."""
     return _quadratic_form(
         "quadratic", "a well off the centre", [[1.0, 0.3], [0.3, 0.7]], [0.85, -0.05]
     )
 
 
 def ring(target: Target) -> ToyReward:
-    """A circle of radius 1.5 around (0.9, 0.4)."""
+    """Return a reward that is highest on a circle of radius 1.5 around (0.9, 0.4)."""
     centre, radius, width = (0.9, 0.4), 1.5, 0.45
 
     def value(x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def ring(target: Target) -> ToyReward:
 
 
 def half_plane(target: Target) -> ToyReward:
-    """A step of height 3 up to the half-plane 0.8 x + 0.6 y > 0.5."""
+    """Return a smooth step of height 3 up to the half-plane 0.8 x + 0.6 y > 0.5."""
     normal, offset, width, height = (0.8, 0.6), 0.5, 0.3, 3.0
 
     def value(x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def half_plane(target: Target) -> ToyReward:
 
 
 def peaks(target: Target) -> ToyReward:
-    """Bumps of heights 3, 2.5 and 2 at centres of the target a third of the list apart.
+    """Return bumps of heights 3, 2.5 and 2 at centres of the target a third of the list apart.
 
     A target of two modes has two bumps, half the list apart.
 
@@ -164,7 +164,7 @@ def peaks(target: Target) -> ToyReward:
 
 
 def classifier(target: Target, *, label: int = 0, seed: int = 0) -> ToyReward:
-    """log P(label | x) under a small network trained for about a second on labelled samples.
+    """Return log P(label | x) under a small network, trained for a second on labelled samples.
 
     Labels are smoothed by a tenth, which keeps the log-probability above about -5 on most of the
     target and its slope moderate.  Training is deterministic in ``seed`` and leaves the global

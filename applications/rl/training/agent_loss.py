@@ -96,7 +96,7 @@ class AgentLoss(SplitLoss):
         return cast(Agent, module).loss(*inputs)
 
     def updates_without_host(self) -> int:
-        """Number of updates to come that do not need the host (`flows.training.update_graph`)."""
+        """Count the updates to come that do not need the host (`flows.training.update_graph`)."""
         if self.before_sampling is not None:
             return 0
         return max(0, self.phases.offline_steps - self.updates)
@@ -106,7 +106,7 @@ class AgentLoss(SplitLoss):
         cast(Agent, module).update_targets()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the loss as tensors and plain data, without the offline data."""
+        """Return the state of the loss as tensors and plain data, without the offline data."""
         return {
             "updates": self.updates,
             "offline_steps": self.phases.offline_steps,

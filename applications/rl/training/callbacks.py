@@ -33,7 +33,7 @@ EVALUATED = "evaluation/iteration"
 def training_callbacks(
     config: TrainConfig, seed: int, content: Mapping[str, Any], evaluations: Evaluations | None
 ) -> list[Callback]:
-    """Callbacks of the run of ``seed``, in the order in which they are called.
+    """Make the callbacks of the run of ``seed``, in the order in which they are called.
 
     The progress bar and the loggers of evaluations must follow ``evaluations``, whose results they
     show.

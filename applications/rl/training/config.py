@@ -152,7 +152,7 @@ class TrainConfig(RefusesOldNames):
         return self.folder or Path("outputs/rl") / folder_name(self.task) / folder_name(self.agent)
 
     def run_folder(self, seed: int) -> Path:
-        """Folder of the run of ``seed``."""
+        """Return the folder of the run of ``seed``."""
         return self.path / f"seed{seed}"
 
 

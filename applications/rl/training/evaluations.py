@@ -70,7 +70,7 @@ class Evaluations(Callback):
     def of_run(
         cls, config: TrainConfig, seed: int, evaluator: EpisodeEvaluator | BackgroundEvaluator
     ) -> Evaluations:
-        """Evaluations of the run of ``seed``, each on new episodes by ``evaluator``."""
+        """Make the evaluations of the run of ``seed``, each on new episodes by ``evaluator``."""
 
         def evaluate(agent: Agent, step: int, phase: str) -> Evaluation | PendingEvaluation:
             path = (EVALUATION_STREAM, step, int(phase == "online"))
@@ -190,7 +190,7 @@ class EvaluationPoints(Callback):
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Metrics of an evaluation by name."""
+    """Return the metrics of an evaluation by name."""
     return {
         "evaluation/success": evaluation.success,
         "evaluation/return": evaluation.mean_return,

@@ -68,7 +68,7 @@ class OnlineCollector:
             self._reward, self._length = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the collection as plain data; the replay has a ``state_dict`` of its own."""
+        """Return the state of the collection as plain data; the replay has a state of its own."""
         return {
             "episodes": self.episodes.state_dict(),
             "steps": self.steps,

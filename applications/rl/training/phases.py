@@ -48,14 +48,14 @@ class Phases:
         return self.offline_steps + max(0, self.online_steps - self.start_training + 1)
 
     def online(self, update: int) -> int:
-        """Number of environment steps taken by the end of ``update`` = 1, 2, ...; 0 offline."""
+        """Count the environment steps taken by the end of ``update`` = 1, 2, ...; 0 offline."""
         after = update - self.offline_steps
         return self.start_training + after - 1 if after > 0 else 0
 
     def step(self, update: int) -> int:
-        """Step of ``update``: offline updates and environment steps counted together."""
+        """Return the step of ``update``: offline updates and environment steps counted together."""
         return min(update, self.offline_steps) + self.online(update)
 
     def phase(self, update: int) -> str:
-        """Name of the phase of ``update``, ``"offline"`` or ``"online"``."""
+        """Return the name of the phase of ``update``, ``"offline"`` or ``"online"``."""
         return "online" if update > self.offline_steps else "offline"

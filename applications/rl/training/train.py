@@ -245,7 +245,7 @@ class SeedRun:
 
     @contextmanager
     def _trainer(self) -> Iterator[Trainer]:
-        """The trainer, ready to start; names the seed and explains a full disk where it fails."""
+        """Yield the trainer, ready to start; name the seed and explain a full disk if it fails."""
         config, first = self.setup.config, self.setup.first
         try:
             with ExitStack() as stack:

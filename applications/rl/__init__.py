@@ -35,7 +35,7 @@ _FILES = {
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions MatchingOptions Range TiltOptions "
-    "above at_least checked_option one_of",
+    "above at_least one_of checked_option",
     "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor ValueNetwork",
     "agents.rollouts": "FlowODE Noise best_of candidates condition first_ranked flow_action",
     "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss edit_loss expectile_loss "

@@ -7,7 +7,7 @@ import torch
 from helpers.agent_problems import OPTIONS, SHARED
 from helpers.own_agent import Regression, RegressionConfig
 
-from applications.rl import AGENTS, check_agent, make_agent
+from applications.rl import AGENTS, Agent, AgentConfig, check_agent, make_agent
 from applications.rl.agents.options import AGENT_KERNELS
 
 VARIANTS = [
@@ -42,6 +42,17 @@ def test_target_networks_need_a_rate():
     agent.target_actor = agent.one_step_actor()
     with pytest.raises(TypeError, match="RegressionConfig must have an option target_rate"):
         agent.update_targets()
+
+
+@pytest.mark.parametrize("agent", AGENTS.values(), ids=AGENTS)
+def test_an_agent_is_one_class_deep_and_overrides_nothing_concrete(agent):
+    assert agent.__mro__[1:3] == (Agent, torch.nn.Module)
+    own = {name for name, value in vars(agent).items() if callable(value)} - {"__init__"}
+    inherited = {name for name in own if hasattr(Agent, name)}
+    assert inherited == Agent.__abstractmethods__
+    groups = agent.config_class.__bases__
+    assert groups[-1] is AgentConfig
+    assert all(len(group.__mro__) <= 3 for group in groups)  # at most one below another
 
 
 OWN = RegressionConfig(hidden=(8,), horizon=3)

@@ -139,7 +139,7 @@ def test_one_seed_gives_one_result_and_several_seeds_are_as_if_alone(tmp_path):
     ).read_bytes()
 
 
-def test_slow_copies_follow_the_weights_from_before_the_step(tmp_path):
+def test_target_networks_follow_the_weights_from_before_the_step(tmp_path):
     """After one update they have not moved, being equal to the weights of before."""
     (run,) = fit(tmp_path, {"offline_steps": 1, "online_steps": 0}, eval_every=0)
     start = make_agent(options("qam", horizon=3, discount=0.9), 4, 2, seed=0)

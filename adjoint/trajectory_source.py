@@ -25,6 +25,7 @@ from adjoint.chain.kernels import Kernel
 from adjoint.chain.rollout import Trajectory, draw_noise, rollout
 from adjoint.config import TiltConfig
 from adjoint.evaluator import Evaluator, RewardEvaluator
+from adjoint.loss import select_steps
 from adjoint.micro_batches import rows_of
 from adjoint.rewards.reward import AbstractReward
 from adjoint.trajectory_batch import TrajectoryBatch
@@ -144,6 +145,15 @@ class TrajectorySource:
             terms={name: term.to(self.dtype) for name, term in terms.items()},
             cond=None if cond is None else dict(cond),
             control_variate=variate,
+        )
+
+    def select_steps(self, kernel: Kernel, generator: torch.Generator) -> Tensor | None:
+        """Return the indices (S,) of the steps whose velocities get a gradient; None for all."""
+        late, early = self.config.late_fraction, self.config.early_fraction
+        if late == 1 or early == 1:
+            return None
+        return select_steps(
+            kernel.steps, late_fraction=late, early_fraction=early, generator=generator
         )
 
     def velocities(

@@ -1,5 +1,6 @@
 """Fixed points: pins, the Gaussian case, and the regression they claim to solve, by simulation."""
 
+import itertools
 import json
 
 import numpy as np
@@ -10,22 +11,17 @@ from adjoint.certificate import path_log_ratio
 from adjoint.chain.adjoints import lean_adjoint
 from adjoint.chain.conditional_covariance import ConditionalNoise
 from adjoint.chain.rollout import draw_noise, rollout
-from benchmarks import fixed_points
-from benchmarks.fixed_points import (
-    PROBLEMS,
-    STATES,
-    Args,
-    Problem,
-    fixed_point,
-    kernel_for,
-    main,
-    mixture,
-    scheme_error,
-    velocity_error,
-)
+from benchmarks.common.records import RESULTS
+from benchmarks.fixed_points.__main__ import Args, main, measure, scheme_error
+from benchmarks.fixed_points.evaluation import base_chain, mode_weight, velocity_error
+from benchmarks.fixed_points.log_variance import log_variance_optimum
+from benchmarks.fixed_points.problems import PROBLEMS, Problem, base_step, kernel_for, mixture
+from benchmarks.fixed_points.regression import fixed_point
 from flows.grid import uniform
 
 GAUSSIAN = Problem(mixture([0.5], [0.49]), 1.0)
+STATES = GAUSSIAN.states
+INNER = np.abs(STATES) < 6  # beyond, functions are continued by straight lines
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,13 +49,14 @@ def test_tilts_of_the_problems_are_the_known_ones():
         "B": (1.3138, 1.2159, 0.5203),
         "C": (0.7862, 0.5927, -0.7788),
     }
-    for name, problem in PROBLEMS.items():
+    for name, moments in known.items():
+        problem = PROBLEMS[name]
         exact = problem.exact()
         x = torch.from_numpy(STATES)[:, None]
         reward = problem.b * x[:, 0] - 0.5 * problem.kappa * x[:, 0] ** 2
         mass = (problem.base.log_prob(x) + reward).exp() * (STATES[1] - STATES[0])
         found = (exact.mean(), exact.covariance(), mass.sum().log())
-        assert [round(float(f), 4) for f in found] == list(known[name])
+        assert [round(float(f), 4) for f in found] == list(moments)
 
 
 @pytest.mark.parametrize("steps", [3, 7])
@@ -127,12 +124,13 @@ def test_the_regression_on_simulated_trajectories_is_solved(name, weighted):
 
 
 def test_rows_are_written_and_printed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fixed_points, "PROBLEMS", {"G": GAUSSIAN})
+    monkeypatch.setitem(PROBLEMS, "G", GAUSSIAN)
     out = tmp_path / "results" / "rows.json"
-    main(Args(steps=(3,), schemes=("ancestral_weighted",), output=out))
+    main(Args(problems=("G",), steps=(3,), schemes=("ancestral_weighted",), output=out))
     (row,) = json.loads(out.read_text())
     assert row.pop("velocity_error") < 0.02
-    assert row == {"problem": "G", "scheme": "ancestral_weighted", "steps": 3}
+    identity = {"problem": "G", "scheme": "ancestral_weighted", "steps": 3}
+    assert identity.items() < row.items()
     assert "ancestral_weighted" in capsys.readouterr().out
 
 
@@ -143,3 +141,120 @@ def test_full_covariance_is_nearly_exact_with_weights_and_needs_the_pull_of_its_
         ConditionalNoise, "pull", lambda self, base, k, x, *rest: torch.zeros_like(x)
     )
     assert scheme_error(PROBLEMS["B"], "covariance_matched_weighted", 10) > 3e-3
+
+
+@pytest.mark.parametrize("name", ["euler_consistent", "ancestral_pair", "moment_matched"])
+def test_on_a_gaussian_the_log_variance_optimum_is_the_exact_tilt_of_the_chain(name):
+    """E[x_K | x_k] = a_k x_k + …, so the best shift is b a_{k+1} std² at every state."""
+    kernel = kernel_for(GAUSSIAN.base, name, 5)
+    v, v_base = log_variance_optimum(GAUSSIAN, kernel)
+    gain = 1.0  # ∂ E[x_K | x_{k+1}] / ∂ x_{k+1}
+    for k in reversed(range(5)):
+        _, mean, std = base_step(GAUSSIAN, kernel, k)
+        expected = GAUSSIAN.b * gain * std**2 / float(kernel.mean_v[k])
+        np.testing.assert_allclose((v - v_base)[k, INNER], expected[INNER], rtol=0, atol=1e-6)
+        gain *= (mean[-1] - mean[0]) / (STATES[-1] - STATES[0])
+
+
+def test_on_a_gaussian_the_consistent_regression_has_the_log_variance_optimum():
+    for name in ("euler_consistent", "ancestral_pair"):
+        kernel = kernel_for(GAUSSIAN.base, name, 5)
+        best, _ = log_variance_optimum(GAUSSIAN, kernel)
+        found = fixed_point(GAUSSIAN, kernel)[0]
+        np.testing.assert_allclose(found[:, INNER], best[:, INNER], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["moment_matched", "covariance_matched"])
+@pytest.mark.slow
+def test_no_other_shifts_cost_less_than_those_of_the_dynamic_program(name):
+    """Brute force on B in two steps: the last shift at every state, the first at some."""
+    problem, states = PROBLEMS["B"], PROBLEMS["B"].states
+    kernel = kernel_for(problem.base, name, 2)
+    v, v_base = log_variance_optimum(problem, kernel)
+    nodes = np.linspace(-8, 8, 321)
+    weights = np.exp(-0.5 * nodes**2)
+    weights /= weights.sum()
+    shifts = np.linspace(-1.5, 1.5, 3001)
+    (_, mean0, std0), (_, mean1, std1) = (base_step(problem, kernel, k) for k in range(2))
+    # The last expectation in closed form: the reward of B is linear.
+    costs = shifts[:, None] ** 2 / (2 * std1**2) - problem.b * (mean1 + shifts[:, None])
+    second, to_go = shifts[costs.argmin(0)], costs.min(0)
+    found = (v - v_base)[1] * float(kernel.mean_v[1])
+    assert np.abs(found - second)[INNER].max() < 6e-4
+    for i in (300, 360, 400):
+        ends = (mean0[i] + shifts)[:, None] + std0[i] * nodes
+        cost = shifts**2 / (2 * std0[i] ** 2) + np.interp(ends, states, to_go) @ weights
+        assert (v - v_base)[0, i] * float(kernel.mean_v[0]) == pytest.approx(
+            shifts[cost.argmin()], abs=3e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "right"),
+    [
+        ("moment_matched", 0.725),
+        ("moment_matched_log_variance", 0.8567),
+        ("covariance_matched_log_variance", 0.8766),
+    ],
+)
+@pytest.mark.slow
+def test_mode_weights_of_narrow_modes_apart_are_the_known_ones(scheme, right):
+    """Of the exact .8808.  The optima were found independently before (.857 and .8765)."""
+    row = measure("D", scheme, 20)
+    assert row["exact_mode_weight"] == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-6)
+    assert row["mode_weight"] == pytest.approx(right, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_log_variance_optimum_tends_to_the_tilt_and_own_time_matching_does_not():
+    weights = [
+        measure("D", "moment_matched_log_variance", k)["mode_weight"] for k in (5, 10, 20, 40)
+    ]
+    gaps = [1 / (1 + np.exp(-2)) - w for w in weights]
+    assert all(0 < b < 0.65 * a for a, b in itertools.pairwise(gaps))
+    assert measure("D", "moment_matched", 40)["mode_weight"] < 0.76
+
+
+def test_the_mode_weight_is_exact_for_the_exact_velocity_and_the_base():
+    problem = PROBLEMS["D"]
+    kernel = kernel_for(problem.base, "ancestral", 100)
+    x = torch.from_numpy(problem.states)[:, None]
+    base, exact = (
+        np.stack([field(x, t)[:, 0].numpy() for t in kernel.t[:-1]])
+        for field in (problem.base, problem.exact())
+    )
+    assert mode_weight(problem, kernel, base, base) == pytest.approx(0.5, abs=1e-9)
+    right = problem.exact_mode_weight()
+    assert mode_weight(problem, kernel, exact, base) == pytest.approx(right, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ancestral_pair", "moment_matched", "covariance_matched"])
+def test_the_base_chain_under_the_tilt_is_that_of_simulated_trajectories(name):
+    problem, n = PROBLEMS["A"], 200_000
+    kernel = kernel_for(problem.base, name, 6)
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    noise = draw_noise(kernel, x0, generator=generator)
+    ends = rollout(problem.base, problem.base, kernel, x0, noise).xs[-1, :, 0]
+    w = problem.reward(ends).exp()
+    log_z, weight = base_chain(problem, kernel)
+    assert float(w.mean().log()) == pytest.approx(log_z, abs=0.01)
+    right = (ends > problem.between).double()
+    assert float((w * right).sum() / w.sum()) == pytest.approx(weight, abs=0.005)
+
+
+def test_the_record_has_every_problem_scheme_and_number_of_steps():
+    rows = json.loads((RESULTS / "fixed_points.json").read_text(encoding="utf-8"))
+    found = [(row["problem"], row["scheme"], row["steps"]) for row in rows]
+    assert found == [
+        (name, scheme, steps)
+        for name, problem in PROBLEMS.items()
+        for scheme in Args().schemes
+        for steps in problem.steps
+    ]
+    best = {
+        (row["scheme"], row["steps"]): row["mode_weight"] for row in rows if row["problem"] == "D"
+    }
+    for kernel in ("moment_matched", "covariance_matched"):
+        ours = [best[f"{kernel}_log_variance", steps] for steps in (10, 20, 40, 80)]
+        assert ours == sorted(ours)

@@ -1,0 +1,1 @@
+"""Benchmark: what does each scheme converge to, without training noise?"""

@@ -130,6 +130,7 @@ def test_in_a_sweep(tmp_path):
     assert load_agent(folder).name == NAME
 
 
+@pytest.mark.slow
 def test_by_the_command_line_in_fresh_processes(tmp_path):
     """The module of the agent lies in the working folder, and notes each time it is imported."""
     note = "from pathlib import Path\n\nPath('imported').touch()\n"

@@ -58,7 +58,7 @@ def find_scheme(kernel: str | Scheme) -> Scheme:
         raise TypeError(
             f"kernel must be of type Scheme, got {kernel!r}; or a name of adjoint.KERNELS"
         )
-    unknown = sorted(kernel.needs - set(MEASURED))
+    unknown = sorted(set(kernel.needs) - set(MEASURED))
     if unknown:
         raise ValueError(f"needs of a scheme must be of {', '.join(MEASURED)}, got {unknown}")
     own = KERNELS.get(kernel.name)

@@ -104,7 +104,10 @@ def flow_action(
 
 
 def candidates(observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each of n candidates a row: observations (B, obs) and noise (B, n, d) in n·B rows."""
+    """Give each of n candidates a row: observations (B, obs) and noise (B, n, d) in n·B rows.
+
+    Row b·n + j is candidate j of observation b, so that values (E, n·B) become (E, B, n) by `view`.
+    """
     n = noise.shape[1]
     rows = observations if n == 1 else observations.repeat_interleave(n, dim=0)
     return rows, noise.flatten(0, 1)

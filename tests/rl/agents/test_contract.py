@@ -32,6 +32,7 @@ def test_the_contract(name, changes):
     check_agent(config(name, **changes))
 
 
+@pytest.mark.slow
 def test_a_loss_compiles():
     check_agent(config("qam-e"), compiled=True)
 

@@ -40,6 +40,8 @@ class TiltConfig(TrainerConfig):
         "replay": "replay_size",
         "refresh": "losses_per_rollout",
         "graph": "cuda_graphs",
+        "probe_samples": "base_samples",
+        "max_batch": "eval_batch_size",
     }
     """New names of options by their names in version 0.1."""
     grad_clip: float = 100.0

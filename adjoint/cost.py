@@ -20,6 +20,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adjoint.arguments import Arguments, check_arguments
@@ -227,24 +229,27 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
     return before, (round(forward), passes), after
 
 
-@torch.no_grad()
 def _flops(field: VelocityField, x: Tensor, cond: Cond | None) -> float | None:
     """Return the floating-point operations of one evaluation at one state.
 
-    Matrix products, convolutions and attention are counted; None where that is not possible.
+    Matrix products, convolutions and attention are counted; None where that is not possible.  The
+    evaluation records gradients and takes attention apart: fused operations are not counted.
     """
 
     def count() -> float:
-        with FlopCounterMode(display=False) as counter:
-            field(x, torch.tensor(0.5).to(x), cond)
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with torch.enable_grad(), plain, FlopCounterMode(display=False) as counter:
+            field(x.detach().requires_grad_(True), torch.tensor(0.5).to(x), cond)
         return counter.get_total_flops() / len(x)
 
     return _if_possible(count)
 
 
 def _activations(field: VelocityField, x: Tensor, cond: Cond | None) -> int | None:
-    """Return the bytes that one state keeps for the backward pass; None where unknown."""
-    weights = {p.data_ptr() for p in field.parameters()} if isinstance(field, nn.Module) else set()
+    """Return the bytes that one state keeps for a backward pass to the weights; None if unknown."""
+    named = dict(field.named_parameters()) if isinstance(field, nn.Module) else {}
+    trained = {name: p.detach().requires_grad_(True) for name, p in named.items()}
+    weights = {p.data_ptr() for p in trained.values()}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -254,7 +259,11 @@ def _activations(field: VelocityField, x: Tensor, cond: Cond | None) -> int | No
 
     def count() -> int:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            v = field(x.detach().requires_grad_(True), torch.tensor(0.5).to(x), cond)
+            inputs = (x.detach().requires_grad_(True), torch.tensor(0.5).to(x), cond)
+            if isinstance(field, nn.Module):  # the base is frozen, but the model is its copy
+                v = functional_call(field, trained, inputs)
+            else:
+                v = field(*inputs)
         del v
         return sum(kept.values()) // len(x)
 

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from adjoint.arguments import Arguments, check_arguments
+from adjoint.chain.kernels import KERNELS, Kernel, Scheme, find_scheme
+from adjoint.chain.kernels.kernel import COLUMNS, RESIDUALS
 from adjoint.checks import check_field
 from adjoint.config import TiltConfig
 from adjoint.micro_batches import rows_of
@@ -72,7 +74,7 @@ def tilt(
         model: module to train, a velocity field that should start at the base; by default a copy
             of the base, or a residual on it where the base has no parameters.
         cond_sampler: (n, generator) → mapping of n conditions, for a conditional flow.
-        callbacks: progress bar and loggers of `flows.training.callbacks`.  On a terminal a progress
+        callbacks: progress bar and loggers of `flows.training`.  On a terminal a progress
             bar is added.  With one, a line says beforehand what the tilt costs
             (`adjoint.estimate_cost`), and the work before and after training shows a bar too.
         checkpoint: file to save to; with ``resume`` training continues from it if it exists.  It
@@ -163,7 +165,8 @@ def fit_tilt(
         callbacks=callbacks,
         checkpoint=checkpoint,
         identity={
-            **config.fixed_options(),
+            **preparation.cost.config.fixed_options(),
+            **_table_of(preparation.kernel, config.kernel),
             **{f"identity.{k}": v for k, v in (identity or {}).items()},
             "shape": list(arguments.shape),
             "base": _fingerprint(arguments.base),
@@ -192,6 +195,19 @@ def _check_model(arguments: Arguments, preparation: Preparation, model: nn.Modul
     check_field(model.eval(), x0, cond, "model")
     if not isinstance(arguments.base, nn.Module):  # modules are copies by now
         check_base_is_apart(arguments.base, model, x0, cond)
+
+
+def _table_of(kernel: Kernel, chosen: str | Scheme) -> dict[str, str]:
+    """Return the fingerprint of the table of a scheme of one's own that measures nothing.
+
+    The table holds what the description of such a scheme may not, such as attributes of its class.
+    Tables of measured moments are left out: rounding differs between machines.
+    """
+    scheme = find_scheme(chosen)
+    if scheme.needs or scheme.name in KERNELS:
+        return {}
+    columns = {name: getattr(kernel, name).cpu() for name in (*COLUMNS, *RESIDUALS)}
+    return {"kernel_table": fingerprint({n: c.to(torch.float32) for n, c in columns.items()})}
 
 
 def _fingerprint(base: VelocityField) -> str | None:

@@ -137,6 +137,28 @@ def check_linearised(case: Case) -> None:
         case.same(pull(k, cotangent), product, "linearised must give (dv/dx)^T c")
 
 
+def check_derivative(case: Case) -> None:
+    """Check that the vector-Jacobian product is that of the velocity, and that states stay as is.
+
+    The product is held against a central difference along a direction.  A field that is detached
+    from its states would pass for one that does not depend on them, and tilts by it would be wrong.
+    """
+    x, before = case.x, case.x.clone()
+    direction, cotangent = (2 * x).sin(), x.cos()
+    _, product = velocity_and_vjp(case.field, x, case.t, cotangent, case.cond)
+    assert torch.equal(x, before), "the field must not change its states in place"
+    h = torch.finfo(x.dtype).eps ** (1 / 3)
+    with torch.no_grad():
+        there, back = (case.field(x + s * h * direction, case.t, case.cond) for s in (1, -1))
+    change = ((there - back) / (2 * h) * cotangent).flatten(1).sum(1)
+    found = (product * direction).flatten(1).sum(1)
+    size = float(change.abs().amax() + found.abs().amax())
+    assert float((found - change).abs().amax()) <= 0.05 * size + 10 * h, (
+        f"derivative: (dv/dx)^T c along a direction is {found.tolist()}, but differences of the "
+        f"velocity give {change.tolist()}: the field must be differentiable in its states"
+    )
+
+
 def check_copies(case: Case) -> None:
     """Check that a deep copy, and one that loads the state dict, give the same velocities."""
     expected = case.field(case.x, case.t, case.cond)
@@ -179,6 +201,7 @@ RULES: tuple[Rule, ...] = (
     check_rows,
     check_broadcasts,
     check_linearised,
+    check_derivative,
     check_copies,
     check_gradients,
 )

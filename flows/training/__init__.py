@@ -4,7 +4,7 @@
 """
 
 # The loop and its options
-from flows.training.config import TrainerConfig, learning_rate
+from flows.training.config import TrainerConfig, check_types, learning_rate
 from flows.training.loss import Loss, LossFunction, SplitLoss
 from flows.training.trainer import Trainer
 from flows.training.trainer_checkpoint import Identity
@@ -45,6 +45,7 @@ from flows.training.runtime import choose_device, prepare_process
 __all__ = [
     # The loop and its options
     "TrainerConfig",
+    "check_types",
     "learning_rate",
     "Loss",
     "LossFunction",

@@ -43,7 +43,7 @@ class TrainerConfig(RefusesOldNames):
         Raises:
             TypeError, ValueError: naming the option, its value and what was expected.
         """
-        _convert(self)
+        check_types(self)
         at_least = {"iterations": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0}
         at_least |= {"accumulate": 1, "checkpoint_every": 1}
         for name, least in at_least.items():
@@ -59,8 +59,11 @@ class TrainerConfig(RefusesOldNames):
             )
 
 
-def _convert(config: TrainerConfig) -> None:
-    """Convert numbers of other libraries to plain ones, as checkpoints need them.
+def check_types(config: Any) -> None:
+    """Convert numbers of other libraries in a configuration to plain ones, for checkpoints.
+
+    Arguments:
+        config: a dataclass, of which the options of type int, float, bool and str are checked.
 
     Raises:
         TypeError: a value of another type than the option's.

@@ -47,9 +47,10 @@ def refuse_old_flags(arguments: Iterable[str], renamed: Renamed) -> None:
     for argument in arguments:
         flag = argument.partition("=")[0]
         path, dot, last = flag.removeprefix("--").rpartition(".")
-        name = last.removeprefix("no-").replace("-", "_")
+        no = "no-" if last.startswith("no-") else ""
+        name = last.removeprefix(no).replace("-", "_")
         if flag.startswith("--") and name in renamed:
-            new = renamed[name].replace("_", "-")
+            new = no + renamed[name].replace("_", "-")
             raise ValueError(f"the option {flag} was renamed to --{path}{dot}{new}")
 
 

@@ -9,8 +9,8 @@ from helpers.linear_tilt import BASE, FAST, Shift, Slope, run
 from torch import nn
 
 from adjoint import TiltConfig, estimate_cost, tilt
-from adjoint.cost import BUDGET, chosen_sizes
-from flows import MLPVelocity, UNetVelocity
+from adjoint.cost import BUDGET, _activations, _flops, chosen_sizes
+from flows import MLPVelocity, UNetVelocity, frozen
 from flows.training import ProgressBar
 
 
@@ -43,6 +43,46 @@ def test_a_network_of_images_is_not_evaluated_a_million_times_before_training():
     assert 64 <= found.config.base_samples <= 2048
     assert found.before <= 2048 * 120
     assert sizes(unet, (1, 8, 8), base_samples=300) == (300, *sizes(unet, (1, 8, 8))[1:])
+
+
+def attention(width=32):
+    layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+
+    class Tokens(nn.Module):
+        """A transformer whose tokens are the rows of an image."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, t, cond=None):
+            return self.layer(x) * torch.as_tensor(t).reshape(-1, 1, 1)
+
+    return Tokens().eval()
+
+
+def test_attention_is_counted():
+    x = torch.randn(4, 16, 32)
+    d, n = 32, 16
+    products = 2 * n * d * (3 * d + d + 8 * d)  # projections and the perceptron
+    found = _flops(frozen(attention()), x, None)
+    assert found == pytest.approx(products + 4 * n * n * d, rel=1e-6)
+
+
+def test_the_memory_of_an_update_counts_what_trained_weights_keep():
+    hidden = MLPVelocity(2, hidden=(64, 64))
+    x = torch.randn(4, 2)
+    held = []
+
+    def keep(tensor):
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden(x.requires_grad_(True), torch.tensor(0.5))
+    own = {p.data_ptr() for p in hidden.parameters()}
+    expected = {t.data_ptr(): t.nbytes for t in held if t.data_ptr() not in own}
+    assert _activations(frozen(hidden), x.detach(), None) == sum(expected.values()) // 4
 
 
 def test_sizes_follow_operations_not_time_and_dimension():

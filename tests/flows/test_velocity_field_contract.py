@@ -174,6 +174,19 @@ class Transposed(Good):
         self.weight.data.triu_()
 
 
+class Detached(Good):
+    def forward(self, x, t, cond=None):
+        return super().forward(x.detach(), t, cond)
+
+
+class InPlace(Good):
+    def forward(self, x, t, cond=None):
+        v = super().forward(x.clone(), t, cond)
+        if x.requires_grad:
+            x.data.add_(1e-3)
+        return v
+
+
 class Hidden(Good):
     """A number that the state dict does not have, and that copies forget."""
 
@@ -224,6 +237,8 @@ class NotFiniteGradient(Good):
         (FalseBroadcast, "broadcasts is true"),
         (Transposed, r"linearised must give \(dv/dx\)"),
         (Hidden, "a deep copy must give the same"),
+        (Detached, "must be differentiable in its states"),
+        (InPlace, "must not change its states in place"),
         (Shared, "a deep copy must not share"),
         (Unsaved, "a copy that loads the state dict"),
         (Unused, "none reaches the parameter unused"),
@@ -239,4 +254,4 @@ def test_a_field_that_breaks_a_rule_is_told_which(kind, match):
 def test_states_that_cannot_tell_are_refused():
     with pytest.raises(ValueError, match="B at least 2"):
         check_velocity_field(Good(), POINTS[:1])
-    assert len(RULES) == 7
+    assert len(RULES) == 8

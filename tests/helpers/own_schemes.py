@@ -56,6 +56,21 @@ class Infinite(Tempered):
         return Kernel(**{**vars(kernel), "residual_v": kernel.mean_v / kernel.std})
 
 
+class UniformOnly(Scheme):
+    """A chain that takes all steps to be equally long."""
+
+    name = "uniform_only"
+    summary = "the Euler-Maruyama chain with steps of length 1 / K"
+
+    def __call__(self, grid, moments):
+        steps = len(grid) - 1
+        h, s = torch.full((steps,), 1 / steps, dtype=grid.dtype), grid[1:]
+        std = (h * 2 * (1 - s + h) / s).sqrt()
+        mean_x, mean_v = 1 - h / s, 2 * h
+        std[-1], mean_x[-1], mean_v[-1] = 0.0, 1.0, h[-1]
+        return Kernel.consistent(self.name, grid, mean_x=mean_x, mean_v=mean_v, std=std)
+
+
 class SaysNoisy(Tempered):
     """A chain that ends noiseless without saying so."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from adjoint.chain.kernels.ancestral import Ancestral, AncestralPair, own_time_kernel
 from adjoint.chain.kernels.covariance import CovarianceMatched
 from adjoint.chain.kernels.euler import EulerConsistent, EulerPublished
-from adjoint.chain.kernels.kernel import Kernel, StateNoise
+from adjoint.chain.kernels.kernel import Kernel, StateNoise, check_table
 from adjoint.chain.kernels.matched import MomentMatched, measure_mmse
 from adjoint.chain.kernels.scheme import MEASURED, Moments, Scheme
 from flows.grid import check_grid
@@ -58,6 +58,8 @@ def find_scheme(kernel: str | Scheme) -> Scheme:
         raise TypeError(
             f"kernel must be of type Scheme, got {kernel!r}; or a name of adjoint.KERNELS"
         )
+    if not isinstance(getattr(kernel, "name", None), str):
+        raise ValueError(f"name of a scheme must be text, got none in {type(kernel).__name__}")
     unknown = sorted(set(kernel.needs) - set(MEASURED))
     if unknown:
         raise ValueError(f"needs of a scheme must be of {', '.join(MEASURED)}, got {unknown}")
@@ -87,7 +89,8 @@ def make_kernel(
     Raises:
         TypeError: ``kernel`` is neither a name nor a scheme.
         ValueError: unknown name; a grid that is not increasing from 0 to 1; mmse or covariance
-            missing, of another shape, not positive, or given to a scheme that does not use it.
+            missing, of another shape, not positive, or given to a scheme that does not use it; a
+            scheme whose table does not fit, see `adjoint.chain.kernels.kernel.check_table`.
     """
     scheme = find_scheme(kernel)
     grid = check_grid(grid).to(torch.float64)
@@ -113,4 +116,6 @@ def make_kernel(
         covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]
     ):
         raise ValueError(f"covariance must be (d, d), got shape {tuple(covariance.shape)}")
-    return scheme(grid, Moments(mmse, covariance))
+    table = scheme(grid, Moments(mmse, covariance))
+    check_table(table, grid)
+    return table

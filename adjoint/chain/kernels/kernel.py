@@ -36,6 +36,9 @@ from torch import Tensor
 
 from flows.field import Cond, VelocityField
 
+COLUMNS = ("mean_x", "mean_v", "std", "adjoint_t", "adjoint_x", "adjoint_v")
+RESIDUALS = ("residual_v", "residual_a")
+
 
 class StateNoise(Protocol):
     """Step noise L(x_k) ε_k whose covariance L Lᵀ depends on the state.
@@ -162,3 +165,48 @@ class Kernel:
         if self.state_noise is not None:
             moved["state_noise"] = self.state_noise.to(device)
         return replace(self, **moved)
+
+
+def check_table(kernel: Kernel, grid: Tensor) -> None:
+    """Refuse a table that rollout, adjoint, loss and certificate cannot rely on.
+
+    Arguments:
+        kernel: the table that a scheme made.
+        grid: the grid (K+1,) that it was given.
+
+    Raises:
+        TypeError: ``kernel`` is not a `Kernel`.
+        ValueError: a column of another shape or dtype, or not finite; a std that is not positive
+            before the last step; a flag that is not true of the columns.
+    """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"a scheme must return a Kernel, got {kernel!r}")
+    steps = len(grid) - 1
+    lengths = {"t": steps + 1, "adjoint_scale": steps + 1}
+    lengths |= dict.fromkeys((*COLUMNS, *RESIDUALS), steps)
+    for name, length in lengths.items():
+        column = getattr(kernel, name)
+        if column.shape != (length,) or column.dtype != torch.float64:
+            raise ValueError(
+                f"{name} must be float64 of shape ({length},), got {column.dtype} of shape "
+                f"{tuple(column.shape)}"
+            )
+        if not bool(column.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got {column.tolist()}")
+    if not torch.equal(kernel.t, grid):
+        raise ValueError(f"t must be the grid that was given, got {kernel.t.tolist()}")
+    if not bool((kernel.std[:-1] > 0).all() and kernel.std[-1] >= 0):
+        raise ValueError(f"std must be positive but for the last step's, got {kernel.std.tolist()}")
+    if kernel.noiseless_last != bool(kernel.std[-1] == 0):
+        raise ValueError(
+            f"noiseless_last must say whether std[-1] is 0, got {kernel.noiseless_last}"
+        )
+    own_time = tuple((kernel.adjoint_t == kernel.t[:-1]).tolist())
+    if kernel.own_time != own_time:
+        raise ValueError(
+            f"own_time must say where adjoint_t equals t, {own_time}, got {kernel.own_time}"
+        )
+    if kernel.adjoint_scale[-1] != 1:
+        raise ValueError(
+            f"adjoint_scale must end with 1, as λ_K is -∇r(x_K), got {kernel.adjoint_scale[-1]}"
+        )

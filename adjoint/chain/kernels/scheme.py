@@ -48,7 +48,8 @@ class Scheme(ABC):
     """A rule that turns a time grid into the table of a memoryless chain.
 
     Options of a scheme are attributes of the instance.  With the name and the class they make its
-    description (``str``), by which a checkpoint knows the scheme again.
+    description (``str``), by which a checkpoint knows the scheme again: numbers, text and tensors
+    by value, other objects by their class.
 
     Attributes:
         name: short name, for reports and the command line.
@@ -75,9 +76,17 @@ class Scheme(ABC):
         """
 
     def __str__(self) -> str:
-        """Return the name, class and options of the scheme."""
-        options = ", ".join(
-            f"{name}={value.tolist() if isinstance(value, Tensor) else value!r}"
-            for name, value in sorted(vars(self).items())
-        )
-        return f"{self.name}: {type(self).__qualname__}({options})"
+        """Return the name, class and options of the scheme, alike in every process."""
+        options = ", ".join(f"{name}={_plain(value)}" for name, value in sorted(vars(self).items()))
+        return f"{self.name}: {type(self).__module__}.{type(self).__qualname__}({options})"
+
+
+def _plain(value: object) -> str:
+    """Return the text of a value that is the same in every process; else the name of its class."""
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_plain, value))})"
+    return type(value).__name__

@@ -12,6 +12,7 @@ from applications.rl.agents.options import AgentConfig
 from applications.rl.agents.registry import agent_name
 from applications.rl.training.phases import Phases
 from applications.rl.training.seeds import SEEDS
+from flows.training import check_types
 from flows.training.renamed import RefusesOldNames, Renamed
 
 EXECUTION = {"execution": True}
@@ -113,8 +114,9 @@ class TrainConfig(RefusesOldNames):
         """Refuse values out of range.
 
         Raises:
-            ValueError: naming the option, its value and what was expected.
+            TypeError, ValueError: naming the option, its value and what was expected.
         """
+        check_types(self)
         if not self.agent:
             name = "qam" if self.options is None else agent_name(self.options)
             object.__setattr__(self, "agent", name)

@@ -43,7 +43,7 @@ from applications.rl.training.evaluations import Evaluations
 from applications.rl.training.online import OnlineCollector
 from applications.rl.training.setup import Factory, TrainingSetup, resolve
 from flows import Callback, Trainer, TrainerConfig
-from flows.training import UpdateGraph, train_stacked
+from flows.training import UpdateGraph, check_callbacks, train_stacked
 
 __all__ = ["TrainConfig", "Trained", "show_train", "train"]
 
@@ -107,6 +107,7 @@ def train(
         RunError: the stacked seeds do not fit the device, or an evaluation in another process
             failed.
     """
+    check_callbacks(callbacks)
     setup = resolve(config, environment, dataset)
     ended: list[Trained | Exception] = []
     with ExitStack() as stack:

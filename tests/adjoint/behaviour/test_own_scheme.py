@@ -6,7 +6,7 @@ from helpers.linear_tilt import BASE, SLOPES, run, with_options
 from helpers.own_schemes import Tempered
 from helpers.tilt_problems import S2
 
-from adjoint import Moments, Scheme, TiltConfig, certify, make_kernel
+from adjoint import Kernel, Moments, Scheme, TiltConfig, certify, make_kernel
 from flows.grid import uniform
 from flows.training import checkpoint as checkpoints
 from flows.training.checkpoint import CheckpointError
@@ -40,12 +40,77 @@ def test_a_resume_knows_the_scheme_and_its_options(tmp_path):
         return run(config, checkpoint=path, **options)
 
     first = tilted(Tempered(0.9))
-    assert checkpoints.load(path)["config"]["kernel"] == "tempered: Tempered(level=0.9)"
+    assert checkpoints.load(path)["config"]["kernel"] == (
+        "tempered: helpers.own_schemes.Tempered(level=0.9)"
+    )
     again = tilted(Tempered(0.9), resume=True)
     assert torch.equal(first.field.w, again.field.w)
     for other in (Tempered(0.8), "ancestral"):
         with pytest.raises(CheckpointError, match=r"kernel.*Tempered\(level=0.9\)"):
             tilted(other, resume=True)
+
+
+def test_a_resume_knows_what_a_description_does_not_hold(tmp_path, monkeypatch):
+    class Deeper(Tempered):
+        name = "deeper"
+        depth = 0.9
+
+        def __init__(self):
+            super().__init__()
+            self.hook = lambda x: x  # its address differs in every process
+
+        def __call__(self, grid, moments):
+            self.level, given = self.depth, self.level
+            try:
+                return super().__call__(grid, moments)
+            finally:
+                self.level = given
+
+    def tilted(**options):
+        config = with_options(kernel=Deeper(), iterations=3)
+        return run(config, checkpoint=tmp_path / "c.pt", **options)
+
+    tilted()
+    tilted(resume=True)
+    monkeypatch.setattr(Deeper, "depth", 0.8)
+    with pytest.raises(CheckpointError, match="kernel_table"):
+        tilted(resume=True)
+
+
+class Noiseless(Tempered):
+    name = "noiseless"
+
+    def __call__(self, grid, moments):
+        kernel = super().__call__(grid, moments)
+        std = kernel.std.clone()
+        std[2] = 0
+        return Kernel(**{**vars(kernel), "std": std})
+
+
+class Nothing(Tempered):
+    name = "nothing"
+
+    def __call__(self, grid, moments):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "error", "message"),
+    [
+        (Noiseless(), ValueError, "std must be positive but for the last step's"),
+        (Nothing(), TypeError, "a scheme must return a Kernel, got None"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_by_a_tilt(kernel, error, message):
+    with pytest.raises(error, match=message):
+        run(with_options(kernel=kernel, iterations=1))
+
+
+def test_a_resume_with_the_options_of_a_finished_tilt_goes_on(tmp_path):
+    config = with_options(iterations=3, base_samples=None, certificate_samples=None)
+    first = run(config, checkpoint=tmp_path / "c.pt")
+    again = run(first.config, checkpoint=tmp_path / "c.pt", resume=True)
+    assert torch.equal(first.field.w, again.field.w)
 
 
 class Renamed(Tempered):

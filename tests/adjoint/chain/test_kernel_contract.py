@@ -22,6 +22,7 @@ def test_a_kernel_of_ones_own_keeps_the_contract():
         (own_schemes.WrongAdjoint(), r"Jacobian of the chain's own mean.* at step \d+ of 2"),
         (own_schemes.NotMemoryless(), "relative error of the variance must fall below"),
         (own_schemes.Infinite(), "residual_v must be finite"),
+        (own_schemes.UniformOnly(), "steps of a grid of shift 3"),
         (own_schemes.SaysNoisy(), "noiseless_last must say whether"),
         (own_schemes.Halfway(), "std must be float64 of shape"),
     ],

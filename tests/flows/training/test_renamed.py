@@ -22,7 +22,7 @@ class Config(RefusesOldNames):
     [
         ("--slow-rate", "--target-rate"),
         ("--slow_rate=3", "--target-rate"),
-        ("--no-slow-rate", "--target-rate"),
+        ("--no-slow-rate", "--no-target-rate"),
         ("--run.slow-rate", "--run.target-rate"),
     ],
 )

@@ -385,6 +385,21 @@ def test_a_file_of_another_kind_is_not_taken_for_a_folder(tmp_path, name):
         train(config, environment=Corridor)
 
 
+@pytest.mark.parametrize(
+    ("changes", "callbacks", "match"),
+    [
+        ({"batch_size": 1.5}, (), "batch_size must be of type int"),
+        ({}, [Callback], "callbacks must"),
+    ],
+)
+def test_a_run_is_not_deleted_before_all_is_checked(tmp_path, changes, callbacks, match):
+    run = fit(tmp_path)[0]
+    before = (run.folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(TypeError, match=match):
+        fit(tmp_path, resume=False, overwrite=True, callbacks=callbacks, **changes)
+    assert (run.folder / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_run_is_not_overwritten_by_mistake(tmp_path):
     (first,) = fit(tmp_path, eval_every=0, offline_steps=3)
     content = (first.folder / "checkpoint.pt").read_bytes()

@@ -35,8 +35,12 @@ def test_old_arguments_are_refused_in_python(configuration):
 
 
 def test_old_flags_are_refused():
-    for flag in ("--eval-beside", "--no-eval-beside", "--eval_beside=True"):
-        with pytest.raises(ValueError, match="was renamed to --background-eval"):
+    for flag, no in (
+        ("--eval-beside", ""),
+        ("--no-eval-beside", "no-"),
+        ("--eval_beside=True", ""),
+    ):
+        with pytest.raises(ValueError, match=f"was renamed to --{no}background-eval"):
             cli.parse("train", ["--task", TASK, "--agent", "qam", flag])
 
 

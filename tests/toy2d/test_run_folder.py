@@ -183,8 +183,12 @@ def test_a_file_in_place_of_the_folder_is_called_one(tmp_path, capsys, below):
 
 @pytest.mark.parametrize("flag", ["--refine", "--refine=0.1", "--variates", "--no-variates"])
 def test_options_of_an_earlier_version_are_refused_by_their_new_name(tmp_path, capsys, flag):
-    name = flag.partition("=")[0].removeprefix("--").removeprefix("no-")
-    new = {"refine": "refine-fraction", "variates": "control-variates"}[name]
+    name = flag.partition("=")[0].removeprefix("--")
+    new = {
+        "refine": "refine-fraction",
+        "variates": "control-variates",
+        "no-variates": "no-control-variates",
+    }[name]
     assert main(["digits", "--folder", str(tmp_path / "a"), flag]) == 1
     option = flag.partition("=")[0]
     assert capsys.readouterr().err == f"error: the option {option} was renamed to --{new}\n"

@@ -194,8 +194,8 @@ def measure(args: Args, name: str) -> list[Row]:
         for who, update in updates.items():
             losses[who].append(float(update()))
     reference = losses["plain loop", "eager"]
-    for who, found in losses.items():
-        if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, reference, strict=True)):
+    for who, found in losses.items():  # a loss is a sum of few large terms, which amplify rounding
+        if not all(math.isclose(a, b, rel_tol=1e-2) for a, b in zip(found, reference, strict=True)):
             raise RuntimeError(
                 f"{name}: losses of {who} are {found}, of the plain loop {reference}"
             )

@@ -173,7 +173,9 @@ def test_a_kernel_in_python_and_by_command_line(mine):
     kernel = ("--kernel", "mine_in_the_plane:Ancestral")
     assert main(command(folder, *OWN, *kernel)) == 0
     assert json.loads((folder / "report.json").read_text())["kernel"] == "mine"
-    assert json.loads((folder / "config.json").read_text())["kernel"].startswith("mine: Ancestral")
+    assert json.loads((folder / "config.json").read_text())["kernel"].startswith(
+        "mine: mine_in_the_plane.Ancestral"
+    )
     own = {"target": module.cross, "reward": module.upward, "folder": folder, "resume": True}
     run(RunConfig(kernel=module.Ancestral(), **own, **SMALL))
     with pytest.raises(CheckpointError, match="kernel"):

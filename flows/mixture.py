@@ -157,7 +157,11 @@ class GaussianMixture(nn.Module):
             n, self.dim, generator=generator, dtype=self.means.dtype, device=self.means.device
         )
         factors = self._eigenvectors() * self.eigenvalues.mT.sqrt()  # F Fᵀ = S
-        return self.means[k] + torch.einsum("bij,bj->bi", factors[k], noise)
+        x = torch.empty_like(noise)
+        for c in k.unique().tolist():  # a factor for each sample would take n d² numbers
+            rows = (k == c).nonzero()[:, 0]
+            x[rows] = torch.addmm(self.means[c], noise[rows], factors[c].mT)
+        return x
 
     def marginal(self, t: float) -> GaussianMixture:
         """Return the distribution of X_t, a mixture of N(t m_k, t² S_k + (1 - t)² I).

@@ -80,13 +80,15 @@ def test_value_by_hand():
         return cond["gain"][:, None, None] * x + t[:, None, None]
 
     loss, metrics = flow_matching_loss(field, x1, x0=x0, t=t, cond=cond, weights=weights)
-    total = 0.0
+    total = squares = 0.0
     for i in range(4):
-        x = t[i] * x1[i] + (1 - t[i]) * x0[i]
-        error = cond["gain"][i] * x + t[i] - (x1[i] - x0[i])
+        v = cond["gain"][i] * (t[i] * x1[i] + (1 - t[i]) * x0[i]) + t[i]
+        error = v - (x1[i] - x0[i])
+        squares += (v**2).sum()
         total += weights[i] * (error**2).sum() / 6 / 4
     torch.testing.assert_close(loss, total, rtol=1e-14, atol=0)
     assert float(metrics["loss"]) == float(loss)
+    torch.testing.assert_close(metrics["velocity_rms"], (squares / 24) ** 0.5)
     assert set(metrics) == {"loss", "velocity_rms"}
 
 

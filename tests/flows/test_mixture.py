@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows.field import Residual
 from flows.mixture import GaussianMixture
@@ -174,6 +175,31 @@ def test_samples_have_the_moments_and_follow_the_generator():
     outer = (x - mixture.mean())[:, :, None] * (x - mixture.mean())[:, None]
     errors = (outer.mean(0) - mixture.covariance()) / (outer.std(0) / math.sqrt(n))
     assert errors.abs().max() < 4.5
+
+
+def test_samples_in_many_dimensions_take_the_memory_of_the_samples():
+    """A matrix for each of the samples would take 13 GB; tensors of 2^26 numbers are refused."""
+    d, n = 256, 50_000
+    means = torch.zeros(2, d)
+    means[:, 0] = torch.tensor([-3.0, 3.0])
+    covariances = torch.stack([torch.eye(d), 0.1 * torch.eye(d) + 0.4])
+    mixture = GaussianMixture(torch.tensor([0.25, 0.75]), means, covariances)
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert not isinstance(result, torch.Tensor) or result.numel() < 2**26, function
+            return result
+
+    with Largest():
+        x = mixture.sample(n, generator=torch.Generator().manual_seed(0))
+    right = x[:, 0] > 0
+    assert abs(float(right.double().mean()) - 0.75) < 4 * math.sqrt(0.75 * 0.25 / n) + 0.002
+    for rows, component in ((~right, 0), (right, 1)):
+        y = x[rows][:, 1:]  # away from the coordinate that tells the components apart
+        expected = covariances[component][1:, 1:]
+        assert float((torch.cov(y.T) - expected).abs().max()) < 6 / math.sqrt(len(y))
+        assert float(y.mean(0).abs().max()) < 5 / math.sqrt(len(y))
 
 
 # Problem, A, b, and the truth: mean, variance, mass right of the midpoint of the means, log Z.

@@ -7,7 +7,7 @@ import torch
 from helpers.tilt_problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 
 from adjoint.chain.adjoints import lean_adjoint
-from adjoint.chain.kernels import KERNELS, Kernel, make_kernel, measure_mmse
+from adjoint.chain.kernels import KERNELS, Kernel, make_kernel, measure_mmse, own_time_kernel
 from adjoint.chain.rollout import rollout
 from adjoint.rewards.reward import Reward
 from flows import grid as grids
@@ -110,6 +110,27 @@ def test_left_point_rule_is_exact_on_a_gaussian(name, steps):
     t = kernel.adjoint_scale  # the grid, with the small time of the first step
     exact = -LAMBDA * S2 / (t**2 * S2 + (1 - t) ** 2)
     torch.testing.assert_close(c[:, 0, 0], exact, rtol=0, atol=2e-14)
+
+
+@pytest.mark.parametrize("mmse", [None, 0.01, 0.3])
+def test_own_time_kernels_weight_a_step_by_what_its_control_costs(mmse):
+    """mean_v² / std², at most five times the median, with mean 1; the noiseless last as before."""
+    steps = 20
+    grid = grids.uniform(steps)
+    given = None if mmse is None else torch.full((steps,), mmse, dtype=torch.float64)
+    kernel = own_time_kernel(grid, given)
+    weights = []
+    for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+        rho = t * (1 - s) / (s * (1 - t))
+        g, bridge = s * (1 - rho**2), (1 - s) ** 2 * (1 - rho**2)
+        variance = bridge + g**2 * (mmse or 0.0)
+        weights.append((g * (1 - t)) ** 2 / variance if variance else weights[-1])
+    cap = 5 * sorted(weights)[steps // 2 - 1]
+    assert (max(weights) > cap) == (mmse != 0.3)  # with little noise the cap acts
+    capped = torch.tensor([min(w, cap) for w in weights], dtype=torch.float64)
+    expected = capped / capped.mean()
+    torch.testing.assert_close(kernel.residual_v**2, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(kernel.residual_a, kernel.residual_v * (1 - grid[:-1]))
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20, 40])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from flows.training import distributed
 from flows.training.callbacks import Callback, ProgressBar, check_callbacks
 from flows.training.checkpoint import ensure_writable
 from flows.training.sharding import is_sharded
+
+Identity = Mapping[str, str | int | float | bool | None]
+"""What identifies a run beside its options: plain values by name."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that the state of a chain may have."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,15 @@ def check_arguments(
     reward: ValueFunction,
     *,
     shape: tuple[int, ...],
-    config: TiltConfig | None,
-    model: nn.Module | None,
-    cond_sampler: CondSampler | None,
-    callbacks: Sequence[Callback],
-    checkpoint: str | Path | None,
-    resume: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype,
+    config: TiltConfig | None = None,
+    model: nn.Module | None = None,
+    cond_sampler: CondSampler | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    identity: Identity | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Arguments:
     """Refuse arguments of `adjoint.tilt` that do not fit; freeze the base; join the processes.
 
@@ -76,10 +84,9 @@ def check_arguments(
     config = TiltConfig() if config is None else config
     if not isinstance(config, TiltConfig):
         raise TypeError(f"config must be a TiltConfig, got {type(config).__name__}")
-    if not isinstance(shape, tuple | list) or not all(isinstance(n, int) for n in shape):
-        raise ValueError(f"shape must be a tuple of sizes such as (2,), got {shape!r}")
-    if not shape:
-        raise ValueError("shape must have a dimension, got (): numbers are vectors of shape (1,)")
+    shape = _checked_shape(shape)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module or None, got {type(model).__name__}")
     if cond_sampler is not None and not callable(cond_sampler):
         raise TypeError(
             "cond_sampler must be a callable (n, generator) -> mapping of n conditions, got "
@@ -88,7 +95,11 @@ def check_arguments(
     check_callbacks(callbacks)
     if resume and checkpoint is None:
         raise ValueError("resume must be False without checkpoint, the file to continue from")
-    device = device_of(base, model) if device is None else torch.device(device)
+    _check_identity(identity)
+    if dtype not in DTYPES:
+        names = ", ".join(map(str, DTYPES))
+        raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
+    device = device_of(base, model) if device is None else _checked_device(device)
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs must be False on device {device}: it needs cuda")
     distributed.start()
@@ -103,9 +114,62 @@ def check_arguments(
         base = _shareable(base, model).to(device)
         distributed.broadcast_([*base.parameters(), *base.buffers()])
     progress = distributed.rank() == 0 and any(isinstance(c, ProgressBar) for c in callbacks)
-    return Arguments(
-        base, scaled, tuple(shape), config, cond_sampler, device, dtype, progress=progress
-    )
+    return Arguments(base, scaled, shape, config, cond_sampler, device, dtype, progress=progress)
+
+
+def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a sample as plain integers.
+
+    Raises:
+        ValueError: it is no tuple of sizes of at least 1, or empty.
+    """
+    sizes = shape if isinstance(shape, tuple | list) else (None,)
+    if not all(
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) and n > 0 for n in sizes
+    ):
+        raise ValueError(f"shape must be a tuple of sizes such as (2,), got {shape!r}")
+    if not sizes:
+        raise ValueError("shape must have a dimension, got (): numbers are vectors of shape (1,)")
+    return tuple(int(n) for n in shape)
+
+
+def _check_identity(identity: Identity | None) -> None:
+    """Refuse what a checkpoint cannot hold as the identity of a run.
+
+    Raises:
+        TypeError: it is no mapping of names to plain values.
+    """
+    if identity is None:
+        return
+    if not isinstance(identity, Mapping):
+        raise TypeError(
+            f"identity must be a mapping of names to plain values, got {type(identity).__name__}"
+        )
+    for name, value in identity.items():
+        if not isinstance(name, str):
+            raise TypeError(f"identity must have names of type str, got {name!r}")
+        if value is not None and not isinstance(value, str | int | float | bool):
+            raise TypeError(
+                f"identity[{name!r}] must be a str, int, float, bool or None, got "
+                f"{type(value).__name__}"
+            )
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    """Return a device on which tensors can be made.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that is there, got {device!r}: {reason}") from error
+    if found.type == "meta":
+        raise ValueError("device must be one that holds numbers, got 'meta'")
+    return found
 
 
 def device_of(base: VelocityField, model: nn.Module | None) -> torch.device:

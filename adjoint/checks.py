@@ -1,14 +1,87 @@
-"""Checks of a velocity field and of conditions, at a few states, before they are relied on."""
+"""Checks of fields, reward and conditions, at a few states, before they are relied on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from adjoint.arguments import Arguments
+from adjoint.micro_batches import rows_of
+from adjoint.models.trainable import check_base_is_apart, trainable
+from adjoint.rewards.reward import check_reward
 from adjoint.trajectory_source import CondSampler
 from flows.field import Cond, VelocityField, check_velocity
+from flows.sampling import sample
+from flows.training import distributed
+
+FEW = 64
+"""States at which a base is checked."""
+
+FEWER = 4
+"""States at which reward and model are checked."""
+
+
+def draw_states(arguments: Arguments) -> tuple[Tensor, Cond | None]:
+    """Draw a few states (B, *) of pure noise, with conditions where the flow has them.
+
+    Raises:
+        TypeError, ValueError: the sampler returns no conditions; see `draw_conditions`.
+    """
+    generator = torch.Generator(arguments.device).manual_seed(0)
+    few = min(FEW, arguments.config.micro_batch or FEW)
+    x = torch.randn(
+        (few, *arguments.shape),
+        generator=generator,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.cond_sampler is None:
+        return x, None
+    return x, draw_conditions(arguments.cond_sampler, few, generator)
+
+
+def checked_model(
+    arguments: Arguments, base: VelocityField, model: nn.Module | None, x: Tensor, cond: Cond | None
+) -> nn.Module:
+    """Check base, reward and model at a few states, before the work that takes time.
+
+    The reward is evaluated at the ends of a coarse ODE of the base, where its shape and dtype are
+    those on samples, but its values need not be.
+
+    Arguments:
+        arguments: checked arguments of the tilt.
+        base: the base as the caller gave it.
+        model: the module to train; None for the one of `trainable`.
+        x: states (B, *) of pure noise.
+        cond: their conditions.
+
+    Returns:
+        The module to train, on the device of the tilt.
+
+    Raises:
+        TypeError, ValueError: base, reward or model return the wrong type or shape, or a field is
+            not finite; the reward is not differentiable; the base changes with the weights of the
+            model; no weight is trained; or a base without parameters needs a model.
+    """
+    check_field(arguments.base, x, cond, "base")
+    x, cond = x[:FEWER], rows_of(cond, slice(FEWER))
+    ends = sample(arguments.base, x, grid=10, method="euler", cond=cond)
+    if bool(torch.isfinite(ends).all()):
+        check_reward(arguments.reward, ends, cond, finite=False)
+    if model is None:
+        model = trainable(
+            base, arguments.shape, arguments.config.seed, cond=cond, dtype=arguments.dtype
+        )
+        return distributed.unwrapped(model).to(arguments.device)
+    model = distributed.unwrapped(model).to(arguments.device)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+    check_field(model.eval(), x, cond, "model")
+    if not isinstance(arguments.base, nn.Module):  # modules are copies by now
+        check_base_is_apart(arguments.base, model, x, cond)
+    return model
 
 
 def draw_conditions(cond_sampler: CondSampler, n: int, generator: torch.Generator) -> Cond:

@@ -161,6 +161,12 @@ class TiltConfig(TrainerConfig):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             object.__setattr__(self, name, int(value))
+        if not 0 <= self.refine_fraction <= 1 or (self.refine_fraction and self.batch_size < 2):
+            raise ValueError(
+                "refine_fraction must lie in [0, 1], and batch_size be at least 2 where it is "
+                f"above 0, got refine_fraction={self.refine_fraction}, "
+                f"batch_size={self.batch_size}"
+            )
         for steps in (self.steps, self.chain_steps):
             grids.shifted(steps, self.shift)
             select_steps(
@@ -171,12 +177,6 @@ class TiltConfig(TrainerConfig):
             )
         if not 0 <= self.min_ess <= 1:
             raise ValueError(f"min_ess must lie in [0, 1], got {self.min_ess}")
-        if not 0 <= self.refine_fraction <= 1 or (self.refine_fraction and self.batch_size < 2):
-            raise ValueError(
-                "refine_fraction must lie in [0, 1], and batch_size be at least 2 where it is "
-                f"above 0, got refine_fraction={self.refine_fraction}, "
-                f"batch_size={self.batch_size}"
-            )
         if self.refine_steps and (self.refine_steps < 2 or not self.refine_fraction):
             raise ValueError(
                 "refine_steps must be 0, or at least 2 where refine_fraction is above 0, got "

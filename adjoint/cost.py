@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adjoint.arguments import Arguments, check_arguments
 from adjoint.chain.kernels import find_scheme
-from adjoint.checks import check_field, draw_conditions
+from adjoint.checks import check_field, draw_states
 from adjoint.config import TiltConfig
 from adjoint.micro_batches import rows_of
 from adjoint.trajectory_source import CondSampler
@@ -102,41 +102,26 @@ def estimate_cost(
     Raises:
         TypeError, ValueError: the arguments do not fit.
     """
-    return measure_cost(
-        check_arguments(
-            base,
-            lambda x, cond: x.flatten(1).sum(1),
-            shape=shape,
-            config=config,
-            model=None,
-            cond_sampler=cond_sampler,
-            callbacks=(),
-            checkpoint=None,
-            resume=False,
-            device=device,
-            dtype=dtype,
-        )
+    arguments = check_arguments(
+        base,
+        lambda x, cond: x.flatten(1).sum(1),
+        shape=shape,
+        config=config,
+        cond_sampler=cond_sampler,
+        device=device,
+        dtype=dtype,
     )
+    check_field(arguments.base, *draw_states(arguments), "base")
+    return measure_cost(arguments)
 
 
 def measure_cost(arguments: Arguments) -> Cost:
     """Return the cost of a tilt, with the sizes that its options leave open chosen.
 
-    Raises:
-        TypeError, ValueError: the base or the conditions do not fit; see `check_field`.
+    Arguments:
+        arguments: checked arguments, whose base has passed `adjoint.checks.check_field`.
     """
-    generator = torch.Generator(arguments.device).manual_seed(0)
-    few = min(64, arguments.config.micro_batch or 64)
-    x = torch.randn(
-        (few, *arguments.shape),
-        generator=generator,
-        dtype=arguments.dtype,
-        device=arguments.device,
-    )
-    cond = None
-    if arguments.cond_sampler is not None:
-        cond = draw_conditions(arguments.cond_sampler, few, generator)
-    check_field(arguments.base, x, cond, "base")
+    x, cond = draw_states(arguments)
     seconds = _seconds(arguments, x, cond)
     x, cond = x[:4], rows_of(cond, slice(4))
     config = chosen_sizes(arguments.config, x[0].numel(), _flops(arguments.base, x, cond))

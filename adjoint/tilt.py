@@ -1,29 +1,27 @@
 """Tilt a base flow toward a reward in one call.
 
 ``tilt(base, reward, shape=(2,))`` has four steps, each a function of its own: it checks its
-arguments (`adjoint.arguments.check_arguments`), checks and measures the base
-(`adjoint.preparation.prepare_tilt`), trains a copy of the base or a residual on it with
-`flows.training.Trainer` on `TiltLoss` (`fit_tilt`), and certifies the result before and after
-training (`adjoint.tilted.certify_tilt`).  Each level is usable by itself: your own trainer takes
-`TiltLoss`, your own loss takes `rollout`, `lean_adjoint` and `adjoint_matching_loss`.
+arguments (`adjoint.arguments.check_arguments`, and `adjoint.checks.checked_model` at a few states),
+measures the base (`adjoint.preparation.prepare_tilt`), trains a copy of the base or a residual on
+it with `flows.training.Trainer` on `TiltLoss` (`fit_tilt`), and certifies the result before and
+after training (`adjoint.tilted.certify_tilt`).  Each level is usable by itself: your own trainer
+takes `TiltLoss`, your own loss takes `rollout`, `lean_adjoint` and `adjoint_matching_loss`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from adjoint.arguments import Arguments, check_arguments
+from adjoint.arguments import Arguments, Identity, check_arguments
 from adjoint.chain.kernels import KERNELS, Kernel, Scheme, find_scheme
 from adjoint.chain.kernels.kernel import COLUMNS, RESIDUALS
-from adjoint.checks import check_field
+from adjoint.checks import checked_model, draw_states
 from adjoint.config import TiltConfig
-from adjoint.micro_batches import rows_of
 from adjoint.models.lora import adapter_scales
-from adjoint.models.trainable import check_base_is_apart, trainable
 from adjoint.preparation import Preparation, prepare_tilt
 from adjoint.reward_record import RewardRecord
 from adjoint.rewards.reward import ValueFunction
@@ -47,7 +45,7 @@ def tilt(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    identity: Mapping[str, str | int | float | bool | None] | None = None,
+    identity: Identity | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tilted:
@@ -104,13 +102,12 @@ def tilt(
         callbacks=callbacks,
         checkpoint=checkpoint,
         resume=resume,
+        identity=identity,
         device=device,
         dtype=dtype,
     )
+    model = checked_model(arguments, base, model, *draw_states(arguments))
     preparation = prepare_tilt(arguments)
-    if model is None:
-        seed = arguments.config.seed
-        model = trainable(base, arguments.shape, seed, cond=preparation.cond, dtype=dtype)
     field = fit_tilt(
         arguments,
         preparation,
@@ -131,21 +128,15 @@ def fit_tilt(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    identity: Mapping[str, str | int | float | bool | None] | None = None,
+    identity: Identity | None = None,
 ) -> nn.Module:
     """Train ``model`` on the loss of the tilt; returns the averaged weights as a module.
 
     Arguments:
         model: velocity field that starts at the base; trained in place.
         callbacks, checkpoint, resume, identity: see `tilt`.
-
-    Raises:
-        TypeError, ValueError: the model returns the wrong type or shape or is not finite, or the
-            base changes with its weights.
     """
     config = arguments.config
-    model = distributed.unwrapped(model).to(arguments.device)
-    _check_model(arguments, preparation, model)
     record = RewardRecord(preparation.rewards[:64], arguments.device.type)
     loss = TiltLoss(
         arguments.base,
@@ -178,23 +169,6 @@ def fit_tilt(
     return trainer.fit(
         resume=resume, backward=GradientGraph(trainer) if config.cuda_graphs else None
     )
-
-
-def _check_model(arguments: Arguments, preparation: Preparation, model: nn.Module) -> None:
-    """Evaluate the model at a few states, and see that the base is apart from it.
-
-    Raises:
-        TypeError, ValueError: see `fit_tilt`.
-    """
-    generator = torch.Generator(arguments.device).manual_seed(0)
-    few = min(4, arguments.config.micro_batch or 4)
-    x0 = torch.randn(
-        (4, *arguments.shape), generator=generator, dtype=arguments.dtype, device=arguments.device
-    )[:few]
-    cond = rows_of(preparation.cond, slice(few))
-    check_field(model.eval(), x0, cond, "model")
-    if not isinstance(arguments.base, nn.Module):  # modules are copies by now
-        check_base_is_apart(arguments.base, model, x0, cond)
 
 
 def _table_of(kernel: Kernel, chosen: str | Scheme) -> dict[str, str]:

@@ -361,8 +361,17 @@ def as_reward(reward: ValueFunction) -> AbstractReward:
     return reward if isinstance(reward, AbstractReward) else Reward(reward)
 
 
-def check_reward(reward: AbstractReward, x: Tensor, cond: Cond | None = None) -> None:
+def check_reward(
+    reward: AbstractReward, x: Tensor, cond: Cond | None = None, *, finite: bool = True
+) -> None:
     """Evaluate value and gradient on ``x``, and refuse values that a training does not survive.
+
+    Arguments:
+        reward: the reward.
+        x: samples (B, *).
+        cond: conditions with leading size B.
+        finite: refuse numbers that are not finite too.  False where ``x`` are no samples of the
+            base.
 
     Raises:
         TypeError, ValueError: wrong shape, dtype or device, a condition that is missing, not
@@ -377,7 +386,7 @@ def check_reward(reward: AbstractReward, x: Tensor, cond: Cond | None = None) ->
         ) from error
     for name, tensor in (("reward", value), ("the reward's gradient", gradient)):
         bad = int((~torch.isfinite(tensor)).flatten(1 if tensor.ndim > 1 else 0).sum())
-        if bad:
+        if bad and finite:
             raise ValueError(
                 f"{name} is not finite on samples of the base: {bad} of {tensor.numel()} entries "
                 "are NaN or infinite; expected finite numbers wherever the base has mass"

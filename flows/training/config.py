@@ -49,6 +49,10 @@ class TrainerConfig(RefusesOldNames):
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2**63), got {self.seed}")
+        if self.weight_decay == math.inf:
+            raise ValueError("weight_decay must be finite, got inf")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not 0 <= self.ema_decay < 1:

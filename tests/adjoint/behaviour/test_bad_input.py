@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -23,16 +23,18 @@ from flows.training.loggers import CSVLogger
 
 
 class Untouched(Shift):
-    """A model that no bad input may reach."""
+    """A model that no bad input may reach, but for the check at four states."""
 
     def forward(self, x, t, cond=None):
-        raise AssertionError("training has begun")
+        if len(x) > 4:
+            raise AssertionError("training has begun")
+        return super().forward(x, t, cond)
 
 
 @pytest.mark.parametrize(
     ("reward", "error", "match"),
     [
-        (lambda x, c: x, ValueError, r"shape \(4096, 2\).*expected one value per sample"),
+        (lambda x, c: x, ValueError, r"shape \(4, 2\).*expected one value per sample"),
         (lambda x, c: x.sum(), ValueError, r"reward returned shape \(\)"),
         (lambda x, c: x.detach().sum(1), ValueError, "not differentiable"),
         (
@@ -221,6 +223,9 @@ def test_a_closed_form_of_images_needs_a_model():
         ({"micro_batch": -1}, "micro_batch must be at least 0, got -1"),
         ({"reward_batch": -2}, "reward_batch must be at least 0, got -2"),
         ({"lr": 0.0}, "lr must be positive"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*63\), got -1"),
+        ({"seed": 2**63}, r"seed must lie in \[0, 2\*\*63\), got 9223372036854775808"),
+        ({"weight_decay": math.inf}, "weight_decay must be finite, got inf"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
     ],
     ids=str,
@@ -228,6 +233,15 @@ def test_a_closed_form_of_images_needs_a_model():
 def test_options_out_of_range_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         TiltConfig(**options)
+
+
+NUMBERS = [f.name for f in fields(TiltConfig) if f.type in ("int", "float", "int | None")]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_nan_is_no_value_of_any_option(name):
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.*\bnan\b"):
+        TiltConfig(**{name: math.nan})
 
 
 class Poison:
@@ -246,7 +260,7 @@ class Poison:
 def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
     path, log = tmp_path / "c.pt", tmp_path / "log.csv"
     config = with_options(iterations=30, checkpoint_every=4)
-    poison = Poison(3 + 22)  # three evaluations are the checks before training
+    poison = Poison(4 + 22)  # four evaluations are the checks before training
     match = r"loss is nan in iteration 23; the last good checkpoint is .*c.pt \(iteration 20\)"
     with pytest.raises(TrainingDiverged, match=match):
         run(config, reward=poison, checkpoint=path, callbacks=[CSVLogger(log, every=1)])
@@ -271,7 +285,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     path, config = finished(tmp_path)
     reward = Slope()
     found = run(config, reward=reward, checkpoint=path, resume=True, identity={"base": "gaussian"})
-    assert reward.sizes == [4096] * 3  # the checks before training
+    assert reward.sizes == [4] + [4096] * 3  # the checks before training
     assert torch.equal(found.field.w, checkpoints.load(path)["module"]["w"])
 
 
@@ -389,10 +403,67 @@ class Narrow(Shift):
         return super().forward(x, t, cond)[:, :1]
 
 
-@pytest.mark.parametrize("shape", [2, (2.0,), "2"])
+@pytest.mark.parametrize("shape", [2, (2.0,), "2", (0,), (-1,), (2, 0), (True,)])
 def test_a_shape_is_a_tuple_of_sizes(shape):
     with pytest.raises(ValueError, match="shape must be a tuple of sizes"):
         tilt(lambda x, t, c=None: x, Slope(), shape=shape)
+
+
+def test_sizes_of_other_libraries_are_a_shape():
+    assert tilt(BASE, Slope(), shape=(np.int64(2),), config=with_options(iterations=1)).shape == (
+        2,
+    )
+
+
+class Counted:
+    """The base, counting the states at which it is evaluated."""
+
+    def __init__(self):
+        self.states = 0
+
+    def __call__(self, x, t, cond=None):
+        self.states += len(x)
+        return BASE(x, t)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"model": lambda x, t, c: x}, TypeError, "model must be an nn.Module or None, got functi"),
+        ({"model": Shift}, TypeError, "model must be an nn.Module or None, got type"),
+        ({"model": Shift().requires_grad_(False)}, ValueError, "model must have a parameter that"),
+        ({"identity": "mine"}, TypeError, "identity must be a mapping of names .*, got str"),
+        ({"identity": {"a": torch.ones(1)}}, TypeError, r"identity\['a'\] must be .*got Tensor"),
+        ({"identity": {1: "a"}}, TypeError, "identity must have names of type str, got 1"),
+        ({"reward": lambda x, c: x}, ValueError, "expected one value per sample"),
+        ({"reward": lambda x, c: x.detach().sum(1)}, ValueError, "not differentiable"),
+        ({"dtype": "float32"}, ValueError, "dtype must be one of .*, got 'float32'"),
+        ({"dtype": torch.int64}, ValueError, "dtype must be one of .*, got torch.int64"),
+        ({"dtype": torch.float8_e5m2}, ValueError, "dtype must be one of .*, got torch.float8"),
+        ({"device": "warp"}, ValueError, "device must be one that is there, got 'warp'"),
+        ({"device": "xla"}, ValueError, "device must be one that is there, got 'xla'"),
+        ({"device": "meta"}, ValueError, "device must be one that holds numbers, got 'meta'"),
+    ],
+)
+def test_what_few_states_show_is_refused_before_the_base_is_measured(options, error, match):
+    base = Counted()
+    arguments = {"reward": Slope(), "model": Shift(), "shape": (2,), "dtype": torch.float64}
+    arguments |= options
+    with pytest.raises(error, match=match):
+        tilt(base, arguments.pop("reward"), config=FAST, **arguments)
+    assert base.states < 400
+
+
+def test_a_closed_form_of_images_is_refused_before_it_is_measured():
+    base = Counted()
+    with pytest.raises(ValueError, match="needs model="):
+        tilt(
+            lambda x, t, c=None: base(x[..., 0], t)[..., None],
+            lambda x, c: x.sum((1, 2)),
+            shape=(2, 1),
+            config=FAST,
+        )
+    assert base.states < 400
 
 
 def test_a_reward_that_few_samples_carry_is_not_blamed_on_the_base(recwarn):

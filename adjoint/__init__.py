@@ -13,7 +13,14 @@ from adjoint.cost import Cost, estimate_cost
 from adjoint.certificate import Certificate
 
 # Rewards, and models to train
-from adjoint.rewards.reward import AbstractReward, Reward, Sum, ValueFunction, as_reward
+from adjoint.rewards.reward import (
+    AbstractReward,
+    Reward,
+    Sum,
+    ValueFunction,
+    as_reward,
+    check_reward,
+)
 from adjoint.rewards.decoded import decoded
 from adjoint.models.lora import load_adapters, lora, merge, save_adapters
 from adjoint.models.reward_informed import RewardInformed, reward_informed
@@ -31,6 +38,7 @@ from adjoint.chain.kernels import (
     Moments,
     Scheme,
     find_scheme,
+    gaussian_kernel,
     make_kernel,
     measure_mmse,
     own_time_kernel,
@@ -58,6 +66,7 @@ __all__ = [
     "Sum",
     "ValueFunction",
     "as_reward",
+    "check_reward",
     "decoded",
     "load_adapters",
     "lora",
@@ -77,6 +86,7 @@ __all__ = [
     "Moments",
     "Scheme",
     "find_scheme",
+    "gaussian_kernel",
     "make_kernel",
     "measure_mmse",
     "own_time_kernel",

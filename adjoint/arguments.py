@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adjoint.chain.kernels import gaussian_kernel
 from adjoint.config import TiltConfig
 from adjoint.evaluator import Evaluator, RewardEvaluator
 from adjoint.rewards.reward import AbstractReward, ValueFunction, as_reward
 from adjoint.trajectory_source import CondSampler
+from flows import grid as grids
 from flows.field import VelocityField, frozen
 from flows.training import distributed
 from flows.training.callbacks import Callback, ProgressBar, check_callbacks
@@ -95,6 +97,9 @@ def check_arguments(
     check_callbacks(callbacks)
     if resume and checkpoint is None:
         raise ValueError("resume must be False without checkpoint, the file to continue from")
+    for steps in {config.steps, config.chain_steps}:
+        grid = grids.shifted(steps, config.shift)
+        gaussian_kernel(config.kernel, grid, dim=torch.Size(shape).numel())
     _check_identity(identity)
     if dtype not in DTYPES:
         names = ", ".join(map(str, DTYPES))

@@ -50,11 +50,6 @@ def prepare_tilt(arguments: Arguments) -> Preparation:
     shape, device = arguments.shape, arguments.device
     scheme = find_scheme(arguments.config.kernel)
     dim = torch.Size(shape).numel()
-    if scheme.max_dim is not None and dim > scheme.max_dim:
-        raise ValueError(
-            f"kernel {scheme.name!r} serves up to {scheme.max_dim} dimensions, got shape {shape}; "
-            "use 'moment_matched'"
-        )
     cost = measure_cost(arguments)
     config = cost.config
     if arguments.progress:

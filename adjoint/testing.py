@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adjoint.chain.adjoints import lean_adjoint
-from adjoint.chain.kernels import Kernel, Scheme, find_scheme, make_kernel
+from adjoint.chain.kernels import Kernel, Scheme, find_scheme, gaussian_kernel
 from adjoint.chain.rollout import draw_noise, rollout
 from flows import grid as grids
 from flows.field import Cond, VelocityField, batch_time
@@ -76,16 +76,8 @@ def _base() -> GaussianMixture:
 
 def _on_gaussian(scheme: Scheme, grid: Tensor) -> Kernel:
     """Return the table of the scheme for the Gaussian base, with its exact moments."""
-    t = grid[:-1]
-    mmse = VARIANCE * (1 - t) ** 2 / (t**2 * VARIANCE + (1 - t) ** 2)
-    covariance = torch.full((1, 1), VARIANCE, dtype=torch.float64)
     try:
-        return make_kernel(
-            scheme,
-            grid,
-            mmse=mmse if "mmse" in scheme.needs else None,
-            covariance=covariance if "covariance" in scheme.needs else None,
-        )
+        return gaussian_kernel(scheme, grid, variance=VARIANCE)
     except (TypeError, ValueError) as error:
         raise AssertionError(str(error)) from error
 

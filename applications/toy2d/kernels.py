@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from adjoint import KERNELS, Scheme, find_scheme
+from adjoint import KERNELS, Scheme, TiltConfig, find_scheme, gaussian_kernel
 from applications.common.objects import NAME_OR_OBJECT, is_reference, load_object
+from flows import shifted
 
 KernelOption = Annotated[str | Scheme, NAME_OR_OBJECT]
 """An option that takes a name, ``module:Name``, or in Python a `Scheme`."""
@@ -26,6 +27,23 @@ def load_scheme(kernel: str | Scheme) -> Scheme:
             found = found()
     try:
         return find_scheme(found)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def check_scheme(options: TiltConfig, dim: int) -> None:
+    """Make the tables of a tilt for a Gaussian base, before a base is trained.
+
+    Arguments:
+        options: options of the tilt.
+        dim: dimension of a sample.
+
+    Raises:
+        ValueError: the scheme makes no table, or one that a tilt cannot use.
+    """
+    try:
+        for steps in {options.steps, options.chain_steps}:
+            gaussian_kernel(options.kernel, shifted(steps, options.shift), dim=dim)
     except TypeError as error:
         raise ValueError(str(error)) from error
 

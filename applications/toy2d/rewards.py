@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adjoint import ValueFunction, as_reward
+from adjoint import AbstractReward, Reward, ValueFunction, as_reward
 from applications.common.objects import is_reference, load_object
 from applications.toy2d.targets import Target
 
@@ -42,12 +42,19 @@ class ToyReward:
         description: one line for help texts and captions.
         value: the function itself, in the dtype and on the device of its argument.
         quadratic_form: (A, b) of r = -½ xᵀAx + bᵀx, float64 (2, 2) and (2,), where r has that form.
+        own: a reward of one's own with the same value, whose gradient and cap the tilt takes.
     """
 
     name: str
     description: str
     value: Callable[[Tensor], Tensor]
     quadratic_form: tuple[Tensor, Tensor] | None = None
+    own: AbstractReward | None = None
+
+    @property
+    def for_tilt(self) -> AbstractReward:
+        """Return the reward that a tilt is trained toward."""
+        return Reward(self, name=self.name) if self.own is None else self.own
 
     def __call__(self, x: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the rewards (B,) of points ``x`` (B, 2).
@@ -92,12 +99,12 @@ def make_reward(reward: str | ValueFunction, target: Target) -> ToyReward:
 def _from_function(function: Any) -> ToyReward:
     """Wrap a differentiable function r(x, cond)."""
     try:
-        as_reward(function)
+        own = as_reward(function)
     except TypeError as error:
         raise ValueError(f"reward must be a callable (x, cond): {error}") from error
-    name = getattr(function, "__name__", type(function).__name__)
-    lines = (inspect.getdoc(function) or name).splitlines()
-    return ToyReward(name, lines[0].rstrip("."), lambda x: function(x, None))
+    documented = None if own is function else inspect.getdoc(function)
+    lines = (documented or own.name).splitlines()
+    return ToyReward(own.name, lines[0].rstrip("."), lambda x: own(x, None), own=own)
 
 
 def _quadratic_form(name: str, description: str, A: list[list[float]], b: list[float]) -> ToyReward:

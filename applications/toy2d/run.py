@@ -94,7 +94,7 @@ def _run(setup: RunSetup, base: VelocityField | None) -> Run:
     base = make_base(setup) if base is None else base
     tilted = tilt(
         base,
-        setup.reward,
+        setup.reward.for_tilt,
         shape=(2,),
         config=config.tilt_options,
         callbacks=training_callbacks("tilt", config.path / "tilt.csv"),

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adjoint import check_reward
 from applications.toy2d.config import RunConfig
+from applications.toy2d.kernels import check_scheme
 from applications.toy2d.rewards import REWARDS, ToyReward, make_reward
 from applications.toy2d.targets import TARGETS, Target, find_target
 
@@ -64,19 +66,38 @@ def resolve(config: RunConfig) -> RunSetup:
 
     Raises:
         ValueError: an unknown target, reward or kernel, an option out of range, or a closed form
-            where the target has none.
+            where the target has none; a target whose samples, a reward whose values, or a kernel
+            whose table a tilt cannot use.
     """
     target = find_target(config.target)
     reward = make_reward(config.reward, target)
     validate(config, target)
+    _try_reward(reward, target, config.temperature)
     return RunSetup(config, target, reward)
+
+
+def _try_reward(reward: ToyReward, target: Target, temperature: float) -> None:
+    """Evaluate the reward on samples of the target, before a base is trained for it.
+
+    Raises:
+        ValueError: samples or rewards are not finite, or the reward has the wrong type or shape or
+            no gradient.
+    """
+    samples = target.sample(POINTS, torch.Generator().manual_seed(0)).float()
+    if not bool(samples.isfinite().all()):
+        raise ValueError(f"samples of target {target.name!r} must be finite, got NaN or infinity")
+    try:
+        check_reward(reward.for_tilt.scaled(1 / temperature), samples)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def validate(config: RunConfig, target: Target) -> None:
     """Refuse options that cannot be run with ``target``.
 
     Raises:
-        ValueError: an option out of range, or a closed form where the target has none.
+        ValueError: an option out of range, a kernel whose table does not fit, or a closed form
+            where the target has none.
     """
     if not config.trains_base and target.mixture is None:
         raise ValueError(
@@ -84,7 +105,8 @@ def validate(config: RunConfig, target: Target) -> None:
         )
     if config.samples < 100:
         raise ValueError(f"samples must be at least 100, got {config.samples}")
-    _ = config.tilt_options, config.base_options
+    _ = config.base_options
+    check_scheme(config.tilt_options, 2)
 
 
 def describe_target(target: Target) -> str:

@@ -223,3 +223,82 @@ def test_samples_of_the_wrong_shape_are_refused():
         wide.sample(5)
     with pytest.raises(ValueError, match="target 'bare' has no classes"):
         Target("bare", "points alone", lambda n, generator: torch.randn(n, 2)).labelled(5)
+
+
+BAD = """
+import torch
+from adjoint import Kernel, Reward, Scheme
+from applications.toy2d.targets import Target
+
+nowhere = Target("nowhere", "no points", lambda n, generator: torch.full((n, 2), torch.nan))
+
+def wide(x, cond):
+    return x
+
+def detached(x, cond):
+    return x.detach().sum(1)
+
+def logarithm(x, cond):
+    return x[:, 0].log()
+
+def whole(x, cond):
+    return x[:, 0].round().long()
+
+class Still(Scheme):
+    name = "still"
+    summary = "no noise at all"
+    def __call__(self, grid, moments):
+        ones = torch.ones_like(grid[1:])
+        return Kernel.consistent(self.name, grid, mean_x=ones, mean_v=ones, std=0 * ones)
+
+class Nothing(Scheme):
+    name = "nothing"
+    summary = "no table"
+    def __call__(self, grid, moments):
+        return None
+
+named = Reward(lambda x, cond: x[:, 1].round(), gradient=lambda x, cond: x * 0 + 1, name="ramp",
+               max_norm=0.5)
+"""
+
+
+@pytest.fixture
+def bad(tmp_path, monkeypatch):
+    """A module of objects that cannot be used."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "bad_in_the_plane.py").write_text(BAD)
+    yield tmp_path
+    sys.modules.pop("bad_in_the_plane", None)
+
+
+@pytest.mark.parametrize(
+    ("program", "flag", "name", "message"),
+    [
+        ("run", "target", "nowhere", "samples of target 'nowhere' must be finite"),
+        ("run", "reward", "wide", "reward returned shape (64, 2)"),
+        ("run", "reward", "detached", "reward is not differentiable"),
+        ("run", "reward", "logarithm", "reward is not finite"),
+        ("run", "reward", "whole", "reward must return a floating-point tensor, got torch.int64"),
+        ("run", "kernel", "Still", "std must be positive but for the last step's"),
+        ("run", "kernel", "Nothing", "a scheme must return a Kernel, got None"),
+        ("digits", "kernel", "Still", "std must be positive but for the last step's"),
+    ],
+)
+def test_objects_that_cannot_be_used_are_refused_before_a_base_is_trained(
+    bad, capsys, program, flag, name, message
+):
+    folder = bad / "x"
+    assert main([program, "--folder", str(folder), f"--{flag}", f"bad_in_the_plane:{name}"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not folder.exists()
+
+
+def test_a_reward_keeps_its_name_gradient_and_cap(bad):
+    reward = make_reward("bad_in_the_plane:named", TARGETS["ring"])
+    assert reward.name == reward.description == "ramp"
+    _, gradient, _ = reward.for_tilt.value_and_gradient(torch.zeros(3, 2))
+    torch.testing.assert_close(gradient.norm(dim=1), torch.full((3,), 0.5))
+    resolve(RunConfig(target="ring", reward="bad_in_the_plane:named"))
+    assert make_reward(lambda x, cond: x[:, 0], TARGETS["ring"]).name == "reward"

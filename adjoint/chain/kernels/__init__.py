@@ -24,6 +24,7 @@ __all__ = [
     "Scheme",
     "StateNoise",
     "find_scheme",
+    "gaussian_kernel",
     "make_kernel",
     "measure_mmse",
     "own_time_kernel",
@@ -119,3 +120,35 @@ def make_kernel(
     table = scheme(grid, Moments(mmse, covariance))
     check_table(table, grid)
     return table
+
+
+def gaussian_kernel(
+    kernel: str | Scheme, grid: Tensor, *, dim: int = 1, variance: float = 1.0
+) -> Kernel:
+    """Return the table of a scheme for a Gaussian base N(m, s² I), whose moments are known.
+
+    It shows what is wrong with a scheme before any base is measured.
+
+    Arguments:
+        kernel: a name of ``KERNELS`` or a scheme.
+        grid: (K+1,) strictly increasing from 0 to 1.
+        dim: dimension d of a sample.
+        variance: s².
+
+    Raises:
+        TypeError, ValueError: as `make_kernel`; or the scheme does not serve this dimension.
+    """
+    scheme = find_scheme(kernel)
+    if scheme.max_dim is not None and dim > scheme.max_dim:
+        raise ValueError(
+            f"kernel {scheme.name!r} serves up to {scheme.max_dim} dimensions, got {dim}; use "
+            "'moment_matched'"
+        )
+    t = grid[:-1].to(torch.float64)
+    mmse = variance * (1 - t) ** 2 / (t**2 * variance + (1 - t) ** 2)
+    covariance = None
+    if "covariance" in scheme.needs:
+        covariance = variance * torch.eye(dim, dtype=torch.float64)
+    return make_kernel(
+        scheme, grid, mmse=mmse if "mmse" in scheme.needs else None, covariance=covariance
+    )

@@ -28,7 +28,7 @@ from applications.toy2d.digits.data import DIM, SIZE, Digits, load
 from applications.toy2d.digits.metrics import Comparison, compare_classes, training_distances
 from applications.toy2d.digits.mlp_flow import fit_mlp
 from applications.toy2d.exact_tilt import mask_unreliable
-from applications.toy2d.kernels import by_name, load_scheme
+from applications.toy2d.kernels import by_name, check_scheme, load_scheme
 from applications.toy2d.run_folder import FILES
 from flows import VelocityField, sample
 from flows.training import ensure_writable, write_json
@@ -167,7 +167,7 @@ def run(config: DigitsConfig) -> Report:
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
     """
     config = config.sized
-    _ = config.tilt_options  # refuse bad options before files change and classifier and base train
+    check_scheme(config.tilt_options, DIM)  # before files change, and classifier and base train
     ensure_writable(config.folder / "report.json", "folder")
     with locked(config.folder):
         return _run(config)

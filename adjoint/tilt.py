@@ -30,7 +30,7 @@ from adjoint.tilted import Tilted, certify_tilt
 from adjoint.trajectory_source import CondSampler
 from flows.field import VelocityField
 from flows.training import GradientGraph, Trainer, distributed
-from flows.training.callbacks import Callback, default_callbacks
+from flows.training.callbacks import Callback, default_callbacks, describe_stop
 from flows.weights import fingerprint
 
 
@@ -108,7 +108,7 @@ def tilt(
     )
     model = checked_model(arguments, base, model, *draw_states(arguments))
     preparation = prepare_tilt(arguments)
-    field = fit_tilt(
+    field, stopped = fit_tilt(
         arguments,
         preparation,
         model,
@@ -117,7 +117,7 @@ def tilt(
         resume=resume,
         identity=identity,
     )
-    return certify_tilt(arguments, preparation, field)
+    return certify_tilt(arguments, preparation, field, stopped=stopped)
 
 
 def fit_tilt(
@@ -129,12 +129,15 @@ def fit_tilt(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     identity: Identity | None = None,
-) -> nn.Module:
-    """Train ``model`` on the loss of the tilt; returns the averaged weights as a module.
+) -> tuple[nn.Module, str | None]:
+    """Train ``model`` on the loss of the tilt.
 
     Arguments:
         model: velocity field that starts at the base; trained in place.
         callbacks, checkpoint, resume, identity: see `tilt`.
+
+    Returns:
+        The averaged weights as a module, and where and why a callback stopped the training.
     """
     config = arguments.config
     record = RewardRecord(preparation.rewards[:64], arguments.device.type)
@@ -166,9 +169,8 @@ def fit_tilt(
         save_frozen=False,  # the caller has them
         restart=config.refine_from,
     )
-    return trainer.fit(
-        resume=resume, backward=GradientGraph(trainer) if config.cuda_graphs else None
-    )
+    backward = GradientGraph(trainer) if config.cuda_graphs else None
+    return trainer.fit(resume=resume, backward=backward), describe_stop(trainer)
 
 
 def _table_of(kernel: Kernel, chosen: str | Scheme) -> dict[str, str]:

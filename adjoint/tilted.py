@@ -44,6 +44,7 @@ class Tilted:
             method assumes; see `tilt`.  With conditions, the logarithm of the mean of Z(c), where
             the certificates have the mean of log Z(c).
         dtype: of the state, which weights of half the precision do not have.
+        stopped: where and why a callback stopped the training; None if it ran to its end.
     """
 
     field: nn.Module
@@ -57,6 +58,7 @@ class Tilted:
     log_z_ode: float
     log_z_ode_stderr: float
     dtype: torch.dtype
+    stopped: str | None = None
 
     def sample(
         self,
@@ -129,9 +131,11 @@ class Tilted:
         )
 
     def __str__(self) -> str:
-        """Return the two certificates as a table."""
+        """Return the two certificates as a table, and why the training was stopped, if it was."""
+        stopped = [] if self.stopped is None else [self.stopped]
         if self.certificate is None or self.certificate_base is None:
-            return f"tilted flow, kernel {self.kernel.name}, {self.kernel.steps} steps"
+            sizes = f"tilted flow, kernel {self.kernel.name}, {self.kernel.steps} steps"
+            return "\n".join([sizes, *stopped])
         before, after = self.certificate_base.summary(), self.certificate.summary()
         for column in (before, after):
             column["reward"] *= self.config.temperature
@@ -140,11 +144,22 @@ class Tilted:
         if self.certificate.groups == 1:  # of conditions it is another mean
             error = f"± {self.log_z_ode_stderr:.4f}"
             rows.append(f"{'log_z by ODE':<18}{self.log_z_ode:>12.4f}{error:>12}")
-        return "\n".join(rows)
+        return "\n".join([*rows, *stopped])
 
 
-def certify_tilt(arguments: Arguments, preparation: Preparation, field: nn.Module) -> Tilted:
+def certify_tilt(
+    arguments: Arguments,
+    preparation: Preparation,
+    field: nn.Module,
+    *,
+    stopped: str | None = None,
+) -> Tilted:
     """Return the tilted flow ``field`` with its certificates before and after training.
+
+    Arguments:
+        arguments, preparation: of the tilt.
+        field: tilted velocity field.
+        stopped: where and why a callback stopped the training.
 
     Warns:
         UserWarning: ODE and chain of the base disagree about log Z.
@@ -165,6 +180,7 @@ def certify_tilt(arguments: Arguments, preparation: Preparation, field: nn.Modul
         log_z_ode=log_z,
         log_z_ode_stderr=error,
         dtype=arguments.dtype,
+        stopped=stopped,
     )
 
 

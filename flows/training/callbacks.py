@@ -42,10 +42,12 @@ class Training(Protocol):
 
 
 class StopTraining(Exception):  # noqa: N818  (it names the event, as StopIteration does)
-    """Ends a training cleanly when a callback raises it in ``on_step``.
+    """Ends a training cleanly when a callback raises it, in ``on_start`` or ``on_step``.
 
     The other callbacks still see the iteration, a checkpoint is saved, ``on_end`` is called, and
-    `Trainer.fit` returns the module that was reached.  ``Trainer.stopped`` then holds the message.
+    `Trainer.fit` returns the module that was reached.  ``Trainer.stopped`` then holds the message,
+    which progress bars show.  In ``on_end``, where nothing is left to stop, only the message is
+    kept.
     A resume goes on from there.  Of several processes all stop, whichever callback raised it; of
     several runs trained together only that of the callback.
 
@@ -64,7 +66,11 @@ class Callback:
     writes: bool = False
 
     def on_start(self, trainer: Training) -> None:
-        """Run before the first iteration; ``trainer.iteration`` is above 0 in a resumed run."""
+        """Run before the first iteration; ``trainer.iteration`` is above 0 in a resumed run.
+
+        Raises:
+            StopTraining: to end the training here.
+        """
 
     def on_step(self, trainer: Training, iteration: int, metrics: Metrics) -> None:
         """Run after every iteration, before its checkpoint.
@@ -133,10 +139,11 @@ class ProgressBar(Callback):
         self._bar.update(1)
 
     def on_end(self, trainer: Training) -> None:
-        """Close the bar."""
+        """Close the bar; say why the training was stopped, if it was."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        show_stop(trainer, self.description or "training")
 
 
 def default_callbacks(
@@ -161,6 +168,20 @@ def default_callbacks(
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         progress = sys.stderr.isatty() and not has_bar
     return [*([ProgressBar(description)] if progress else []), *callbacks]
+
+
+def describe_stop(trainer: Training) -> str | None:
+    """Say where and why a callback stopped a training; None if none did."""
+    if trainer.stopped is None:
+        return None
+    where = f"{trainer.iteration} of {trainer.config.iterations} updates"
+    return f"stopped after {where}: {trainer.stopped}"
+
+
+def show_stop(trainer: Training, name: str) -> None:
+    """Write to the standard error stream where and why a training was stopped, if it was."""
+    if trainer.stopped is not None:
+        tqdm.write(f"{name}: {describe_stop(trainer)}", file=sys.stderr)
 
 
 def check_every(every: int) -> int:

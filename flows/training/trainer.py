@@ -168,12 +168,13 @@ class Trainer:
         self.stopped = None
         self.module.train()
         try:
-            for callback in self.callbacks:
-                callback.on_start(self)
+            self.stopped = distributed.first_of(self._tell(lambda c: c.on_start(self)))
+            if self.stopped is not None and self.iteration < self.config.iterations:
+                self._save()
             yield
         finally:
-            for callback in self.callbacks:
-                callback.on_end(self)
+            message = self._tell(lambda c: c.on_end(self))
+            self.stopped = self.stopped or message
         if is_sharded(self.module):
             reshard(self.module)
             self.optimizer.take_average()
@@ -186,16 +187,21 @@ class Trainer:
 
     def _report(self, metrics: Metrics) -> None:
         """Call the callbacks after an iteration, and write the checkpoint where it is due."""
-        message = None
-        for callback in self.callbacks:
-            try:
-                callback.on_step(self, self.iteration, metrics)
-            except StopTraining as stop:
-                message = message or str(stop) or f"{type(callback).__name__} raised StopTraining"
+        message = self._tell(lambda c: c.on_step(self, self.iteration, metrics))
         message = distributed.first_of(message)
         self.stopped = self.stopped or message
         if self._ended() or self.iteration % self.config.checkpoint_every == 0:
             self._save()
+
+    def _tell(self, hook: Callable[[Callback], None]) -> str | None:
+        """Call a hook of all callbacks; return the message of the first that stops the training."""
+        message = None
+        for callback in self.callbacks:
+            try:
+                hook(callback)
+            except StopTraining as stop:
+                message = message or str(stop) or f"{type(callback).__name__} raised StopTraining"
+        return message
 
     def step(self) -> Metrics:
         """Make one optimiser step; return the metrics, ``loss`` and ``grad_norm`` first.

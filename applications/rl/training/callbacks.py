@@ -24,7 +24,7 @@ from applications.rl.training.evaluations import (
 from applications.rl.training.phases import Phases
 from flows import Callback
 from flows.training import CSVLogger, TensorBoardLogger, Training, replacing
-from flows.training.callbacks import Metrics
+from flows.training.callbacks import Metrics, show_stop
 
 EVALUATED = "evaluation/iteration"
 """Name, at Weights & Biases, of the iteration whose weights were evaluated."""
@@ -118,10 +118,11 @@ class Progress(Callback):
         self._bar.update(1)
 
     def on_end(self, trainer: Training) -> None:
-        """Close the bar."""
+        """Close the bar; say why the training was stopped, if it was."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        show_stop(trainer, self.description)
 
 
 class WandbLogger(Callback):

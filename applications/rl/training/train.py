@@ -135,6 +135,7 @@ def show_train(config: TrainConfig) -> None:
     """Train as the command ``train``: print how each run ended and which command comes next."""
     for run in train(config):
         end = "" if run.evaluation is None else f": {run.evaluation}"
+        end += "" if run.stopped is None else f"; stopped: {run.stopped}"
         print(f"seed {run.seed}{end}\nwrote {run.folder} ({run.seconds:.0f} s)")
     own = f" --agent {config.agent}" if ":" in config.agent else ""
     print(f"\nnext: python -m applications.rl evaluate {config.path}/*{own}")

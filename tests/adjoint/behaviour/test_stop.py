@@ -41,6 +41,11 @@ def run(path, stops, *, resume=False):
 def test_a_stopped_tilt_is_certified_and_resumes(tmp_path):
     whole, last = run(tmp_path / "whole.pt", stops=False)
     stopped, seen = run(tmp_path / "c.pt", stops=True)
+    assert whole.stopped is None
+    assert "stopped" not in str(whole)
+    assert stopped.stopped == "stopped after 2 of 6 updates: that will do"
+    assert str(stopped).splitlines()[-1] == stopped.stopped
+    assert str(replace(stopped, certificate=None)).splitlines()[-1] == stopped.stopped
     assert last == CONFIG.iterations > seen == 2
     assert checkpoints.load(tmp_path / "c.pt")["iteration"] == 2
     assert stopped.certificate is not None

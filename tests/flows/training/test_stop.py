@@ -7,7 +7,7 @@ import torch
 from helpers.processes import agreed, several
 from torch import nn
 
-from flows import Callback, StopTraining
+from flows import Callback, ProgressBar, StopTraining
 from flows.training import Trainer, TrainerConfig, train_stacked
 from flows.training import checkpoint as checkpoints
 from flows.training.loss import SplitLoss
@@ -142,6 +142,58 @@ def stopped_in_one(rank, folder):
 def test_all_processes_stop_where_one_does(tmp_path):
     assert agreed(several(stopped_in_one, tmp_path)) == [(3, "enough")] * 2
     assert checkpoints.load(tmp_path / "c.pt")["iteration"] == 3
+
+
+class StopAt(Callback):
+    """Stops in one of the hooks beside ``on_step``."""
+
+    def __init__(self, hook):
+        self.hook = hook
+
+    def on_start(self, trainer):
+        if self.hook == "on_start":
+            raise StopTraining("not today")
+
+    def on_end(self, trainer):
+        if self.hook == "on_end":
+            raise StopTraining("not today")
+
+
+def test_a_stop_before_the_first_iteration_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    expected, events = make().fit(), Events()
+    trainer = make(callbacks=[StopAt("on_start"), events], checkpoint=tmp_path / "c.pt")
+    trainer.fit()
+    assert (trainer.iteration, trainer.stopped, events.events) == (0, "not today", ["end"])
+    again = make(checkpoint=tmp_path / "c.pt")
+    assert torch.equal(again.fit(resume=True).weight, expected.weight)
+
+
+def test_a_stop_at_the_end_lets_the_other_callbacks_end(tmp_path):
+    events = Events()
+    trainer = make(callbacks=[StopAt("on_end"), events])
+    trainer.fit()
+    assert (trainer.iteration, trainer.stopped, events.events[-1]) == (12, "not today", "end")
+
+    class Broken(Callback):
+        def on_step(self, trainer, iteration, metrics):
+            raise KeyError("disk")
+
+    with pytest.raises(KeyError, match="disk"):  # not hidden by the stop
+        make(callbacks=[Broken(), StopAt("on_end")]).fit()
+
+
+def test_a_run_that_stops_before_it_begins_leaves_the_others_alone():
+    trainers = [make(seed, [StopAt("on_start")] if seed == 1 else []) for seed in range(3)]
+    train_stacked([trainer.training() for trainer in trainers])
+    assert [trainer.iteration for trainer in trainers] == [12, 0, 12]
+
+
+def test_a_progress_bar_says_where_and_why_a_training_was_stopped(capsys):
+    make(callbacks=[Stop(7), ProgressBar("line")]).fit()
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1] == "line: stopped after 7 of 12 updates: that will do"
+    make(callbacks=[ProgressBar("line")]).fit()
+    assert "stopped" not in capsys.readouterr().err
 
 
 def test_other_errors_of_a_callback_are_raised():

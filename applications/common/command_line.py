@@ -8,6 +8,8 @@ expected failure is one line on the standard error stream, and so is a warning.
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -100,9 +102,22 @@ class Program:
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Parse ``arguments`` (``sys.argv`` by default), run, and return the exit status.
 
-        The status is 1 after an expected failure, 2 after a wrong command, 130 after Ctrl-C.
+        The status is 1 after an expected failure, 2 after a wrong command, 130 after Ctrl-C, and
+        141 where the reader of the output has gone, as ``head`` does.
         """
-        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        try:
+            try:
+                return self._run(sys.argv[1:] if arguments is None else list(arguments))
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())  # else Python complains when it closes the stream
+            os.close(nowhere)
+            return 141
+
+    def _run(self, arguments: list[str]) -> int:
+        """Parse and run; return the exit status."""
         if not arguments or arguments[0] in ("-h", "--help"):
             print(self.usage())
             return 0 if arguments else 2
@@ -123,12 +138,21 @@ class Program:
             print(f"error: the package {error.name!r} is not installed: {hint}", file=sys.stderr)
             return 1
         except EXPECTED as error:
+            if isinstance(error, BrokenPipeError) and _reader_gone():
+                raise
             print(f"error: {describe(error)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"\ninterrupted{_advice(self.commands[name], config)}", file=sys.stderr)
             return 130
         return 0
+
+
+def _reader_gone() -> bool:
+    """Tell whether nobody reads the standard output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _advice(command: Command, config: Any) -> str:

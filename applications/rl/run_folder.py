@@ -7,6 +7,7 @@
     snapshot.pt      weights whose evaluation beside training has not come yet
     tensorboard/     training and evaluation, if asked for
     wandb.txt        identity of the run at Weights & Biases, if asked for
+    .training.lock   held while a process trains the run
     worker.json, finished.json, error.txt    of a sweep (`applications.rl.sweep.folders`)
 
 The checkpoint also says what it belongs to, so that it is of use without its folder.
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from applications.common import lock
 from applications.common import run_folder as common
 from applications.common.run_folder import CONFIG, RunFiles, write_config
 from applications.rl.agents import AgentLike, UntrustedAgentError, find_agent, make_agent
@@ -39,6 +41,7 @@ CHECKPOINT = "checkpoint.pt"
 SNAPSHOT = "snapshot.pt"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb.txt"
+LOCK = ".training.lock"
 
 FILES = RunFiles(
     checkpoints=(CHECKPOINT,),
@@ -81,6 +84,15 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     ensure_writable(folder / CHECKPOINT, "folder")
     common.check_free(folder, FILES, resume=resume, overwrite=overwrite)
+
+
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Keep other trainings out of a folder while the body runs.
+
+    Raises:
+        RunError: another process trains the run.
+    """
+    return lock.locked(folder / LOCK, holder="another training")
 
 
 def clear(folder: Path) -> None:

@@ -1,7 +1,12 @@
 """Programs of several commands: what they print, how they fail, and what they say of old names."""
 
+import errno
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -41,6 +46,10 @@ def count(config):
         warnings.warn("they\nmove", stacklevel=1)
     if config.sheep == 17:
         raise AssertionError("a bug")
+    if config.sheep == 18:
+        print("sheep " * 10_000)
+    if config.sheep == 19:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
 def eleven(config, arguments):
@@ -111,3 +120,37 @@ def test_what_happens_is_one_line(capsys, arguments, status, shown):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(AssertionError, match="a bug"):
         program().main(["count", "--sheep", "17"])
+
+
+READER = """
+import sys
+sys.path[:0] = {paths!r}
+from common.test_command_line import program
+sys.exit(program().main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["count", "--sheep", "18"], ["count", "--help"], ["--help"]], ids=" ".join
+)
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(arguments, unbuffered):
+    """As ``| head`` does: the pipe is closed before the command writes."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    code = READER.format(paths=[str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        check=False,
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writes)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
+def test_a_pipe_of_another_kind_is_an_error_of_its_own(capfd):
+    assert program().main(["count", "--sheep", "19"]) == 1
+    assert capfd.readouterr().err == "error: Broken pipe\n"

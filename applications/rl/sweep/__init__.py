@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from applications.common.errors import RunError
 from applications.rl.sweep.config import SweepConfig
 from applications.rl.sweep.cost import cost, measure
-from applications.rl.sweep.folders import Work, collect, updates_done
+from applications.rl.sweep.folders import Work, collect, is_other, progress
 from applications.rl.sweep.plan import Job, Run, State
 from applications.rl.sweep.ray import engine, execute, room
 from applications.rl.sweep.table import Table
@@ -121,13 +121,18 @@ def describe(config: SweepConfig) -> str:
     tasks = {run.task for run in plan.runs} - {run.task for run in plan.refused}
     seeds = len(parse_seeds(config.seeds))
     left = [(job, work.updates(job)) for job in work.jobs]
-    runs = [run for job in work.jobs for run in job.runs]
-    begun = sum(updates_done(run.folder) > 0 for run in runs)
+    runs = [(run, job.config) for job in work.jobs for run in job.runs]
+    begun = sum(progress(run, setting) > 0 for run, setting in runs)
+    others = [str(run.folder) for run, setting in runs if is_other(run, setting)]
     done = sum(state.name == "done" for state in work.states.values())
     lines = [
         f"runs: {len(plan.runs) - len(plan.refused)} (tasks {len(tasks)} × agents "
         f"{len(config.agents)} × seeds {seeds}) in {config.folder}; {done} finished, {begun} begun",
         *dict.fromkeys(f"failed: {note}" for note in plan.refused.values()),
+        *(
+            f"will be refused: {folder} holds a run of other settings; name another --folder"
+            for folder in others
+        ),
         f"to do: {sum(n for _, n in left)} updates in {len(left)} jobs (of each: seeds "
         f"{config.seeds_per_job}, CPUs {config.cpus:g}, GPUs {config.gpus:g})",
     ]

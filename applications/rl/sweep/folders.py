@@ -29,6 +29,8 @@ FINISHED = "finished.json"
 ERROR = "error.txt"
 TAIL = 8192
 """Number of bytes at the end of a table that always contain its last two lines."""
+FIXED = ("preset", "batch_size", "shard_every")
+"""Options that a resume of a run must share with its checkpoint, beside those of the agent."""
 Row = dict[str, Any]
 
 
@@ -65,7 +67,7 @@ class Work:
     def updates(self, job: Job) -> int:
         """Count the updates that a job still has to do."""
         whole = job.config.phases.updates
-        return sum(max(0, whole - updates_done(run.folder)) for run in job.runs)
+        return sum(max(0, whole - progress(run, job.config)) for run in job.runs)
 
 
 def write_finished(folder: Path, config: TrainConfig, hours: float | None) -> None:
@@ -86,6 +88,18 @@ def write_finished(folder: Path, config: TrainConfig, hours: float | None) -> No
 def is_finished(run: Run, config: TrainConfig) -> bool:
     """Say whether the run is finished with the settings of ``config``."""
     return read_json(run.folder / FINISHED).get("settings") == settings(config)
+
+
+def is_other(run: Run, config: TrainConfig) -> bool:
+    """Say whether the folder holds a run of other settings, which a resume refuses."""
+    stored, wanted = read_json(run.folder / run_folder.CONFIG), settings(config)
+    names = FIXED if wanted["options"] is None else (*FIXED, "options")
+    return any(name in stored and stored[name] != wanted[name] for name in names)
+
+
+def progress(run: Run, config: TrainConfig) -> int:
+    """Return the number of updates of the run with the settings of ``config``."""
+    return 0 if is_other(run, config) else updates_done(run.folder)
 
 
 def started(run: Run, attempt: str) -> bool:

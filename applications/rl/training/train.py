@@ -104,8 +104,8 @@ def train(
         OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
         CheckpointError: resuming from a file that is damaged or of another run.
         TrainingDiverged: a loss became NaN; the last good checkpoint is kept.
-        RunError: the stacked seeds do not fit the device, or an evaluation in another process
-            failed.
+        RunError: another process trains a run in one of the folders, the stacked seeds do not fit
+            the device, or an evaluation in another process failed.
     """
     check_callbacks(callbacks)
     setup = resolve(config, environment, dataset)
@@ -121,6 +121,8 @@ def train(
             run_folder.claim(
                 config.run_folder(seed), resume=config.resume, overwrite=config.overwrite
             )
+        for seed in config.seeds:
+            stack.enter_context(run_folder.locked(config.run_folder(seed)))
         size = config.stacked or (1 if setup.device.type == "cpu" else len(config.seeds))
         for start in range(0, len(config.seeds), size):
             seeds = config.seeds[start : start + size]

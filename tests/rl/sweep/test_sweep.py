@@ -225,6 +225,16 @@ def test_folders_tell_what_is_done_and_how_far_the_rest_is(tmp_path):
     assert "1 finished, 1 begun" in text
     assert "to do: 188 updates in 1 jobs" in text
 
+    written = {"batch_size": 16, "preset": "published", "offline_steps": 50, "log_every": 9}
+    (second.folder / "config.json").write_text(json.dumps(written))
+    assert describe(config) == text  # of these settings as far as a resume asks
+    (second.folder / "config.json").write_text(json.dumps(written | {"batch_size": 8}))
+    assert work.updates(left) == 100 + 100
+    text = describe(config)
+    assert "1 finished, 0 begun" in text
+    assert f"will be refused: {second.folder} holds a run of other settings" in text
+    assert "to do: 200 updates in 1 jobs" in text
+
     other = replace(config, setting=replace(config.setting, batch_size=8))
     assert not Work.of(other.plan).states  # a finished run of other settings is not this one
     quiet = replace(config, setting=replace(config.setting, log_every=5, environments=1))

@@ -20,6 +20,7 @@ from applications.rl import (
     Episodes,
     Phases,
     Replay,
+    RunError,
     TrainConfig,
     evaluate,
     load_agent,
@@ -441,6 +442,23 @@ def files_limited_to(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    pytest.importorskip("fcntl")
+    (run,) = fit(tmp_path)
+    before = {path.name: path.read_bytes() for path in run.folder.glob("*.*")}
+
+    class Second(Callback):
+        """Starts the training once more while it goes on."""
+
+        def on_start(self, trainer):
+            match = f"folder: {run.folder} is in use by another training"
+            with pytest.raises(RunError, match=match):
+                fit(tmp_path, resume=False, overwrite=True)
+
+    fit(tmp_path, resume=False, overwrite=True, callbacks=[Second()])
+    assert {path.name: path.read_bytes() for path in run.folder.glob("*.*")} == before
 
 
 @pytest.mark.slow

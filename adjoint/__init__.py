@@ -29,7 +29,7 @@ from adjoint.models.reward_informed import RewardInformed, reward_informed
 from adjoint.trajectory_source import CondSampler
 from adjoint.tilt_loss import TiltLoss
 from adjoint.evaluator import Evaluator, RewardEvaluator
-from adjoint.rejection import sample_exact
+from adjoint.exact_samples import flow_proposal, sample_exact
 
 # Pure functions: the chain, its adjoints, the losses, the certificate
 from adjoint.chain.kernels import (
@@ -79,6 +79,7 @@ __all__ = [
     "TiltLoss",
     "Evaluator",
     "RewardEvaluator",
+    "flow_proposal",
     "sample_exact",
     # Pure functions: the chain, its adjoints, the losses, the certificate
     "KERNELS",

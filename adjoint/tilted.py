@@ -15,8 +15,9 @@ from adjoint.chain.kernels import Kernel
 from adjoint.checks import draw_conditions
 from adjoint.config import TiltConfig
 from adjoint.evaluator import Evaluator, RewardEvaluator
+from adjoint.exact_samples import check_request, sample_exact
 from adjoint.preparation import Preparation
-from adjoint.rejection import CUT, check_request, sample_exact
+from adjoint.rejection import CUT, MAX_TRAJECTORIES
 from adjoint.rewards.reward import AbstractReward
 from flows.field import Cond, VelocityField
 from flows.sampling import sample
@@ -91,30 +92,39 @@ class Tilted:
         self,
         n: int,
         *,
+        distribution: str = "chain",
         cut: float = CUT,
         cond: Cond | None = None,
+        max_trajectories: int = MAX_TRAJECTORIES,
         generator: torch.Generator | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> Tensor:
-        """Return ``n`` independent samples (n, *) of the exact tilt of the base's chain.
+        """Return ``n`` independent samples (n, *) of the exact tilt of the base's chain or ODE.
 
-        Trajectories of the tilted chain are accepted by their weights (`adjoint.rejection`): the
+        Samples of the tilted flow are accepted by their weights (`adjoint.exact_samples`): the
         better the tilt, the more of them.  ``adjoint.rejection.acceptance`` of the certificate's
         log-weights says how many.  Under a condition, which the certificate knows nothing of, at
         least as many trajectories are needed as count 1/cut effective samples.
 
         Arguments:
+            distribution: "chain" draws the tilt of the base's chain, in the steps of ``kernel``,
+                for some 2 K evaluations a trajectory.  "flow" draws the tilt of the base's own ODE,
+                up to the error of the solver; a trajectory takes some hundred evaluations, each
+                with a backward pass for every dimension.
             cut: largest total variation between the distribution of the samples and the exact tilt,
-                as far as the certificate's weights tell; a warning says where they do not.
+                as far as the weights tell; a warning says where they do not.
             cond: for a conditional flow, one condition, of leading size 1.
+            max_trajectories: the call is refused where more trajectories are expected; from the
+                certificate's weights that is known before the first one.
             generator: on the device of the model.
-            progress: show a bar.
+            progress: show a bar with the expected time; None shows one on a terminal.
 
         Raises:
-            TypeError, ValueError: as `adjoint.rejection.sample_exact`.
+            TypeError, ValueError: as `adjoint.exact_samples.sample_exact`.
         """
         config = self.config
         assert config.eval_batch_size is not None
+        known = self.certificate if distribution == "chain" and cond is None else None
         return sample_exact(
             Evaluator(self.field, config.micro_batch),
             Evaluator(self.base, config.micro_batch),
@@ -122,10 +132,12 @@ class Tilted:
             self.kernel,
             n,
             like=torch.empty(self.shape, dtype=self.dtype, device=self.kernel.t.device),
-            seen=self.certificate.log_weights if self.certificate and cond is None else None,
+            distribution=distribution,
+            seen=known.log_weights if known else None,
             cut=cut,
             cond=cond,
             batch_size=config.eval_batch_size,
+            max_trajectories=max_trajectories,
             generator=generator,
             progress=progress,
         )

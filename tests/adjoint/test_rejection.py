@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import sys
 import warnings
 
 import pytest
@@ -12,10 +14,13 @@ from helpers.tilt_problems import LAMBDA, PROBLEMS, S2, M, gaussian, linear
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adjoint.certificate import log_mean_exp
 from adjoint.config import TiltConfig
-from adjoint.rejection import RELIABLE, acceptance, log_ceiling, sample_exact
+from adjoint.exact_samples import flow_proposal, sample_exact
+from adjoint.rejection import RELIABLE, acceptance, log_ceiling, sample_by_rejection
 from adjoint.rewards.reward import as_reward
 from adjoint.tilt import tilt
+from flows.mixture import GaussianMixture
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 
@@ -314,3 +319,135 @@ def test_few_samples_need_no_more_trajectories_than_the_ceiling_does(short):
     assert 0.6 / 0.001 < sums[1] < 2 / 0.001
     dataclasses.replace(drawn, certificate=short.certificate).sample_exact(3, generator=seeded())
     assert sum(counted) == RELIABLE
+
+
+def test_a_ceiling_that_rises_thins_the_samples_accepted_before():
+    """A first batch of weight 1, all accepted; then one proposal in ten has weight 10."""
+    batches = []
+
+    def propose(n):
+        weights = torch.ones(n, dtype=torch.float64)
+        if batches:
+            weights[torch.randperm(n, generator=seeded())[: n // 10]] = 10.0
+        batches.append(n)
+        return torch.full((n, 1), float(len(batches)), dtype=torch.float64), weights.log()
+
+    x = sample_by_rejection(
+        propose,
+        4000,
+        like=LIKE,
+        distribution="the tilt",
+        seen=torch.zeros(1000, dtype=torch.float64),
+        cut=0.0,
+        batch_size=2000,
+        generator=seeded(),
+    )
+    assert batches[0] == 2000
+    assert float((x == 1).sum()) == pytest.approx(200, abs=4 * math.sqrt(2000 * 0.1 * 0.9))
+
+
+# --- how many trajectories, and how long ----------------------------------------------------------
+
+
+def uneven(std, n=4096):
+    """Lognormal weights of which few count."""
+    return std * torch.randn(n, generator=seeded(), dtype=torch.float64)
+
+
+def test_too_many_trajectories_are_refused_before_the_first():
+    asked = []
+
+    def propose(n):
+        asked.append(n)
+        return torch.zeros(n, 1, dtype=torch.float64), torch.randn(n, generator=generator)
+
+    seen, generator = uneven(1.0), seeded(2)
+    rate = acceptance(seen, 0.001)
+    options = {"like": LIKE, "distribution": "the tilt", "seen": seen, "generator": seeded()}
+    expected = f"{1_000_000 / rate:,.0f}"
+    with pytest.raises(ValueError, match=f"1,000,000 samples of the tilt .* about {expected} traj"):
+        sample_by_rejection(propose, 1_000_000, **options)
+    with pytest.raises(ValueError, match=f"accept {rate:.2%} of them, and max_trajectories is 9:"):
+        sample_by_rejection(propose, 1000, max_trajectories=9, **options)
+    assert asked == []
+    assert len(sample_by_rejection(propose, 1000, max_trajectories=200_000, **options)) == 1000
+    assert 0.3 < sum(asked) * rate / 1000 < 3
+    with pytest.raises(ValueError, match="max_trajectories must be at least 1, got 0"):
+        sample_by_rejection(propose, 1000, max_trajectories=0, **options)
+
+
+def test_too_many_trajectories_are_refused_once_the_weights_tell():
+    with pytest.raises(
+        ValueError, match=r"50,000 samples of the tilt of the base's chain would take about [\d,]+"
+    ):
+        draw(50_000, reward=lambda x, cond: 3 * x[:, 0], max_trajectories=20_000)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_with_the_expected_time_is_shown_on_a_terminal(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    draw()
+    err = capsys.readouterr().err
+    assert (
+        bool(re.search(r"samples of the tilt of the base's chain: .*10/10 \[.*<", err)) == terminal
+    )
+    draw(progress=not terminal)
+    assert bool(capsys.readouterr().err) != terminal
+
+
+# --- which distribution ---------------------------------------------------------------------------
+
+
+def two_modes(right, dtype=torch.float64):
+    means = torch.tensor([[-1.0], [1.0]], dtype=dtype)
+    return GaussianMixture.isotropic(means, 0.1, torch.tensor([1 - right, right], dtype=dtype))
+
+
+@pytest.mark.slow
+def test_the_tilt_of_the_flow_is_drawn_where_that_of_the_chain_is_another():
+    """A mode of one in a hundred, lifted to a half; ten steps of the chain give it less."""
+    base, slope = two_modes(0.01), 0.5 * math.log(99)
+    exact, log_z = base.tilt(torch.zeros(1, 1), torch.tensor([slope]))
+    model, n = two_modes(0.3), 2000
+
+    def reward(x, cond):
+        return slope * x[:, 0]
+
+    propose = flow_proposal(model, base, reward, LIKE, generator=seeded())
+    _, log_w = propose(4000)
+    found, error, _ = log_mean_exp(log_w)
+    assert error < 0.02
+    assert abs(found - float(log_z)) < 3 * error + 0.002
+    right = {}
+    for distribution, proposed in (("flow", model), ("chain", base)):
+        kernel = kernel_for(base, "moment_matched", 10)
+        x = sample_exact(
+            proposed,
+            base,
+            reward,
+            kernel,
+            n,
+            like=LIKE,
+            distribution=distribution,
+            generator=seeded(),
+        )
+        right[distribution] = float((x > 0).double().mean())
+        assert len(x.unique()) == n
+    assert abs(right["flow"] - float(exact.weights[1])) < 3.5 * math.sqrt(0.25 / n)
+    assert right["flow"] - right["chain"] > 0.05
+
+
+@pytest.mark.slow
+def test_a_tilt_draws_from_the_tilt_of_its_own_ode(short):
+    exact, n = M + S2 * SLOPES, 300
+    x = short.sample_exact(n, distribution="flow", cut=0.01, generator=seeded()).double()
+    assert float((x.mean(0) - exact).abs().max()) < 4 * (S2 / n) ** 0.5 + 0.01
+    torch.testing.assert_close(x.var(0), torch.full_like(exact, S2), rtol=0.25, atol=0)
+
+
+def test_an_unknown_distribution_and_likelihoods_in_many_dimensions_are_refused():
+    with pytest.raises(ValueError, match="distribution must be 'chain' or 'flow', got 'ode'"):
+        draw(distribution="ode")
+    base = gaussian()
+    with pytest.raises(ValueError, match="must be 'chain' above 256 dimensions, got 'flow' in 257"):
+        sample_exact(base, base, linear, None, 5, like=torch.zeros(257), distribution="flow")

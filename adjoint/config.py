@@ -54,7 +54,8 @@ class TiltConfig(TrainerConfig):
     steps: int = 20
     """Number of steps K of the training chain."""
     shift: float = 1.0
-    """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise."""
+    """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise, as the
+    samplers of SD3 do (Esser et al. 2403.03206, eq. 23)."""
     refine_fraction: float = 0.0
     """Fraction of the updates, the last ones, that minimise the variance of log w instead of the
     adjoint-matching loss.  They start from the averaged weights with a fresh optimiser; 0 is none.
@@ -73,13 +74,17 @@ class TiltConfig(TrainerConfig):
     ``replay_size``, ``base_samples`` and ``certificate_samples`` are totals over the processes and
     are rounded up to a multiple of their number."""
     late_fraction: float = 1.0
-    """Fraction of the steps, the last ones, that always enter the loss."""
+    """Fraction of the steps, the last ones, that always enter the loss.  The published tilt of
+    images takes a quarter (Domingo-Enrich et al. 2409.08861, appendix G.2)."""
     early_fraction: float = 1.0
-    """Fraction of the other steps, drawn at random, that enter the loss."""
+    """Fraction of the other steps, drawn at random, that enter the loss.  The published tilt of
+    images takes a third."""
     clip: float = 0.0
-    """Constant cap on the loss of one step of one trajectory; 0 is none."""
+    """Constant cap on the loss of one step of one trajectory; 0 is none.  The published tilt of
+    images has one, in proportion to 1/T² (Domingo-Enrich et al. 2409.08861, appendix G.3)."""
     clip_quantile: bool = False
-    """Cap these losses at a running mean of their 0.9 quantile instead."""
+    """Cap these losses at a running mean of their 0.9 quantile instead, the threshold above which
+    the authors' code for Stable Diffusion (soc-fine-tuning-sd) drops them."""
     importance: bool = False
     """Weight trajectories by softmax(log w).  It removes bias that a coarse grid leaves, and adds
     noise: choose large batches.  With conditions, w contains Z(c), so that conditions with a large
@@ -89,11 +94,13 @@ class TiltConfig(TrainerConfig):
     variance falls as the model improves.  The price is a second adjoint pass and more evaluations
     of model and base per update."""
     min_ess: float = 0.5
-    """With ``importance``, the effective sample size / B below which a batch goes unweighted."""
+    """With ``importance``, the effective sample size / B below which a batch goes unweighted.  The
+    tilts of digits set it (`applications.toy2d`, `benchmarks.digits`)."""
     replay_size: int = 0
-    """Trajectories kept for reuse; 0 is none."""
+    """Trajectories kept for reuse; 0 is none.  The authors' code for Stable Diffusion
+    (soc-fine-tuning-sd) and Adjoint Sampling (Havens et al. 2504.11713) train from a buffer."""
     losses_per_rollout: int = 1
-    """With ``replay_size``, the number of losses per fresh rollout."""
+    """With ``replay_size``, the number of losses per fresh rollout; 10 in soc-fine-tuning-sd."""
     base_samples: int | None = None
     """ODE samples drawn from the base before training, to estimate its mean squared errors, to
     check the reward, and to estimate log Z.  None is 8192, or fewer for a base whose evaluation

@@ -6,7 +6,8 @@ Three optional transformations, each of which defines a new reward or a new grad
 
 - scale: r ← scale · r.  A temperature T is the scale 1/T.
 - smoothing: r ← mean_j r(x + s ξ_j) with ``probes`` fixed antithetic Gaussian directions ξ_j, so
-  that value and gradient stay those of one deterministic function.
+  that value and gradient stay those of one deterministic function.  It serves rewards that are
+  rough; the published code for Stable Diffusion (soc-fine-tuning-sd) has it too.
 - max_norm: caps ‖∇r‖ per sample.  The capped field is no longer the gradient of r: it keeps
   training stable where r is steep and biases the tilt there, which the certificate, computed with
   the uncapped value, will show.

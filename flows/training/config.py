@@ -23,7 +23,8 @@ class TrainerConfig(RefusesOldNames):
     warmup: int = 0
     """Iterations over which the rate rises linearly."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW)."""
+    """Decoupled weight decay (AdamW, Loshchilov and Hutter 1711.05101).  The published tilt of
+    images has 0.01 (Domingo-Enrich et al. 2409.08861, appendix G)."""
     ema_decay: float = 0.999
     """Decay of the average of the weights; 0 turns averaging off."""
     grad_clip: float = 1.0

@@ -91,7 +91,9 @@ def fit_flow(
         sampler: callable (n, generator) -> x1 (n, *), or (x1, cond) with cond of leading size n.
         config: see ``TrainerConfig``.
         batch_size: pairs per loss, of all processes together.
-        coupling: how noise and data are paired, see ``flows.matching``.
+        coupling: how noise and data are paired, see ``flows.matching``; optimal transport within
+            the minibatch (Tong et al. 2302.00482) straightens the flow, and spoils it as the base
+            of a tilt.
         callbacks: see ``flows.training.callbacks``.
         progress: whether to show a bar; None shows one on a terminal, unless ``callbacks`` holds
             a `ProgressBar`.

@@ -49,8 +49,10 @@ def check_agent(
     case = _Case(config, observation_dim, action_dim)
     checks = [
         _options_survive_a_checkpoint,
+        _inputs_stay_as_they_are,
         _loss_is_a_function_of_its_noise,
         _actions_are_a_function_of_their_noise,
+        _losses_leave_no_hidden_state,
         _every_weight_is_trained_or_a_target,
         _targets_follow_their_networks,
         _state_is_all_there_is,
@@ -131,6 +133,28 @@ def _without_global_randomness(run: Callable[[], Any], what: str) -> Any:
     return result
 
 
+def _described(value: Any) -> Any:
+    """Return plain data and tensors as something to compare; the class of anything else."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().tolist() if value.device.type != "meta" else None
+    if isinstance(value, Mapping):
+        return [(str(key), _described(v)) for key, v in value.items()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_described(v) for v in value]
+    plain = value is None or isinstance(value, str | int | float | complex)
+    return value if plain else type(value)
+
+
+def _attributes(agent: Agent) -> dict[str, Any]:
+    """Describe what an agent and its parts hold beside parameters, buffers and parts."""
+    return {
+        f"{prefix}.{name}".lstrip("."): _described(value)
+        for prefix, module in agent.named_modules()
+        for name, value in vars(module).items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    }
+
+
 class _Seen(dict[str, Tensor]):
     """Noise that remembers which of it was read."""
 
@@ -150,6 +174,39 @@ def _options_survive_a_checkpoint(case: _Case) -> None:
     }
     assert type(case.config)(**options) == case.config, (
         "options must be numbers, words, truth values, or tuples of them"
+    )
+
+
+def _inputs_stay_as_they_are(case: _Case) -> None:
+    agent, batch = case.agent(), case.batch()
+    noise, acting = agent.draw_noise(B, _generator()), agent.act_noise(B, _generator())
+    columns = {f"batch.{name}": value for name, value in batch._asdict().items()}
+    drawn = {f"noise[{name!r}]": value for name, value in noise.items()}
+    acted = {"observations": batch.observations}
+    acted |= {f"noise[{name!r}]": value for name, value in acting.items()}
+    for what, run, given in (
+        ("the loss", lambda: agent.loss(batch, noise), columns | drawn),
+        ("act", lambda: agent.act(batch.observations, acting), acted),
+    ):
+        before = {name: value.clone() for name, value in given.items()}
+        run()
+        for name, value in given.items():
+            assert torch.equal(value, before[name]), f"{what} changes {name} in place"
+
+
+def _losses_leave_no_hidden_state(case: _Case) -> None:
+    agent, batch = case.agent(), case.batch()
+    noise = agent.draw_noise(B, _generator())
+    agent.loss(batch, noise)  # the first one may fill caches
+    state, before = copy.deepcopy(agent.state_dict()), _attributes(agent)
+    first = agent.loss(batch, noise)[0].detach()
+    changed = [name for name, value in _attributes(agent).items() if before.get(name) != value]
+    assert not changed, (
+        f"the loss changes {', '.join(changed)}, which no checkpoint holds: keep it in a buffer"
+    )
+    agent.load_state_dict(state)
+    assert torch.equal(first, agent.loss(batch, noise)[0]), (
+        "the loss changes at the same weights, buffers, inputs and noise: it has a hidden state"
     )
 
 

@@ -96,7 +96,53 @@ def target(self, *arguments):
     self.target_actor = self.one_step_actor().requires_grad_(False)
 
 
+def counting(self, loss, noise):
+    self.calls = getattr(self, "calls", 0) + 1
+    return loss
+
+
+def averaging(self, loss, noise):
+    self.actor.seen = getattr(self.actor, "seen", torch.zeros(())) + loss.detach()
+    return loss
+
+
+class Memory:
+    """An object whose state is not plain data."""
+
+    count = 0
+
+
+def remember(self, *arguments):
+    Regression.__init__(self, *arguments)
+    self.memory = Memory()
+
+
+def remembering(self, loss, noise):
+    self.memory.count += 1
+    return loss + self.memory.count
+
+
+def spoiling(self, loss, noise):
+    noise["noise"].mul_(2)
+    return loss
+
+
+def spoiling_the_batch(self, batch, noise):
+    batch.actions.clamp_(-0.1, 0.1)
+    return Regression.losses(self, batch, noise)
+
+
+def spoiling_the_noise_of_acting(self, s, noise):
+    return self.actor(s, noise["noise"].mul_(0.5)).tanh()
+
+
 BROKEN = {
+    "the loss changes calls, which no checkpoint holds": {"losses": losses_with(counting)},
+    "the loss changes actor.seen, which": {"losses": losses_with(averaging)},
+    "the loss changes .*hidden state": {"__init__": remember, "losses": losses_with(remembering)},
+    r"the loss changes noise\['noise'\] in place": {"losses": losses_with(spoiling)},
+    "the loss changes batch.actions in place": {"losses": spoiling_the_batch},
+    r"act changes noise\['noise'\] in place": {"chunks": spoiling_the_noise_of_acting},
     "draws random numbers of its own": {
         "losses": losses_with(lambda self, loss, noise: loss + torch.randn(()))
     },

@@ -1,0 +1,1 @@
+"""Benchmark: how exact is a trained tilt?"""

@@ -42,6 +42,7 @@ from adjoint.chain.kernels import (
     make_kernel,
     measure_mmse,
     own_time_kernel,
+    table_fingerprint,
 )
 from adjoint.chain.rollout import Trajectory, draw_noise, rollout
 from adjoint.evaluator import velocity_along
@@ -91,6 +92,7 @@ __all__ = [
     "make_kernel",
     "measure_mmse",
     "own_time_kernel",
+    "table_fingerprint",
     "Trajectory",
     "draw_noise",
     "rollout",

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from adjoint.arguments import Arguments, Identity, check_arguments
-from adjoint.chain.kernels import KERNELS, Kernel, Scheme, find_scheme
-from adjoint.chain.kernels.kernel import COLUMNS, RESIDUALS
+from adjoint.chain.kernels import KERNELS, Kernel, Scheme, find_scheme, table_fingerprint
 from adjoint.checks import checked_model, draw_states
 from adjoint.config import TiltConfig
 from adjoint.models.lora import adapter_scales
@@ -182,8 +181,7 @@ def _table_of(kernel: Kernel, chosen: str | Scheme) -> dict[str, str]:
     scheme = find_scheme(chosen)
     if scheme.needs or scheme.name in KERNELS:
         return {}
-    columns = {name: getattr(kernel, name).cpu() for name in (*COLUMNS, *RESIDUALS)}
-    return {"kernel_table": fingerprint({n: c.to(torch.float32) for n, c in columns.items()})}
+    return {"kernel_table": table_fingerprint(kernel)}
 
 
 def _fingerprint(base: VelocityField) -> str | None:

@@ -15,6 +15,7 @@ The checkpoint also says what it belongs to, so that it is of use without its fo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from applications.common import run_folder as common
 from applications.common.run_folder import CONFIG, RunFiles, write_config
 from applications.rl.agents import AgentLike, UntrustedAgentError, find_agent, make_agent
 from applications.rl.agents.base import Agent, AgentConfig
+from applications.rl.agents.chain_kernel import own_kernel
 from applications.rl.environments.spaces import Spaces
 from applications.rl.training.config import TrainConfig
 from flows.training import CheckpointError, ensure_writable
@@ -124,18 +126,24 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def load_agent(
-    path: str | Path, device: torch.device | str = "cpu", *, agent: AgentLike | None = None
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    agent: AgentLike | None = None,
+    kernel: str | None = None,
 ) -> TrainedAgent:
     """Load the agent of a checkpoint file or of a run folder.
 
     A checkpoint is data: loading it imports no module that it names.  An agent from outside this
-    package is loaded only if the program has imported its module, or if ``agent`` names it.
+    package is loaded only if the program has imported its module, or if ``agent`` names it, and so
+    is a kernel from outside, which ``kernel`` names.
 
     Arguments:
         path: the checkpoint, or the folder of a run.
         device: where the agent is put.
         agent: the agent from outside this package that the checkpoint may hold, as ``module:Name``
             (its module is imported), as its class, or by options of it.
+        kernel: the kernel from outside this package that the agent may have, as ``module:Name``.
 
     Raises:
         FileNotFoundError: there is none; the message names runs in folders below.
@@ -160,6 +168,7 @@ def load_agent(
             if key.startswith("options.")
         }
         config = _stored_agent(path, name, allowed).config_class(**options)
+        _check_kernel(path, config, kernel)
         made = make_agent(config, identity["observation_dim"], identity["action_dim"])
         made.load_state_dict(state["module"])
         trained = TrainedAgent(
@@ -195,6 +204,21 @@ def _stored_agent(path: Path, name: str, allowed: type[Agent] | None) -> type[Ag
             f"{path}: {error}; if you trust it, name it: --agent {name}, or in Python "
             f"agent={name!r}"
         ) from error
+
+
+def _check_kernel(path: Path, config: AgentConfig, allowed: str | None) -> None:
+    """Refuse a kernel that only the checkpoint names, for importing its module runs its code.
+
+    Raises:
+        CheckpointError: the kernel is from outside this package, and neither allowed nor imported.
+    """
+    named = own_kernel(config)
+    if named not in (None, allowed) and str(named).partition(":")[0] not in sys.modules:
+        raise CheckpointError(
+            f"{path}: the kernel {named!r} is not part of this package, and its module is not "
+            "imported unasked, for that runs its code; if you trust it, name it: "
+            f"--kernel {named}, or in Python kernel={named!r}"
+        )
 
 
 def full_disk_explained(folder: Path) -> AbstractContextManager[None]:

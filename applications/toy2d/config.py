@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from adjoint import Scheme, TiltConfig, ValueFunction
+from applications.common.kernels import load_scheme
 from applications.common.objects import NAME_OR_OBJECT
-from applications.toy2d.kernels import KernelOption, by_name, load_scheme
+from applications.toy2d.kernels import KernelOption, by_name
 from applications.toy2d.targets import Target
 from flows import TrainerConfig
 from flows.training.renamed import RefusesOldNames, Renamed

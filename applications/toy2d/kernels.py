@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from adjoint import KERNELS, Scheme, TiltConfig, find_scheme, gaussian_kernel
-from applications.common.objects import NAME_OR_OBJECT, is_reference, load_object
+from adjoint import KERNELS, Scheme, TiltConfig, gaussian_kernel
+from applications.common.objects import NAME_OR_OBJECT
 from flows import shifted
 
 KernelOption = Annotated[str | Scheme, NAME_OR_OBJECT]
 """An option that takes a name, ``module:Name``, or in Python a `Scheme`."""
-
-
-def load_scheme(kernel: str | Scheme) -> Scheme:
-    """Return the scheme of a name in `adjoint.KERNELS`, of ``module:Name``, or the scheme itself.
-
-    What ``module:Name`` stands for is a scheme, or a class of schemes without arguments.
-
-    Raises:
-        ValueError: there is no such scheme; the message lists the names.
-    """
-    found = kernel
-    if isinstance(kernel, str) and is_reference(kernel):
-        found = load_object(kernel, "kernel")
-        if isinstance(found, type):
-            found = found()
-    try:
-        return find_scheme(found)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
 
 
 def check_scheme(options: TiltConfig, dim: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from adjoint.chain.kernels.ancestral import Ancestral, AncestralPair, own_time_kernel
 from adjoint.chain.kernels.covariance import CovarianceMatched
 from adjoint.chain.kernels.euler import EulerConsistent, EulerPublished
-from adjoint.chain.kernels.kernel import Kernel, StateNoise, check_table
+from adjoint.chain.kernels.kernel import Kernel, StateNoise, check_table, table_fingerprint
 from adjoint.chain.kernels.matched import MomentMatched, measure_mmse
 from adjoint.chain.kernels.scheme import MEASURED, Moments, Scheme
 from flows.grid import check_grid
@@ -28,6 +28,7 @@ __all__ = [
     "make_kernel",
     "measure_mmse",
     "own_time_kernel",
+    "table_fingerprint",
 ]
 
 _SCHEMES: tuple[Scheme, ...] = (

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from flows.field import Cond, VelocityField
+from flows.weights import fingerprint
 
 COLUMNS = ("mean_x", "mean_v", "std", "adjoint_t", "adjoint_x", "adjoint_v")
 RESIDUALS = ("residual_v", "residual_a")
@@ -165,6 +166,12 @@ class Kernel:
         if self.state_noise is not None:
             moved["state_noise"] = self.state_noise.to(device)
         return replace(self, **moved)
+
+
+def table_fingerprint(kernel: Kernel) -> str:
+    """Return a digest of the columns of a table, rounded to float32, alike in every process."""
+    columns = {name: getattr(kernel, name).cpu() for name in (*COLUMNS, *RESIDUALS)}
+    return fingerprint({name: column.to(torch.float32) for name, column in columns.items()})
 
 
 def check_table(kernel: Kernel, grid: Tensor) -> None:

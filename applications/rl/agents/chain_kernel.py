@@ -8,6 +8,9 @@ of its grid,
 of the flow that the policy is compared with.  That flow learns, so the error is an exponential
 average over the batches, and the kernel is made anew for each update.  Row i of a batch is spent on
 time i mod K: one forward pass of the batch's size per update, whatever K.
+
+A scheme of one's own is named ``module:Name``, and has a constant table.  Making an agent imports
+the module; reading a checkpoint does not, see `applications.rl.run_folder.load_agent`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adjoint import Kernel, make_kernel, own_time_kernel
+from adjoint import Kernel, Scheme, make_kernel, own_time_kernel, table_fingerprint
+from applications.common.kernels import load_scheme
+from applications.common.objects import is_reference
+from applications.rl.agents.options import AgentConfig
 from flows import Cond, VelocityField, interpolate, uniform
 
 RATE = 0.01
@@ -79,11 +85,46 @@ class DenoiserError(nn.Module):
         return ((1 - self.times) ** 2 * self.mean()).clamp_min(FLOOR)
 
 
+def own_kernel(options: AgentConfig) -> str | None:
+    """Return the ``module:Name`` of a scheme from outside this package that an agent has."""
+    kernel = getattr(options, "kernel", None)
+    return kernel if isinstance(kernel, str) and is_reference(kernel) else None
+
+
+def kernel_identity(options: AgentConfig) -> dict[str, str]:
+    """Return the fingerprint of the table of a scheme from outside this package, if there is one.
+
+    Raises:
+        ValueError: there is no such scheme, or an agent cannot have it.
+    """
+    kernel = own_kernel(options)
+    if kernel is None:
+        return {}
+    table = make_kernel(_scheme(kernel), uniform(options.flow_steps))
+    return {"kernel_table": table_fingerprint(table)}
+
+
+def _scheme(kernel: str) -> Scheme:
+    """Return a scheme with a constant table.
+
+    Raises:
+        ValueError: there is no such scheme, or its table depends on the flow, which here learns.
+    """
+    scheme = load_scheme(kernel)
+    if scheme.needs or scheme.state_noise:
+        raise ValueError(
+            f"kernel must be a scheme that measures nothing of the flow, which learns, got "
+            f"{kernel!r}, which needs {', '.join(sorted(scheme.needs)) or 'the state'}"
+        )
+    return scheme
+
+
 class ChainKernel(nn.Module):
     """The kernel of an agent's chain in K equal steps.
 
     Arguments:
-        scheme: name of the scheme, of `applications.rl.agents.options.AGENT_KERNELS`.
+        scheme: name of the scheme, of `applications.rl.agents.options.AGENT_KERNELS`, or
+            ``module:Name``.
         steps: K.
 
     Attributes:
@@ -95,7 +136,7 @@ class ChainKernel(nn.Module):
         grid = uniform(steps)
         matched = scheme == "moment_matched"
         self.error = DenoiserError(grid) if matched else None
-        self._kernel = own_time_kernel(grid) if matched else make_kernel(scheme, grid)
+        self._kernel = own_time_kernel(grid) if matched else make_kernel(_scheme(scheme), grid)
 
     def on(self, device: torch.device) -> Kernel:
         """Return the kernel on a device, to which its constants are sent once."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, final
 
 from adjoint import KERNELS
+from applications.common.objects import is_reference
 from applications.rl.agents.rollouts import Solver
 
 AGENT_KERNELS = tuple(name for name in KERNELS if name != "covariance_matched")
@@ -169,9 +170,16 @@ class TiltOptions:
 class MatchingOptions(TiltOptions):
     """Options of the agents that tilt by adjoint matching."""
 
-    kernel: str = checked_option("euler_published", one_of(*AGENT_KERNELS))
-    """Memoryless scheme, one of adjoint.KERNELS but ``covariance_matched``; ``moment_matched`` is
-    the most exact at few steps."""
+    kernel: str = checked_option(
+        "euler_published",
+        Range(
+            f"one of {', '.join(AGENT_KERNELS)}, or module:Name",
+            lambda name: name in AGENT_KERNELS or is_reference(name),
+        ),
+    )
+    """Memoryless scheme, one of adjoint.KERNELS but ``covariance_matched``, or an `adjoint.Scheme`
+    of your own, which measures nothing, as module:Name; ``moment_matched`` is the most exact at few
+    steps."""
     clip_terminal: bool = True
     """Take the critics' gradient at the action clipped to [-1, 1]."""
     target_gradient: bool = True

@@ -46,6 +46,8 @@ class EvaluateConfig:
     """Run folders, searched to any depth, or checkpoints."""
     agent: str | None = None
     """Agent of your own that the runs hold, as module:Name; its module is imported."""
+    kernel: str | None = None
+    """Kernel of your own that the agent has, as module:Name; its module is imported."""
     episodes: int = 50
     """Episodes for each run."""
     seed: int = 0
@@ -91,7 +93,7 @@ def show_evaluate(config: EvaluateConfig) -> None:
     prepare_mujoco(render=config.gif is not None)
     device = choose_device(config.device)
     paths = [folder for path in config.runs for folder in run_folders(path) or [path]]
-    trained = [load_agent(path, device, agent=config.agent) for path in paths]
+    trained = [load_agent(path, device, agent=config.agent, kernel=config.kernel) for path in paths]
     if config.gif is not None:
         ensure_writable(config.gif, "gif")
         for run in trained:

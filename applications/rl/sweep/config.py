@@ -42,6 +42,9 @@ class SweepConfig(RefusesOldNames):
     """Tasks; `published` stands for the 50 tasks of the published table."""
     agents: tuple[str, ...] = ("qam",)
     """Agents: names that `list` shows, or module:Name of your own, whose module is imported."""
+    kernel: str | None = None
+    """Kernel of the agents that tilt by adjoint matching: a name that `train --help` shows, or
+    module:Name of your own; that of the preset if not given."""
     seeds: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--seed"])] = ("0-11",)
     """Seeds, numbers or ranges such as 0-11."""
     seeds_per_job: int = 1
@@ -115,6 +118,7 @@ class SweepConfig(RefusesOldNames):
             ),
             tasks=self.tasks,
             agents=self.agents,
+            kernel=self.kernel,
             seeds=parse_seeds(self.seeds),
             seeds_per_job=self.seeds_per_job,
             folder=self.folder,

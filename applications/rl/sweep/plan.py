@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from applications.rl.agents import find_agent
+from applications.rl.agents.base import AgentConfig
+from applications.rl.agents.chain_kernel import kernel_identity
 from applications.rl.agents.domains import DOMAINS
 from applications.rl.agents.presets import preset
 from applications.rl.environments.tasks import ENVIRONMENTS, TASK_NUMBERS, find_task
@@ -120,6 +123,7 @@ def make_plan(
     seeds: Sequence[int],
     seeds_per_job: int,
     folder: Path,
+    kernel: str | None = None,
 ) -> Plan:
     """Plan the runs of agents × tasks × seeds.
 
@@ -130,12 +134,16 @@ def make_plan(
         seeds: seeds of each agent and task.
         seeds_per_job: number of seeds of one (agent, task) that one worker trains.
         folder: folder that holds the folders of the tasks.
+        kernel: kernel of all agents; None for that of their presets.
 
     Raises:
-        ValueError: an agent or preset is unknown, a name is there twice, or no task exists.
+        ValueError: an agent, preset or kernel is unknown, an agent has no kernel, a name is there
+            twice, or no task exists.
     """
     for name in agents:
-        find_agent(name)
+        known = {option.name for option in fields(find_agent(name).config_class)}
+        if kernel is not None and "kernel" not in known:
+            raise ValueError(f"kernel must not be given with agent {name!r}, which has none")
     named: list[str] = []
     unknown: dict[str, str] = {}
     for word in tasks:
@@ -147,7 +155,7 @@ def make_plan(
             else:
                 named.append(task.name)
                 for agent in agents:
-                    preset(agent, task, setting.preset)
+                    kernel_identity(_options(agent, task.name, setting.preset, kernel))
     for what, names in (("agents", agents), ("tasks", named)):
         twice = [name for name in names if names.count(name) > 1]
         if twice:
@@ -164,6 +172,9 @@ def make_plan(
                     agent=agent,
                     seeds=tuple(seeds[start : start + seeds_per_job]),
                     folder=folder.absolute() / folder_name(task) / folder_name(agent),
+                    options=None
+                    if kernel is None or task in unknown
+                    else _options(agent, task, setting.preset, kernel),
                 )
             )
             for start in range(0, len(seeds), seeds_per_job)
@@ -173,6 +184,16 @@ def make_plan(
 
     refused = {run: unknown[run.task] for job in jobs([*unknown]) for run in job.runs}
     return Plan(tuple(jobs(named)), refused)
+
+
+def _options(agent: str, task: str, source: str, kernel: str | None) -> AgentConfig:
+    """Return the options of an agent for a task, with another kernel if one is given.
+
+    Raises:
+        ValueError: the preset is unknown, or the kernel is no name of one.
+    """
+    options: Any = preset(agent, find_task(task), source)  # of which not all have a kernel
+    return options if kernel is None else replace(options, kernel=kernel)
 
 
 def slots(devices: float, share: float) -> int:

@@ -19,6 +19,7 @@ import torch
 from applications.rl import run_folder
 from applications.rl.agents import find_agent
 from applications.rl.agents.base import AgentConfig
+from applications.rl.agents.chain_kernel import kernel_identity
 from applications.rl.agents.presets import preset
 from applications.rl.data.dataset import Dataset, ShardedDataset, load_npz, load_shards
 from applications.rl.data.manifest import versions
@@ -89,6 +90,7 @@ class TrainingSetup:
                 "transitions": 0 if self.first is None else len(self.first),
                 "data": self.digest,
                 "shard_every": self.config.shard_every,
+                **kernel_identity(self.options),
             },
         )
 
@@ -145,6 +147,7 @@ def resolve(
             f"options of agent {config.agent!r} must be a {expected.__name__}, "
             f"got a {type(options).__name__}"
         )
+    kernel_identity(options)  # refuse a kernel of one's own before any work
     device = choose_device(config.device)
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(

@@ -30,6 +30,7 @@ from applications.common.errors import RunError
 from applications.rl import run_folder
 from applications.rl.agents import make_agent
 from applications.rl.agents.base import Agent
+from applications.rl.agents.chain_kernel import own_kernel
 from applications.rl.data.dataset import Dataset
 from applications.rl.environments.episodes import Episodes
 from applications.rl.environments.reproducible import episode_seed
@@ -140,6 +141,8 @@ def show_train(config: TrainConfig) -> None:
         end += "" if run.stopped is None else f"; stopped: {run.stopped}"
         print(f"seed {run.seed}{end}\nwrote {run.folder} ({run.seconds:.0f} s)")
     own = f" --agent {config.agent}" if ":" in config.agent else ""
+    kernel = None if config.options is None else own_kernel(config.options)
+    own += f" --kernel {kernel}" if kernel else ""
     print(f"\nnext: python -m applications.rl evaluate {config.path}/*{own}")
     if config.eval_every:  # else there is nothing to report
         print(f"      python -m applications.rl report {config.path}")

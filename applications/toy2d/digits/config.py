@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from adjoint import TiltConfig
+from applications.common.kernels import load_scheme
 from applications.toy2d.digits.data import CLASSES, DIM
-from applications.toy2d.kernels import KernelOption, by_name, load_scheme
+from applications.toy2d.kernels import KernelOption, by_name
 from flows.training import choose_device
 from flows.training.renamed import RefusesOldNames, Renamed
 

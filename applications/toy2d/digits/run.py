@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adjoint import Reward, Tilted, reward_informed, tilt
 from adjoint.certificate import ENOUGH
 from applications.common.callbacks import training_callbacks
+from applications.common.kernels import load_scheme
 from applications.common.lock import locked
 from applications.common.run_folder import start_run, write_config
 from applications.toy2d.digits import pictures as images
@@ -28,7 +29,7 @@ from applications.toy2d.digits.data import DIM, SIZE, Digits, load
 from applications.toy2d.digits.metrics import Comparison, compare_classes, training_distances
 from applications.toy2d.digits.mlp_flow import fit_mlp
 from applications.toy2d.exact_tilt import mask_unreliable
-from applications.toy2d.kernels import by_name, check_scheme, load_scheme
+from applications.toy2d.kernels import by_name, check_scheme
 from applications.toy2d.run_folder import FILES
 from flows import VelocityField, sample
 from flows.training import ensure_writable, write_json

@@ -7,7 +7,6 @@
     snapshot.pt      weights whose evaluation beside training has not come yet
     tensorboard/     training and evaluation, if asked for
     wandb.txt        identity of the run at Weights & Biases, if asked for
-    .training.lock   held while a process trains the run
     worker.json, finished.json, error.txt    of a sweep (`applications.rl.sweep.folders`)
 
 The checkpoint also says what it belongs to, so that it is of use without its folder.
@@ -43,7 +42,6 @@ CHECKPOINT = "checkpoint.pt"
 SNAPSHOT = "snapshot.pt"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb.txt"
-LOCK = ".training.lock"
 
 FILES = RunFiles(
     checkpoints=(CHECKPOINT,),
@@ -94,7 +92,7 @@ def locked(folder: Path) -> AbstractContextManager[None]:
     Raises:
         RunError: another process trains the run.
     """
-    return lock.locked(folder / LOCK, holder="another training")
+    return lock.locked(folder, holder="another training")
 
 
 def clear(folder: Path) -> None:

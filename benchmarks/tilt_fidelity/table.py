@@ -34,14 +34,15 @@ WIDTH = 18
 def table(rows: Sequence[Row]) -> str:
     """Return a table for each method: mean / worst over the seeds of each problem.
 
-    A star marks a worst value beyond its aim.  The last lines are the median of the means and the
+    A star marks a worst value beyond its aim; the last column counts the seeds whose call raised a
+    warning.  The last lines are the median of the means and the
     worst over all problems.
     """
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         headings = "".join(f"{heading:>{WIDTH}}" for heading, _ in COLUMNS.values())
-        lines.append(f"{f'{method}, mean / worst':<26}{'d':>4}{'seeds':>6}{headings}")
+        lines.append(f"{f'{method}, mean / worst':<26}{'d':>4}{'seeds':>6}{headings}{'warned':>9}")
         problems = list(dict.fromkeys(row["problem"] for row in own))
         summaries = []
         for problem in problems:
@@ -49,7 +50,9 @@ def table(rows: Sequence[Row]) -> str:
             summary = {name: mean_and_worst(seeds, name) for name in COLUMNS}
             summaries.append(summary)
             cells = "".join(cell(name, *summary[name]) for name in COLUMNS)
-            lines.append(f"{problem:<26}{seeds[0]['dim']:>4}{len(seeds):>6}{cells}")
+            lines.append(
+                f"{problem:<26}{seeds[0]['dim']:>4}{len(seeds):>6}{cells}{warned(seeds):>8} "
+            )
         pooled = {name: [summary[name] for summary in summaries] for name in COLUMNS}
         cells = "".join(
             cell(name, statistics.median(m for m, _ in of), worst(name, [w for _, w in of]))
@@ -61,6 +64,11 @@ def table(rows: Sequence[Row]) -> str:
         lines += [f"{row['problem']}, seed {row['seed']}: {f}" for row in own if (f := failed(row))]
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def warned(rows: Sequence[Row]) -> int:
+    """Return how many of the calls raised a warning."""
+    return sum(bool(row.get("warnings")) for row in rows)
 
 
 def mean_and_worst(rows: Sequence[Row], name: str) -> tuple[float, float]:

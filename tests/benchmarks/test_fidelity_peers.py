@@ -9,6 +9,8 @@ since the adjoint is multiplied by a function of x_k in each step.  v_β - (1-t)
 as the grid becomes finer.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,6 +101,7 @@ def test_noised_states_are_the_noising_chain():
 
 def test_adjoint_sampling_reuses_ends():
     problem = make_problem("mixture-2d")
+    count = default_call.count_evaluations(problem.base)
     arguments = check_arguments(
         problem.base,
         problem.reward,
@@ -114,18 +117,25 @@ def test_adjoint_sampling_reuses_ends():
     )
     kernel = kernel_for(make_problem("mixture-2d").base.double(), "ancestral", 4)
     loss, g = AdjointSamplingLoss(arguments, kernel), torch.Generator().manual_seed(0)
-    count = default_call.count_evaluations(problem.base)
-    for _ in range(peers.REUSE * (peers.CAPACITY + 1)):
+    before = count()
+    for _ in range(2 * peers.REUSE):
         value, _ = loss(problem.base, g)
         assert bool(value.isfinite())
+    assert len(loss.ends) == 2
+    # Two rollouts, and in each loss products of the base, the base at t = 0, and the model.
+    states = 2 * 4 + 2 * peers.REUSE * (4 + 1 + 4)
+    assert count() - before == peers.SAMPLING.batch_size * states
+    loss.ends = loss.ends * peers.CAPACITY
+    loss(problem.base, g)
     assert len(loss.ends) == peers.CAPACITY
-    assert count() > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_take_as_many_evaluations_as_they_are_given(name, monkeypatch):
     given = 1_500_000
+    few = replace(peers.SAMPLING, base_samples=1024, certificate_samples=256)
+    monkeypatch.setattr(peers, "SAMPLING", few)
     monkeypatch.setattr(
         default_call, "comparison", lambda _, result: {"iterations": result.config.iterations}
     )

@@ -11,7 +11,7 @@ import torch
 
 from applications.toy2d.distances import mode_frequencies
 from benchmarks.common.problems import hard_names, make_problem, names, random_name
-from benchmarks.common.problems.closed_form import cell_probabilities, draw
+from benchmarks.common.problems.closed_form import cell_probabilities
 from benchmarks.common.problems.random_mixture import NAME
 from flows import GaussianMixture
 
@@ -49,7 +49,7 @@ def test_density_of_the_tilt_is_base_times_reward_over_z(name):
 @pytest.mark.parametrize("name", [name for name in CLOSED if name != "strong/quadratic"])
 def test_log_z_is_that_of_samples_of_the_base(name):
     problem = make_problem(name)
-    r = problem.reward(draw(problem.base.double(), size(problem), generator()))
+    r = problem.reward(problem.base.double().sample(size(problem), generator=generator()))
     values = (r - problem.log_z).exp()
     assert within_errors(values[:, None], torch.ones(1))
 

@@ -22,9 +22,6 @@ from flows import GaussianMixture
 POINTS = 2**16
 """Quasi-random points in each component of a mixture, for an error of some 1e-5."""
 
-ENTRIES = 2**24
-"""Entries of the matrices that `GaussianMixture.sample` is allowed to hold at a time."""
-
 
 def closed_form_problem(
     name: str, base: GaussianMixture, b: Tensor, A: Tensor | None = None
@@ -49,7 +46,7 @@ def closed_form_problem(
         dim=dim,
         base=copy.deepcopy(base).float(),
         reward=reward,
-        sample=lambda n, generator: draw(tilted, n, generator).float(),
+        sample=lambda n, generator: tilted.sample(n, generator=generator).float(),
         velocity=tilted,
         modes=tilted.means.float(),
         frequencies=cell_probabilities(tilted, tilted.means),
@@ -71,10 +68,3 @@ def cell_probabilities(mixture: GaussianMixture, centres: Tensor) -> Tensor:
         y = centres @ mean - 0.5 * centres.square().sum(1) + noise @ root.T
         total += weight * y.argmax(1).bincount(minlength=count) / POINTS
     return total
-
-
-def draw(mixture: GaussianMixture, n: int, generator: torch.Generator | None) -> Tensor:
-    """Return ``n`` samples (n, d) of the mixture, few at a time in many dimensions."""
-    each = max(1, ENTRIES // mixture.dim**2)
-    sizes = [min(each, n - start) for start in range(0, n, each)]
-    return torch.cat([mixture.sample(size, generator=generator) for size in sizes])

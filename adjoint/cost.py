@@ -1,7 +1,8 @@
 """The cost of a tilt, said beforehand, and sizes that follow the cost of the base.
 
 A tilt evaluates base and model at many states: N_b (100 + K) to sample the base by its ODE and to
-measure its mean squared errors, some 3 K B in each update, and 3 K N_c for the two certificates.
+measure its mean squared errors, some 3 K B in each update, and 3 K N_c for the two certificates,
+with 10 N_c for the ODE samples that are compared with them.
 For a network in the plane N_b = 8192 and N_c = 4096 take seconds; for a network of images they
 take longer than many a training.  So the sizes N_b and N_c that the options leave open are the
 largest powers of two with which either part stays below `BUDGET` floating-point operations, down
@@ -48,6 +49,13 @@ ENTRIES_AT_A_TIME = 2**18
 
 ODE_EVALUATIONS = 100
 """Evaluations of the base for an ODE sample: 50 steps of the midpoint rule."""
+
+
+COMPARED_SHARE = 4
+"""Trajectories of a certificate for each ODE sample that is compared with it."""
+
+COMPARED_STEPS = 20
+"""Steps of the two-step Adams-Bashforth method, of one evaluation each, in these samples."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,7 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
         before += n
     noise = dim if scheme.state_noise else 0  # its Jacobian is of dim states
     after = certified * final * (3 + 2 * noise)
+    after += 2 * (certified // COMPARED_SHARE) * COMPARED_STEPS  # ODE of base and model
     rolled, adjoint = steps * (1 + noise), steps * (1 + noise)
     backward = float(adjoint)
     if config.control_variates:

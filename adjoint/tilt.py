@@ -4,7 +4,7 @@
 arguments (`adjoint.arguments.check_arguments`, and `adjoint.checks.checked_model` at a few states),
 measures the base (`adjoint.preparation.prepare_tilt`), trains a copy of the base or a residual on
 it with `flows.training.Trainer` on `TiltLoss` (`fit_tilt`), and certifies the result before and
-after training (`adjoint.tilted.certify_tilt`).  Each level is usable by itself: your own trainer
+after training (`adjoint.certify_tilt`).  Each level is usable by itself: your own trainer
 takes `TiltLoss`, your own loss takes `rollout`, `lean_adjoint` and `adjoint_matching_loss`.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from adjoint.arguments import Arguments, Identity, check_arguments
+from adjoint.certify_tilt import certify_tilt
 from adjoint.chain.kernels import KERNELS, Kernel, Scheme, find_scheme, table_fingerprint
 from adjoint.checks import checked_model, draw_states
 from adjoint.config import TiltConfig
@@ -25,7 +26,7 @@ from adjoint.preparation import Preparation, prepare_tilt
 from adjoint.reward_record import RewardRecord
 from adjoint.rewards.reward import ValueFunction
 from adjoint.tilt_loss import TiltLoss
-from adjoint.tilted import Tilted, certify_tilt
+from adjoint.tilted import Tilted
 from adjoint.trajectory_source import CondSampler
 from flows.field import VelocityField
 from flows.training import GradientGraph, Trainer, distributed

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adjoint.arguments import Arguments
-from adjoint.certificate import Certificate, certify, log_mean_exp
+from adjoint.certificate import Certificate
 from adjoint.chain.kernels import Kernel
-from adjoint.checks import draw_conditions
 from adjoint.config import TiltConfig
 from adjoint.evaluator import Evaluator, RewardEvaluator
 from adjoint.exact_samples import check_request, sample_exact
-from adjoint.preparation import Preparation
+from adjoint.judgement import Judgement
 from adjoint.rejection import CUT, MAX_TRAJECTORIES
 from adjoint.rewards.reward import AbstractReward
 from flows.field import Cond, VelocityField
 from flows.sampling import sample
-from flows.training import distributed
 
-PER_CONDITION = 64
-"""Trajectories of a certificate that share a condition."""
+LABELS = {"log_z": "log_z (chain)", "log_z_stderr": "log_z_stderr (chain)"}
+"""Names in the table of numbers of the certificate that say whose they are."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Tilted:
             method assumes; see `tilt`.  With conditions, the logarithm of the mean of Z(c), where
             the certificates have the mean of log Z(c).
         dtype: of the state, which weights of half the precision do not have.
+        judgement: what the numbers allow to conclude; None without certificate.
         stopped: where and why a callback stopped the training; None if it ran to its end.
     """
 
@@ -59,6 +56,7 @@ class Tilted:
     log_z_ode: float
     log_z_ode_stderr: float
     dtype: torch.dtype
+    judgement: Judgement | None = None
     stopped: str | None = None
 
     def sample(
@@ -143,7 +141,7 @@ class Tilted:
         )
 
     def __str__(self) -> str:
-        """Return the two certificates as a table, and why the training was stopped, if it was."""
+        """Return the certificates as a table, the judgement, and why the training was stopped."""
         stopped = [] if self.stopped is None else [self.stopped]
         if self.certificate is None or self.certificate_base is None:
             sizes = f"tilted flow, kernel {self.kernel.name}, {self.kernel.steps} steps"
@@ -151,101 +149,23 @@ class Tilted:
         before, after = self.certificate_base.summary(), self.certificate.summary()
         for column in (before, after):
             column["reward"] *= self.config.temperature
-        rows = [f"{name:<18}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
-        rows = [f"{'':<18}{'base':>12}{'tilted':>12}", *rows]
-        if self.certificate.groups == 1:  # of conditions it is another mean
-            error = f"± {self.log_z_ode_stderr:.4f}"
-            rows.append(f"{'log_z by ODE':<18}{self.log_z_ode:>12.4f}{error:>12}")
+        rows = [f"{'':<22}{'base':>12}{'tilted':>12}"]
+        for name, value in after.items():
+            rows.append(f"{LABELS.get(name, name):<22}{before[name]:>12.4f}{value:>12.4f}")
+        if self.judgement is not None:
+            if self.certificate.groups == 1:  # of conditions it is another mean
+                rows.extend(self._log_z_of_the_flow(self.judgement))
+            rows.append(str(self.judgement))
         return "\n".join([*rows, *stopped])
 
-
-def certify_tilt(
-    arguments: Arguments,
-    preparation: Preparation,
-    field: nn.Module,
-    *,
-    stopped: str | None = None,
-) -> Tilted:
-    """Return the tilted flow ``field`` with its certificates before and after training.
-
-    Arguments:
-        arguments, preparation: of the tilt.
-        field: tilted velocity field.
-        stopped: where and why a callback stopped the training.
-
-    Warns:
-        UserWarning: ODE and chain of the base disagree about log Z.
-    """
-    before, after = (_certificate(arguments, preparation, v) for v in (arguments.base, field))
-    log_z, error, _ = log_mean_exp(preparation.rewards)
-    if before is not None and distributed.rank() == 0:  # with conditions, both of log E Z(c)
-        _compare_log_z(log_z, error, before)
-    return Tilted(
-        field=field,
-        base=arguments.base,
-        reward=arguments.reward,
-        kernel=preparation.refine_kernel,
-        certificate=after,
-        certificate_base=before,
-        shape=arguments.shape,
-        config=preparation.cost.config,
-        log_z_ode=log_z,
-        log_z_ode_stderr=error,
-        dtype=arguments.dtype,
-        stopped=stopped,
-    )
-
-
-def _certificate(
-    arguments: Arguments, preparation: Preparation, field: VelocityField
-) -> Certificate | None:
-    """Return a certificate with noise that depends only on the seed; None if it has no samples.
-
-    With conditions it has groups of `PER_CONDITION` trajectories under one condition.
-    """
-    config, device = preparation.cost.config, arguments.device
-    assert config.certificate_samples is not None
-    assert config.eval_batch_size is not None
-    n = distributed.share(config.certificate_samples)
-    if not n:
-        return None
-    generator = torch.Generator(device).manual_seed(distributed.seed_of(config.seed + 2))
-    groups = 1
-    if arguments.cond_sampler is not None:  # two at least, of two at least
-        groups = max(1, min(n // 2, max(2, n // PER_CONDITION)))
-    n = groups * (n // groups)
-    x0 = torch.randn(
-        (n, *arguments.shape), generator=generator, dtype=arguments.dtype, device=device
-    )
-    cond = None
-    if arguments.cond_sampler is not None:
-        few = draw_conditions(arguments.cond_sampler, groups, generator)
-        cond = {name: c.repeat_interleave(n // groups, 0) for name, c in few.items()}
-    return certify(
-        arguments.evaluator(field),
-        arguments.evaluator(arguments.base),
-        arguments.reward_evaluator,
-        preparation.refine_kernel,
-        x0,
-        cond=cond,
-        groups=groups,
-        batch_size=config.eval_batch_size,
-        generator=generator,
-        progress=arguments.progress,
-    )
-
-
-def _compare_log_z(log_z: float, error: float, chain: Certificate) -> None:
-    """Warn where ODE and chain of the base disagree about log E Z(c), and both know it."""
-    by_chain, by_chain_error = chain.log_z, chain.log_z_stderr
-    if chain.groups > 1:  # the error is that of as many conditions
-        of_each = chain.grouped.logsumexp(1) - math.log(chain.grouped.shape[1])
-        by_chain, by_chain_error, _ = log_mean_exp(of_each)
-    if abs(log_z - by_chain) > max(0.1, 5 * math.hypot(error, by_chain_error)):
-        warnings.warn(
-            f"the base's ODE gives log Z = {log_z:.3f} ± {error:.3f}, its memoryless chain "
-            f"{by_chain:.3f} ± {by_chain_error:.3f}: the tilt is that of the chain's distribution. "
-            "Either the grid is coarse (more steps), or the base is not the flow of independent "
-            "noise (optimal-transport coupling, reflow, distillation, guidance)",
-            stacklevel=4,
-        )
+    def _log_z_of_the_flow(self, judgement: Judgement) -> list[str]:
+        """Return the rows with log Z by the base's ODE, and the chain's distance from it."""
+        error = f"± {self.log_z_ode_stderr:.4f}"
+        gap, joint = judgement.log_z_gap, judgement.log_z_gap_stderr
+        errors = "error unknown"
+        if 0 < joint < math.inf:
+            errors = f"{gap / joint:.1f} joint standard errors"
+        return [
+            f"{'log_z (flow, by ODE)':<22}{self.log_z_ode:>12.4f}{error:>12}",
+            f"{'log_z, chain - flow':<22}{gap:>12.4f}   {errors}",
+        ]

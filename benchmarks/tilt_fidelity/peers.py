@@ -72,9 +72,9 @@ from adjoint import (
     velocity_along,
 )
 from adjoint.arguments import Arguments, check_arguments
+from adjoint.certify_tilt import certify_tilt
 from adjoint.models.trainable import trainable
 from adjoint.preparation import prepare_tilt
-from adjoint.tilted import certify_tilt
 from benchmarks.common.problems import Problem
 from flows.training import Loss, Trainer
 

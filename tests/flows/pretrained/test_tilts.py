@@ -43,7 +43,7 @@ def prompt():
     }
 
 
-@pytest.mark.filterwarnings("ignore:the base's ODE gives log Z")  # random weights are no flow
+@pytest.mark.filterwarnings("ignore:judgement")  # random weights are no flow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_stable_diffusion_3_toward_a_decoded_reward(pipeline, prompt, adapters):
     if adapters:
@@ -76,7 +76,7 @@ def test_stable_diffusion_3_toward_a_decoded_reward(pipeline, prompt, adapters):
     torch.testing.assert_close(back, ours, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:the base's ODE gives log Z")
+@pytest.mark.filterwarnings("ignore:judgement")
 def test_a_diffusion_unet_toward_a_latent_reward():
     field = load(tiny_pipelines.unet(diffusers), scheduler=diffusers.DDPMScheduler(100), quiet=True)
     config = TiltConfig(lr=3e-3, **OPTIONS)

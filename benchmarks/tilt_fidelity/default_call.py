@@ -1,4 +1,4 @@
-"""The call without options, ``tilt(base, reward, shape=...)``, and peers at equal evaluations.
+"""The call ``tilt(base, reward, shape=...)`` is measured, and peers at equal evaluations.
 
 Nothing but the seed is given to the call.  A row holds, beside the distances of `metrics` by the
 ODE in 100 steps:

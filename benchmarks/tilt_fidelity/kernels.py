@@ -1,4 +1,4 @@
-"""Every kernel on every problem, at equal training budgets.
+"""Every kernel is trained on every moderate problem, at equal training budgets.
 
 For each row one network is trained, from the same seed and with the same number of updates and
 trajectories, and compared with the exact tilt (`benchmarks.tilt_fidelity.metrics`).  The columns

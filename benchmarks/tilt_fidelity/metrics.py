@@ -1,4 +1,4 @@
-"""Comparison of a tilted flow with the exact tilt of a problem.
+"""A tilted flow is compared with the exact tilt of a problem.
 
 velocity_error
     E‖v_θ - v*‖² / E‖v* - v_β‖² under p*_t, averaged over t = .1, .3, .5, .7, .9: 1 is the

@@ -1,4 +1,4 @@
-r"""Other ways to train a tilt, given as many evaluations of base and model as the default call.
+r"""Peers train a tilt in other ways, with the evaluations that the call without options takes.
 
 euler_published
     the published pair of adjoint matching (Domingo-Enrich et al. 2409.08861).

@@ -1,4 +1,4 @@
-"""Problems in closed form: a Gaussian mixture under r(x) = bᵀx - ½ xᵀA x.
+"""A Gaussian mixture under r(x) = bᵀx - ½ xᵀA x has its tilt in closed form.
 
 The tilt is a mixture too (`flows.GaussianMixture.tilt`), so that samples, log Z and the optimal
 velocity are exact in float64.  The probability of a mode is that of the cell of points nearest to

@@ -1,4 +1,4 @@
-"""Hard problems: narrow or rare modes, a strong reward, many dimensions.
+"""Hard problems have narrow or rare modes, a strong reward, or many dimensions.
 
     narrow_two/linear           ½ N(-1, .1²) + ½ N(1, .1²) under r = x
     narrower_two/linear         ½ N(-1, .05²) + ½ N(1, .05²) under r = x

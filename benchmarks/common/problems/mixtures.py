@@ -1,4 +1,4 @@
-"""Random Gaussian mixtures of a few wide components, in any dimension."""
+"""Random Gaussian mixtures of a few wide components make problems in any dimension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems in the plane: a target of `applications.toy2d` under one of its rewards.
+"""A problem in the plane tilts a target of `applications.toy2d` by one of its rewards.
 
 The tilt is known by quadrature on a grid, and the optimal velocity
 

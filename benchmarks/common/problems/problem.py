@@ -1,4 +1,4 @@
-"""A tilting problem with its exact solution."""
+"""A tilting problem comes with its exact solution."""
 
 from __future__ import annotations
 

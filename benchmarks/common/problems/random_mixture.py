@@ -1,4 +1,4 @@
-"""Problems drawn at random by a seed: mixtures in 1 to 16 dimensions.
+"""A seed draws problems at random: mixtures in 1 to 16 dimensions.
 
 For each the seed draws the dimension, 2 to 6 components of random weights, covariances with random
 axes and variances from .03 to .33, and means: each lies 2 to 4 times the largest standard deviation

@@ -11,6 +11,7 @@ from adjoint.config import TiltConfig
 from adjoint.tilted import Tilted
 from adjoint.cost import Cost, estimate_cost
 from adjoint.certificate import Certificate
+from adjoint.judgement import Judgement
 
 # Rewards, and models to train
 from adjoint.rewards.reward import (
@@ -61,6 +62,7 @@ __all__ = [
     "Cost",
     "estimate_cost",
     "Certificate",
+    "Judgement",
     # Rewards, and models to train
     "AbstractReward",
     "Reward",

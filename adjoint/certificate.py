@@ -9,8 +9,8 @@ On a trajectory of the tilted chain, with d_k = mean_v (v_θ - v_β)(x_k, t_k),
 p_β(path) e^{r} with respect to the path distribution of the model, so E[w] = Z = E_β[e^r] for *any*
 model, and E[w f]/E[w] is the expectation of f under the exact tilt of the base chain.  At the
 optimum log w is constant and equals log Z: its standard deviation is the headline number, and zero
-means done.  The certificate cannot see regions that the model never visits, nor the discretisation
-error of the base chain itself.
+means done.  The log-weights cannot see regions that the model never visits, nor the discretisation
+error of the base chain itself; `adjoint.judgement` looks for both by other samples.
 
 With conditions, log w at the optimum is log Z(c), and its spread over the conditions says nothing.
 So trajectories come in groups of one condition each: variances are those within groups, weights sum
@@ -138,15 +138,20 @@ class Certificate:
 
     @property
     def log_z(self) -> float:
-        """Return the estimate of log Z = log E_β[e^r], or of its mean over the groups."""
+        """Return the estimate of log Z = log E_β[e^r] over the base's chain.
+
+        With several groups it is the mean of log Z over them.  The log Z of the base's ODE is
+        another number; see `adjoint.judgement`.
+        """
         return log_mean_exp(self.grouped)[0]
 
     @property
     def log_z_stderr(self) -> float:
-        """Return the standard error of log Z: the relative standard error of mean w (delta method).
+        """Return the standard error of the chain's log Z, by the delta method.
 
-        For the conditions at hand, where there are several.  Infinite below `ENOUGH` effective
-        samples (in the typical group).
+        It is the relative standard error of mean w, for the conditions at hand where there are
+        several.  It holds the sampling error alone, not how the chain differs from the base's ODE.
+        Infinite below `ENOUGH` effective samples (in the typical group).
         """
         return log_mean_exp(self.grouped)[1]
 

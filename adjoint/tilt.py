@@ -54,8 +54,8 @@ def tilt(
     The base must be the flow of independent noise, v = E[X_1 - X_0 | X_t] with X_0 independent of
     X_1: then its memoryless chain and its ODE sample one distribution.  Flows trained with
     optimal-transport couplings, reflowed, distilled or guided are not; for them the result is the
-    tilt of the distribution of their *chain*.  A warning says where the estimates of log Z by the
-    ODE and by the chain differ by more than five standard errors and a tenth of a nat.
+    tilt of the distribution of their *chain*.  The judgement of the result says where ODE and chain
+    of the base disagree.
 
     Started by ``torchrun``, the processes do this together (`flows.training.distributed`): the
     numbers of ``config`` are totals, of which each takes its share, the first process writes the
@@ -90,6 +90,10 @@ def tilt(
             after the first updates, where these cannot be recorded.
         CheckpointError: a checkpoint that is damaged or belongs to another run.
         TrainingDiverged: loss or gradient became NaN; the last good checkpoint is kept.
+
+    Warns:
+        UserWarning: the judgement of the result (`adjoint.judgement`) is not good, with what speaks
+            against it.
     """
     callbacks = default_callbacks(callbacks, description="tilt")
     arguments = check_arguments(

@@ -180,6 +180,19 @@ def test_under_one_condition_the_samples_are_of_its_tilt():
             shifted, shifted, linear, kernel, n, like=LIKE, cond=cond, generator=seeded()
         )
         assert float((x.mean() - (c + LAMBDA * S2)).abs()) < 4 * (S2 / n) ** 0.5 + 0.002
+    x = sample_exact(
+        shifted,
+        shifted,
+        linear,
+        kernel,
+        300,
+        like=LIKE,
+        distribution="flow",
+        cut=0.01,
+        cond={"c": torch.full((1, 1), 2.0, dtype=torch.float64)},
+        generator=seeded(),
+    )
+    assert float((x.mean() - (2 + LAMBDA * S2)).abs()) < 4 * (S2 / 300) ** 0.5 + 0.01
     cond = {"c": torch.zeros(3, 1, dtype=torch.float64)}
     with pytest.raises(ValueError, match=r"cond must be one condition, .* got .*\{'c': 3\}"):
         sample_exact(shifted, shifted, linear, kernel, 10, like=LIKE, cond=cond)
@@ -374,6 +387,17 @@ def test_too_many_trajectories_are_refused_before_the_first():
     assert 0.3 < sum(asked) * rate / 1000 < 3
     with pytest.raises(ValueError, match="max_trajectories must be at least 1, got 0"):
         sample_by_rejection(propose, 1000, max_trajectories=0, **options)
+
+
+def test_a_tilt_knows_from_its_certificate_that_too_many_are_asked_for(short):
+    def never(x, cond):
+        raise AssertionError("a trajectory was made")
+
+    asked = dataclasses.replace(short, reward=as_reward(never))
+    with pytest.raises(ValueError, match=r"20,000,000 samples of the tilt of the base's chain"):
+        asked.sample_exact(20_000_000)
+    with pytest.raises(ValueError, match="and max_trajectories is 50:"):
+        asked.sample_exact(1000, max_trajectories=50)
 
 
 def test_too_many_trajectories_are_refused_once_the_weights_tell():

@@ -181,7 +181,7 @@ def test_under_one_condition_the_samples_are_of_its_tilt():
         )
         assert float((x.mean() - (c + LAMBDA * S2)).abs()) < 4 * (S2 / n) ** 0.5 + 0.002
     x = sample_exact(
-        shifted,
+        gaussian(2.3, 0.7),
         shifted,
         linear,
         kernel,

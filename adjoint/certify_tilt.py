@@ -1,4 +1,4 @@
-"""The certificates of a tilt, before and after training, and their judgement."""
+"""Makes the certificates of a tilt, before and after training, and their judgement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Exact samples of a tilt, from a tilt that is not quite exact.
+r"""Draws exact samples of a tilt, from a tilt that is not quite exact.
 
 Samples of the tilted flow are accepted by their weights (`adjoint.rejection`).  There are two
 distributions whose tilt they can be of, since a base has two: the distribution at the end of its

@@ -1,4 +1,4 @@
-r"""A judgement of a tilt: what the numbers of its certificate allow to conclude, and what not.
+r"""Concludes from the numbers of a certificate how far a tilt can be trusted.
 
 The certificate knows the log-weights of the trajectories that the tilted chain has made.  It can
 mislead in four ways, each of which leaves a trace that is looked for here.
@@ -75,7 +75,7 @@ certificate, and the number of the certificate's samples that it may be worth: o
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason not to take a tilt for good.
+    """States one reason not to use a tilt as it is.
 
     Attributes:
         level: one of `LEVELS`.
@@ -88,7 +88,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class BaseSamples:
-    """Rewards of samples of the base's ODE, and the weights that turn them into those of the tilt.
+    """Holds rewards of samples of the base's ODE, with weights that make them samples of the tilt.
 
     Attributes:
         rewards: (N,) scaled rewards, r / temperature.
@@ -102,7 +102,7 @@ class BaseSamples:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judgement of a tilt, with the numbers that it rests on.
+    """Says how far a tilt can be trusted, with the numbers that this rests on.
 
     Attributes:
         findings: reasons against it; none where it is good.

@@ -1,4 +1,4 @@
-r"""The tail of importance weights: the shape of a generalised Pareto distribution.
+r"""Estimates the tail of importance weights, by a generalised Pareto distribution.
 
 Above a high threshold u, weights of almost any distribution follow
 

@@ -1,4 +1,4 @@
-r"""Exact samples by rejection, from proposals whose weights are known.
+r"""Draws exact samples by rejection, from proposals whose weights are known.
 
 A proposal x of density q comes with its weight w = p*(x) Z / q(x), where p* is the distribution
 that is wanted.  Accepted with probability min(1, w/L), it is a sample of

@@ -44,7 +44,7 @@ def table(rows: Sequence[Row]) -> str:
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         headings = "".join(f"{heading:>{WIDTH}}" for heading, _ in COLUMNS.values())
-        lines.append(f"{f'{method}, mean / worst':<26}{'d':>4}{'seeds':>6}{headings}{'warned':>9}")
+        lines.append(f"{f'{method}, mean / worst':<32}{'d':>4}{'seeds':>6}{headings}{'warned':>9}")
         problems = list(dict.fromkeys(row["problem"] for row in own))
         summaries = []
         for problem in problems:
@@ -53,14 +53,14 @@ def table(rows: Sequence[Row]) -> str:
             summaries.append(summary)
             cells = "".join(cell(name, *summary[name]) for name in COLUMNS)
             lines.append(
-                f"{problem:<26}{seeds[0]['dim']:>4}{len(seeds):>6}{cells}{warned(seeds):>8} "
+                f"{problem:<32}{seeds[0]['dim']:>4}{len(seeds):>6}{cells}{warned(seeds):>8} "
             )
         pooled = {name: [summary[name] for summary in summaries] for name in COLUMNS}
         cells = "".join(
             cell(name, statistics.median(m for m, _ in of), worst(name, [w for _, w in of]))
             for name, of in pooled.items()
         )
-        lines.append(f"{'median / worst':<36}{cells}")
+        lines.append(f"{'median / worst':<42}{cells}")
         met = sum(not any(misses(name, s[name][1]) for name in AIMS) for s in summaries)
         lines.append(f"{met} of {len(problems)} problems meet every aim {aims()}")
         median = statistics.median(mean for mean, _ in pooled["velocity_error"])

@@ -154,6 +154,7 @@ def judgement_of(
     gap, joint = log_z - log_z_ode, math.hypot(error, error_ode)
 
     def findings() -> Iterator[Finding | None]:
+        yield _not_finite(certificate)
         yield _few_or_rare(certificate)
         yield _heavy_tail(shape)
         yield _log_z_apart((log_z, error), (log_z_ode, error_ode))
@@ -205,6 +206,17 @@ def unvisited_share(base: BaseSamples, visited: Tensor) -> float:
     return float(base.log_weights.double().softmax(0)[above].sum())
 
 
+def _not_finite(certificate: Certificate) -> Finding | None:
+    bad = int((~(certificate.log_weights < math.inf)).sum())
+    if not bad:
+        return None
+    return Finding(
+        DO_NOT_TRUST,
+        f"{bad} of {len(certificate.log_weights)} log-weights are NaN or infinite: look at the "
+        "reward at the samples",
+    )
+
+
 def _few_or_rare(certificate: Certificate) -> Finding | None:
     ess, std = certificate.ess, certificate.log_weight_std
     if ess * certificate.grouped.shape[1] < ENOUGH:
@@ -214,7 +226,7 @@ def _few_or_rare(certificate: Certificate) -> Finding | None:
             "is known of the errors",
         )
     gaussian = math.exp(-(std**2))
-    if ess >= RARE * gaussian:
+    if not ess < RARE * gaussian:
         return None
     return Finding(
         DO_NOT_TRUST if ess < RARE_ESS else USE_WEIGHTS,
@@ -237,7 +249,7 @@ def _heavy_tail(shape: float) -> Finding | None:
 def _log_z_apart(chain: tuple[float, float], ode: tuple[float, float]) -> Finding | None:
     """Compare log E Z(c) by the chain and by the base's ODE, where both know it."""
     gap = abs(chain[0] - ode[0])
-    if not gap > max(LOG_Z_NATS, LOG_Z_ERRORS * math.hypot(chain[1], ode[1])):
+    if not max(LOG_Z_NATS, LOG_Z_ERRORS * math.hypot(chain[1], ode[1])) < gap < math.inf:
         return None
     return Finding(
         DO_NOT_TRUST,
@@ -273,7 +285,7 @@ def _base_apart(certificate: Certificate, base: BaseSamples, temperature: float)
 
 
 def _spread(certificate: Certificate, variation: float) -> Finding | None:
-    if variation <= MOST_VARIATION:
+    if not variation > MOST_VARIATION:
         return None
     return Finding(
         USE_WEIGHTS,

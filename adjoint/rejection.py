@@ -132,12 +132,11 @@ def sample_by_rejection(
     _check_weights(log_w)
     ceiling, proposed = -math.inf, 0
     with tqdm(total=n, desc=f"samples of {distribution}", disable=not progress, leave=False) as bar:
-        while len(kept) < n or _effective(log_w) < enough:
-            _check_evenness(log_w, distribution)
+        while (effective := _effective(log_w)) < enough or len(kept) < n:
+            _check_evenness(len(log_w), effective, distribution)
             rate = acceptance(log_w, cut) if len(log_w) else 1.0
-            if _effective(log_w) >= ENOUGH:
-                ess = _effective(log_w) / len(log_w)
-                more = max((n - len(kept)) / rate, (enough - _effective(log_w)) / ess)
+            if effective >= ENOUGH:
+                more = max((n - len(kept)) / rate, (enough / effective - 1) * len(log_w))
                 _check_expected(n, proposed + more, rate, cut, max_trajectories, distribution)
             size = min(batch_size, max(RELIABLE, math.ceil(1.1 * (n - len(kept)) / rate)))
             samples, new = propose(size)
@@ -166,14 +165,13 @@ def sample_by_rejection(
     return kept[:n]
 
 
-def _check_evenness(log_weights: Tensor, distribution: str) -> None:
+def _check_evenness(count: int, effective: float, distribution: str) -> None:
     """Refuse weights that are known well and would reject nearly every proposal."""
-    effective = _effective(log_weights)
-    if len(log_weights) >= TELLING and effective < UNEVEN * len(log_weights):
+    if count >= TELLING and effective < UNEVEN * count:
         raise ValueError(
-            f"the tilt's weights are too uneven: {len(log_weights)} trajectories count as "
-            f"{effective:.1f}, so that nearly every one would be rejected as a sample of "
-            f"{distribution}; train longer, or at a higher temperature"
+            f"the tilt's weights are too uneven: {count} trajectories count as {effective:.1f}, so "
+            f"that nearly every one would be rejected as a sample of {distribution}; train longer, "
+            "or at a higher temperature"
         )
 
 

@@ -132,6 +132,23 @@ def test_fewer_than_ten_effective_samples_say_nothing():
     assert "fewer than 10 effective samples" in texts(found)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_not_trusted(bad):
+    log_w = 0.1 * noise()
+    log_w[:3] = bad
+    found = judgement_of(certificate(log_w), base(0.1 * noise(seed=1)))
+    assert found.level == DO_NOT_TRUST
+    assert texts(found).startswith("3 of 4096 log-weights are NaN or infinite")
+    assert "nan" not in texts(found)
+
+
+def test_a_weight_of_zero_is_no_fault():
+    log_w = 0.1 * noise()
+    log_w[:3] = -math.inf
+    made = certificate(log_w, noise())
+    assert judgement_of(made, agreeing(made)).level == GOOD
+
+
 def test_groups_are_judged_within():
     """log Z differs from condition to condition by more than all else."""
     log_w = 0.2 * noise() + 3 * noise(64, 1).repeat_interleave(64)

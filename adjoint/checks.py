@@ -69,7 +69,8 @@ def checked_model(
     x, cond = x[:FEWER], rows_of(cond, slice(FEWER))
     ends = sample(arguments.base, x, grid=10, method="euler", cond=cond)
     if bool(torch.isfinite(ends).all()):
-        check_reward(arguments.reward, ends, cond, finite=False)
+        some = slice(arguments.config.reward_batch or FEWER)
+        check_reward(arguments.reward, ends[some], rows_of(cond, some), finite=False)
     if model is None:
         model = trainable(
             base, arguments.shape, arguments.config.seed, cond=cond, dtype=arguments.dtype

@@ -226,7 +226,7 @@ def test_what_too_few_samples_know_is_not_reported(tmp_path, drawn):
     config = replace(TINY, folder=tmp_path, temperature=0.002, base_iterations=1, iterations=1)
     with pytest.warns(UserWarning, match="too few") as caught:
         report = digits.run(config)
-    said = [str(w.message) for w in caught if "effective samples" in str(w.message)]
+    said = [str(w.message) for w in caught if "are too few" in str(w.message)]
     assert len(said) == 2
     assert "of the base's ODE, are too few" in said[0]
     assert "of the base's chain, are too few" in said[1]

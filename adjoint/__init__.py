@@ -7,7 +7,7 @@ loop of one's own), and the pure functions `rollout`, `lean_adjoint`, `adjoint_m
 
 # One call
 from adjoint.tilt import tilt
-from adjoint.config import TiltConfig
+from adjoint.config import RefineLoss, TiltConfig
 from adjoint.tilted import Tilted
 from adjoint.cost import Cost, estimate_cost
 from adjoint.certificate import Certificate
@@ -58,6 +58,7 @@ __all__ = [
     # One call
     "tilt",
     "TiltConfig",
+    "RefineLoss",
     "Tilted",
     "Cost",
     "estimate_cost",

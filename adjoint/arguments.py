@@ -97,9 +97,11 @@ def check_arguments(
     check_callbacks(callbacks)
     if resume and checkpoint is None:
         raise ValueError("resume must be False without checkpoint, the file to continue from")
-    for steps in {config.steps, config.chain_steps}:
-        grid = grids.shifted(steps, config.shift)
-        gaussian_kernel(config.kernel, grid, dim=torch.Size(shape).numel())
+    for kernel, steps in (
+        (config.kernel, config.steps),
+        (config.chain_kernel, config.chain_steps),
+    ):
+        gaussian_kernel(kernel, grids.shifted(steps, config.shift), dim=torch.Size(shape).numel())
     _check_identity(identity)
     if dtype not in DTYPES:
         names = ", ".join(map(str, DTYPES))

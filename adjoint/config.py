@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -28,6 +28,10 @@ def option(default: Any, *, resume: str = "fixed") -> Any:
     return field(default=default, metadata={"resume": resume})
 
 
+RefineLoss = Literal["auto", "flow_matching", "log_variance"]
+REFINE_LOSSES = get_args(RefineLoss)
+
+
 @dataclass(frozen=True)
 class TiltConfig(TrainerConfig):
     """Options of a tilt; the options of `flows.training.TrainerConfig` come first."""
@@ -44,6 +48,14 @@ class TiltConfig(TrainerConfig):
         "max_batch": "eval_batch_size",
     }
     """New names of options by their names in version 0.1."""
+    iterations: int = 1000
+    """Optimiser steps."""
+    lr: float = 2e-3
+    """Learning rate, the highest of the schedule."""
+    warmup: int = 20
+    """Iterations over which the rate rises linearly."""
+    ema_decay: float = 0.995
+    """Decay of the average of the weights; 0 turns averaging off."""
     grad_clip: float = 100.0
     """Largest norm of the gradient; 0 turns clipping off.  The loss is a sum over steps, and its
     rare large terms carry the mass between modes: a tight limit would bias the tilt."""
@@ -56,20 +68,29 @@ class TiltConfig(TrainerConfig):
     shift: float = 1.0
     """Shift of the time grid; 1 is uniform, above 1 puts more steps near the noise, as the
     samplers of SD3 do (Esser et al. 2403.03206, eq. 23)."""
-    refine_fraction: float = 0.0
-    """Fraction of the updates, the last ones, that minimise the variance of log w instead of the
-    adjoint-matching loss.  They start from the averaged weights with a fresh optimiser; 0 is none.
-    Choose a half or more in low dimensions, with 20 steps or more, or with the kernel
-    ``covariance_matched``.  In many dimensions, where log w still varies by a nat or so, the
-    variance is too noisy a loss.  ``clip``, ``importance``, ``control_variates`` and
-    ``replay_size`` have no effect on these updates."""
-    refine_steps: int = 0
-    """Number of steps of the chain that the updates of ``refine_fraction`` roll out and that is
-    certified; 0 is ``steps``.  These updates need no adjoint, and near the optimum a part of the
-    variance of log w is the error of the grid, which falls with the number of steps."""
+    refine_fraction: float = 0.7
+    """Fraction of the updates, the last ones, that refine the tilt with the loss ``refine_loss``
+    instead of adjoint matching.  They start from the averaged weights with a fresh optimiser; 0 is
+    none.  ``clip``, ``importance``, ``control_variates`` and ``replay_size`` have no effect on
+    them."""
+    refine_loss: RefineLoss = "auto"
+    """Loss of these updates.  "flow_matching" fits the velocity to samples of the exact tilt, drawn
+    by their weights among trajectories of the model (`adjoint.flow_matching_loss`); "auto" does so
+    where these samples know the tilt better than the model, and else goes on with adjoint matching.
+    "log_variance" minimises the variance of log w (`adjoint.variance_loss`): a good loss in low
+    dimensions, and too noisy a one in many, where log w varies by a nat or so."""
+    refine_steps: int | None = None
+    """Number of steps of the chain that the refinement rolls out and that is certified.  None is
+    eight times ``steps``, or fewer for a costly base.  No adjoint is computed on it."""
+    refine_kernel: str | Scheme | None = None
+    """Scheme of this chain.  None is ``kernel``, but ``covariance_matched`` instead of
+    ``moment_matched`` for samples of up to 3 entries: it enters rare modes as the flow does."""
+    refine_samples: int | None = None
+    """Trajectories that flow matching draws its samples from, 64 under each condition; they are
+    drawn twice.  None is 16384, or fewer for a costly base or a short training."""
     temperature: float = 1.0
     """Temperature T of the target p(x) exp(r(x) / T)."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Trajectories in an update (in one loss, where ``accumulate`` adds several).  This number,
     ``replay_size``, ``base_samples`` and ``certificate_samples`` are totals over the processes and
     are rounded up to a multiple of their number."""
@@ -137,6 +158,17 @@ class TiltConfig(TrainerConfig):
         return self.refine_steps if self.refine_steps and refining else self.steps
 
     @property
+    def chain_kernel(self) -> str | Scheme:
+        """Return the scheme of the chain that training ends with and that is certified."""
+        refining = self.refine_updates > 0
+        return self.refine_kernel if self.refine_kernel is not None and refining else self.kernel
+
+    @property
+    def refine_updates(self) -> int:
+        """Return the number of updates of the refinement."""
+        return 0 if self.refine_from is None else self.iterations - self.refine_from
+
+    @property
     def refine_from(self) -> int | None:
         """Return the iteration with which the refinement begins; None without one."""
         if not self.refine_fraction:
@@ -158,7 +190,7 @@ class TiltConfig(TrainerConfig):
         scheme = find_scheme(self.kernel)
         minima = {"steps": 2, "batch_size": 1, "losses_per_rollout": 1, "replay_size": 0}
         minima |= {"certificate_samples": 0, "base_samples": 64, "eval_batch_size": 1}
-        minima |= {"micro_batch": 0, "reward_batch": 0}
+        minima |= {"micro_batch": 0, "reward_batch": 0, "refine_steps": 2, "refine_samples": 64}
         for name, least in minima.items():
             value = getattr(self, name)
             if value is None:
@@ -168,12 +200,6 @@ class TiltConfig(TrainerConfig):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             object.__setattr__(self, name, int(value))
-        if not 0 <= self.refine_fraction <= 1 or (self.refine_fraction and self.batch_size < 2):
-            raise ValueError(
-                "refine_fraction must lie in [0, 1], and batch_size be at least 2 where it is "
-                f"above 0, got refine_fraction={self.refine_fraction}, "
-                f"batch_size={self.batch_size}"
-            )
         for steps in (self.steps, self.chain_steps):
             grids.shifted(steps, self.shift)
             select_steps(
@@ -184,11 +210,24 @@ class TiltConfig(TrainerConfig):
             )
         if not 0 <= self.min_ess <= 1:
             raise ValueError(f"min_ess must lie in [0, 1], got {self.min_ess}")
-        if self.refine_steps and (self.refine_steps < 2 or not self.refine_fraction):
+        if not 0 <= self.refine_fraction <= 1:
+            raise ValueError(f"refine_fraction must lie in [0, 1], got {self.refine_fraction}")
+        if self.refine_loss not in REFINE_LOSSES:
             raise ValueError(
-                "refine_steps must be 0, or at least 2 where refine_fraction is above 0, got "
-                f"refine_steps={self.refine_steps}, refine_fraction={self.refine_fraction}"
+                f"refine_loss must be one of {', '.join(REFINE_LOSSES)}, got {self.refine_loss!r}"
             )
+        if self.refine_fraction and self.refine_loss == "log_variance" and self.batch_size < 2:
+            raise ValueError(
+                "batch_size must be at least 2 where refine_loss='log_variance' compares "
+                f"trajectories, got {self.batch_size}"
+            )
+        if self.refine_kernel is not None:
+            find_scheme(self.refine_kernel)
+        for name in ("refine_steps", "refine_kernel", "refine_samples"):
+            if getattr(self, name) is not None and not self.refine_fraction:
+                raise ValueError(
+                    f"{name} must be None where refine_fraction is 0, got {getattr(self, name)}"
+                )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not self.clip >= 0 or (self.clip and self.clip_quantile):

@@ -1,14 +1,14 @@
 """The cost of a tilt, said beforehand, and sizes that follow the cost of the base.
 
 A tilt evaluates base and model at many states: N_b (100 + K) to sample the base by its ODE and to
-measure its mean squared errors, some 3 K B in each update, and 3 K N_c for the two certificates,
-with 10 N_c for the ODE samples that are compared with them.
-For a network in the plane N_b = 8192 and N_c = 4096 take seconds; for a network of images they
-take longer than many a training.  So the sizes N_b and N_c that the options leave open are the
-largest powers of two with which either part stays below `BUDGET` floating-point operations, down
-to `LEAST` samples: the errors of what they estimate fall with the number of entries, which a
-large sample has many of.  Operations are counted, not timed, so that the sizes are the same on
-every machine and in every resume.
+measure its mean squared errors, some 3 K B in each update, 6 K N_r for the samples of the
+refinement, and 3 K N_c for the two certificates
+(10 N_c for the ODE samples that are compared with them).  For a network in the plane N_b = 8192,
+N_r = 16384 and N_c = 4096 take seconds; for a network of images they take longer than many a
+training.  So the sizes that the options leave open are the largest powers of two with which each
+part stays below `BUDGET` floating-point operations, down to `LEAST` samples: the errors of what
+they estimate fall with the number of entries, which a large sample has many of.  Operations are
+counted, not timed, so that the sizes are the same on every machine and in every resume.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adjoint.arguments import Arguments, check_arguments
-from adjoint.chain.kernels import find_scheme
+from adjoint.chain.kernels import CovarianceMatched, MomentMatched, Scheme, find_scheme
 from adjoint.checks import check_field, draw_states
 from adjoint.config import TiltConfig
 from adjoint.micro_batches import rows_of
@@ -43,6 +43,15 @@ LEAST = 64
 
 MOST_BASE_SAMPLES, MOST_CERTIFICATE_SAMPLES, MOST_AT_A_TIME = 8192, 4096, 4096
 """Most samples that are chosen."""
+
+MOST_REFINE_SAMPLES = 16384
+"""Most trajectories that are chosen for the refinement by flow matching."""
+
+SMALL = 3
+"""Entries of a sample up to which the chain of the refinement has the full covariance."""
+
+FINER = (8, 4, 2)
+"""Steps of the chain of the refinement as multiples of the training chain's, where affordable."""
 
 ENTRIES_AT_A_TIME = 2**18
 """Entries of the samples that are evaluated at a time, where the options leave it open."""
@@ -88,8 +97,8 @@ class Cost:
         return (
             f"evaluations of the velocity: {self.before:,} before training (about {before}; fewer "
             f"with base_samples < {self.config.base_samples}), {self.per_update:,} in each of "
-            f"{updates:,} updates (about {during} in all; fewer with a smaller batch_size, steps "
-            f"or iterations), {self.after:,} after (about {after}; fewer with certificate_samples "
+            f"{updates:,} updates (about {during} in all; fewer with a smaller batch_size, steps, "
+            f"iterations or refine_samples), {self.after:,} after (about {after}; fewer with certificate_samples "
             f"< {self.config.certificate_samples}){memory} (less with micro_batch)"
         )
 
@@ -158,10 +167,25 @@ def chosen_sizes(config: TiltConfig, dim: int, flops: float | None) -> TiltConfi
         flops: floating-point operations of an evaluation at one state; None where unknown.
     """
     each = max(flops or 0.0, 1.0)
-    to_sample = ODE_EVALUATIONS + sum({config.steps, config.chain_steps})
 
     def size(given: int | None, evaluations: int, most: int) -> int:
         return _power(BUDGET / (each * evaluations), LEAST, most) if given is None else given
+
+    if config.refine_updates and config.refine_loss != "log_variance":
+        if config.refine_kernel is None:
+            small = dim <= SMALL and config.kernel == MomentMatched.name
+            full = CovarianceMatched.name if small else config.kernel
+            config = replace(config, refine_kernel=full)
+        final, noise = config.refine_steps, _noise(config.chain_kernel, dim)
+        if final is None:
+            affordable = BUDGET / (each * (3 + 2 * noise) * MOST_REFINE_SAMPLES)
+            final = next((m * config.steps for m in FINER if m * config.steps <= affordable), None)
+        final = final or config.steps
+        trained = config.iterations * config.batch_size * config.steps
+        most = min(MOST_REFINE_SAMPLES, max(LEAST, 2 * trained // final))
+        drawn = size(config.refine_samples, final * (3 + 2 * noise), most)
+        config = replace(config, refine_steps=final, refine_samples=drawn)
+    to_sample = ODE_EVALUATIONS + sum({config.steps, config.chain_steps})
 
     at_a_time = config.eval_batch_size
     if at_a_time is None:
@@ -176,6 +200,11 @@ def chosen_sizes(config: TiltConfig, dim: int, flops: float | None) -> TiltConfi
     )
 
 
+def _noise(kernel: str | Scheme, dim: int) -> int:
+    """Return the number of states at which the noise of one step evaluates the base."""
+    return dim if find_scheme(kernel).state_noise else 0  # its Jacobian is of dim states
+
+
 def _power(value: float, least: int, most: int) -> int:
     """Return the largest power of two that is at most ``value``, within two bounds."""
     return int(2 ** math.floor(math.log2(min(max(value, least), most))))
@@ -187,15 +216,16 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
     In an update they are forward passes, and the time of its passes as multiples of one: a backward
     pass counts as one more where only states have gradients, else as two.
     """
-    scheme, steps, final = find_scheme(config.kernel), config.steps, config.chain_steps
+    steps, final = config.steps, config.chain_steps
+    needs = find_scheme(config.kernel).needs | find_scheme(config.chain_kernel).needs
     n, certified = config.base_samples or 0, config.certificate_samples or 0
     before = n * ODE_EVALUATIONS
-    if "mmse" in scheme.needs:
+    if "mmse" in needs:
         before += n * sum({steps, final})
-    if "covariance" in scheme.needs:
+    if "covariance" in needs:
         before += n
-    noise = dim if scheme.state_noise else 0  # its Jacobian is of dim states
-    after = certified * final * (3 + 2 * noise)
+    noise, fine_noise = _noise(config.kernel, dim), _noise(config.chain_kernel, dim)
+    after = certified * final * (3 + 2 * fine_noise)
     after += 2 * (certified // COMPARED_SHARE) * COMPARED_STEPS  # ODE of base and model
     rolled, adjoint = steps * (1 + noise), steps * (1 + noise)
     backward = float(adjoint)
@@ -214,8 +244,14 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
     matched = in_loss(steps)
     match = (rolled + adjoint) / rate + matched + again(matched)
     match_passes = match + backward / rate + 2 * matched
-    refined = in_loss(final)
-    refine = final * (2 + noise) + refined + again(refined)
+    if config.refine_loss == "log_variance":
+        refined = in_loss(final)
+        refine: float = final * (2 + fine_noise) + refined + again(refined)
+    else:  # the samples are drawn twice
+        refined = steps
+        drawn = 2 * (config.refine_samples or 0) * final * (3 + 2 * fine_noise)
+        calls = config.refine_updates * config.accumulate
+        refine = refined + again(refined) + drawn / max(1, calls * config.batch_size)
     part = 0.0 if config.refine_from is None else 1 - config.refine_from / max(1, config.iterations)
     each = config.batch_size * config.accumulate
     forward = each * ((1 - part) * match + part * refine)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adjoint.arguments import Arguments
-from adjoint.chain.kernels import Kernel, find_scheme, make_kernel, measure_mmse
+from adjoint.chain.kernels import Kernel, Scheme, find_scheme, make_kernel, measure_mmse
 from adjoint.checks import draw_conditions
 from adjoint.cost import Cost, measure_cost
 from adjoint.micro_batches import chunks, rows_of
@@ -48,7 +48,6 @@ def prepare_tilt(arguments: Arguments) -> Preparation:
             finite, the reward is not differentiable, or the kernel does not serve the dimension.
     """
     shape, device = arguments.shape, arguments.device
-    scheme = find_scheme(arguments.config.kernel)
     dim = torch.Size(shape).numel()
     cost = measure_cost(arguments)
     config = cost.config
@@ -78,19 +77,23 @@ def prepare_tilt(arguments: Arguments) -> Preparation:
     with torch.no_grad():
         rewards = torch.cat([reward(x1[i], rows_of(cond, i)) for i in chunks(n, size)])
     covariance = None
-    if "covariance" in scheme.needs:
+    schemes = {find_scheme(config.kernel), find_scheme(config.chain_kernel)}
+    if any("covariance" in scheme.needs for scheme in schemes):
         with torch.no_grad():  # about the mean, which at t = 0 is x + v, of each condition
             rest = x1 - (x0 + base.at(x0, torch.zeros(()).to(x0), cond))
             rest = distributed.gather(rest)
         covariance = torch.cov(rest.flatten(1).double().T.cpu()).reshape(dim, dim)
 
-    def kernel_of(steps: int) -> Kernel:
+    def kernel_of(chosen: str | Scheme, steps: int) -> Kernel:
+        scheme = find_scheme(chosen)
         grid, mmse = grids.shifted(steps, config.shift), None
         if "mmse" in scheme.needs:
             mmse = measure_mmse(base, grid, x1, cond=cond, batch_size=size, generator=generator)
             distributed.average_([mmse])
-        return make_kernel(scheme, grid, mmse=mmse, covariance=covariance).to(device)
+        needed = covariance if "covariance" in scheme.needs else None
+        return make_kernel(scheme, grid, mmse=mmse, covariance=needed).to(device)
 
-    kernel = kernel_of(config.steps)
-    refine_kernel = kernel if config.chain_steps == config.steps else kernel_of(config.chain_steps)
+    kernel = refine_kernel = kernel_of(config.kernel, config.steps)
+    if (config.chain_kernel, config.chain_steps) != (config.kernel, config.steps):
+        refine_kernel = kernel_of(config.chain_kernel, config.chain_steps)
     return Preparation(kernel, refine_kernel, cond, distributed.gather(rewards.double()), cost)

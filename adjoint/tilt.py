@@ -143,7 +143,7 @@ def fit_tilt(
     Returns:
         The averaged weights as a module, and where and why a callback stopped the training.
     """
-    config = arguments.config
+    config = preparation.cost.config
     record = RewardRecord(preparation.rewards[:64], arguments.device.type)
     loss = TiltLoss(
         arguments.base,
@@ -155,6 +155,7 @@ def fit_tilt(
         cond_sampler=arguments.cond_sampler,
         dtype=arguments.dtype,
         companions={"rewards": record},
+        progress=arguments.progress,
     )
     trainer = Trainer(
         model,
@@ -163,8 +164,9 @@ def fit_tilt(
         callbacks=callbacks,
         checkpoint=checkpoint,
         identity={
-            **preparation.cost.config.fixed_options(),
-            **_table_of(preparation.kernel, config.kernel),
+            **config.fixed_options(),
+            **_table_of("kernel_table", preparation.kernel, config.kernel),
+            **_table_of("refine_table", preparation.refine_kernel, config.chain_kernel),
             **{f"identity.{k}": v for k, v in (identity or {}).items()},
             "shape": list(arguments.shape),
             "base": _fingerprint(arguments.base),
@@ -177,16 +179,17 @@ def fit_tilt(
     return trainer.fit(resume=resume, backward=backward), describe_stop(trainer)
 
 
-def _table_of(kernel: Kernel, chosen: str | Scheme) -> dict[str, str]:
-    """Return the fingerprint of the table of a scheme of one's own that measures nothing.
+def _table_of(label: str, kernel: Kernel, chosen: str | Scheme) -> dict[str, str]:
+    """Return, by a label, the fingerprint of the table of a scheme that measures nothing.
 
-    The table holds what the description of such a scheme may not, such as attributes of its class.
-    Tables of measured moments are left out: rounding differs between machines.
+    Only schemes of one's own have one: their table holds what their description may not, such as
+    attributes of the class.  Tables of measured moments are left out: rounding differs between
+    machines.
     """
     scheme = find_scheme(chosen)
     if scheme.needs or scheme.name in KERNELS:
         return {}
-    return {"kernel_table": table_fingerprint(kernel)}
+    return {label: table_fingerprint(kernel)}
 
 
 def _fingerprint(base: VelocityField) -> str | None:

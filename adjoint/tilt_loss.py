@@ -2,9 +2,11 @@
 
 `MatchingLoss` (`adjoint.matching_loss`) rolls the current model out or replays trajectories, runs
 the lean adjoint back, and evaluates `adjoint.loss.adjoint_matching_loss` on the selected steps.
-`VarianceLoss` (`adjoint.variance_loss`) evaluates `adjoint.loss.log_variance_loss` on fresh
-trajectories: it needs no adjoint, and its noise vanishes at the optimum.  `TiltLoss` takes the
-first, and in the last part of a training the second.  Your own trainer takes it as it is.
+In the last part of a training `TiltLoss` takes another loss, by default `FlowMatchingRefinement`
+(`adjoint.flow_matching_loss`): flow matching on samples that are drawn once by their weights, where
+these know the tilt better than the model.  `VarianceLoss` (`adjoint.variance_loss`) evaluates
+`adjoint.loss.log_variance_loss` on fresh trajectories: it needs no adjoint, and its noise vanishes
+at the optimum.  Your own trainer takes `TiltLoss` as it is.
 
 The module is left in the mode in which its loss was evaluated, since a backward pass may evaluate
 it again: evaluation mode, but for the dropout of trained adapters (`adjoint.lora`).
@@ -20,13 +22,14 @@ subset of the early steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from adjoint.chain.kernels import Kernel
 from adjoint.config import TiltConfig
+from adjoint.flow_matching_loss import FlowMatchingRefinement
 from adjoint.matching_loss import MatchingLoss
 from adjoint.rewards.reward import AbstractReward
 from adjoint.trajectory_source import CondSampler, TrajectorySource
@@ -63,6 +66,7 @@ class TiltLoss(Loss):
         storage_device: device where trajectories are kept; by default the CPU if
             ``config.offload``, else that of the kernel.
         companions: further objects, by name, whose state the checkpoint is to keep.
+        progress: show a bar while samples are drawn for the refinement.
 
     Attributes:
         matching: the adjoint-matching loss.
@@ -86,6 +90,7 @@ class TiltLoss(Loss):
         dtype: torch.dtype = torch.float32,
         storage_device: torch.device | None = None,
         companions: Mapping[str, Stateful] | None = None,
+        progress: bool = False,
     ) -> None:
         device = kernel.t.device
         storage_device = storage_device or (torch.device("cpu") if config.offload else device)
@@ -100,22 +105,33 @@ class TiltLoss(Loss):
             storage_device=storage_device,
         )
         self.matching = MatchingLoss(self.source, kernel.to(storage_device))
-        self.refining: VarianceLoss | None = None
-        if config.refine_fraction:
-            self.refining = VarianceLoss(self.source, (refine_kernel or kernel).to(storage_device))
+        self.refining: VarianceLoss | FlowMatchingRefinement | None = None
+        final = (refine_kernel or kernel).to(storage_device)
+        if config.refine_updates and config.refine_loss == "log_variance":
+            self.refining = VarianceLoss(self.source, final)
+        elif config.refine_updates:
+            self.refining = FlowMatchingRefinement(
+                self.source,
+                final,
+                self.matching,
+                updates=config.refine_updates * config.accumulate,
+                always=config.refine_loss == "flow_matching",
+                progress=progress,
+            )
         self.companions = dict(companions or {})
         first = config.refine_from
         self._matching_calls = None if first is None else first * config.accumulate
 
     @property
-    def phase(self) -> Literal["match", "refine"]:
-        """Return the loss that the next call takes: "match" or "refine"."""
-        refining = self._matching_calls is not None and self.calls >= self._matching_calls
-        return "refine" if refining else "match"
+    def phase(self) -> str:
+        """Return the loss that the next call takes: "match", or "refine" with its own phase."""
+        if self._matching_calls is None or self.calls < self._matching_calls:
+            return "match"
+        return "refine" if self.refining is None else f"refine {self.refining.phase}"
 
     def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
         """Return the loss of ``module`` on one batch, and metrics."""
-        refining = self.refining if self.phase == "refine" else None
+        refining = None if self.phase == "match" else self.refining
         loss, metrics = (refining or self.matching)(module, generator)
         self.calls += 1
         return loss, metrics
@@ -126,6 +142,7 @@ class TiltLoss(Loss):
             "processes": distributed.size(),
             "calls": self.calls,
             "matching": self.matching.state_dict(),
+            "refining": {} if self.refining is None else self.refining.state_dict(),
             "companions": {name: one.state_dict() for name, one in self.companions.items()},
         }
 
@@ -139,5 +156,7 @@ class TiltLoss(Loss):
         self.matching.load_state_dict(
             state["matching"] if as_many else {**state["matching"], "buffer": None}
         )
+        if self.refining is not None:
+            self.refining.load_state_dict(state["refining"])
         for name, companion in self.companions.items():
             companion.load_state_dict(state["companions"][name])

@@ -72,6 +72,7 @@ class TrajectorySource:
         self.cond_sampler, self.storage_device = cond_sampler, storage_device
         self._device = None if storage_device == device else device
         self._compiled: dict[nn.Module, VelocityField] = {}
+        self.plain_base = base
         self.base = self._evaluator(compiled(base) if config.compile else base)
         self.reward = RewardEvaluator(reward, config.reward_batch, self._device)
 
@@ -95,20 +96,29 @@ class TrajectorySource:
             n: number of trajectories.
             groups: number of conditions that are drawn, each for n / groups neighbours.
         """
-        x0 = torch.randn(
-            (n, *self.shape), generator=generator, dtype=self.dtype, device=generator.device
-        )
-        cond = None
-        if self.cond_sampler is not None:
-            cond = self.cond_sampler(groups, generator)
-            repeats = n // groups
-            if repeats > 1:
-                cond = {name: c.repeat_interleave(repeats, 0) for name, c in cond.items()}
-            cond = rows_of(cond, slice(None), self.storage_device)
+        x0, cond = self.starts(n, groups, generator)
+        cond = rows_of(cond, slice(None), self.storage_device)
         noise = draw_noise(kernel, x0, generator=generator).to(self.storage_device)
         module.eval()
         x0 = x0.to(self.storage_device)
         return rollout(self.model(module), self.base, kernel, x0, noise, cond), cond
+
+    def starts(self, n: int, groups: int, generator: torch.Generator) -> tuple[Tensor, Cond | None]:
+        """Return starts (n, *) of trajectories and their conditions, on the generator's device.
+
+        Arguments:
+            groups: number of conditions that are drawn, each for n / groups neighbours.
+        """
+        x0 = torch.randn(
+            (n, *self.shape), generator=generator, dtype=self.dtype, device=generator.device
+        )
+        if self.cond_sampler is None:
+            return x0, None
+        cond = self.cond_sampler(groups, generator)
+        repeats = n // groups
+        if repeats > 1:
+            cond = {name: c.repeat_interleave(repeats, 0) for name, c in cond.items()}
+        return x0, cond
 
     def collect(
         self, module: nn.Module, kernel: Kernel, n: int, generator: torch.Generator

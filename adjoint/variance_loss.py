@@ -39,9 +39,9 @@ class VarianceLoss(Loss):
         if source.cond_sampler is not None:
             if self.n < 2:
                 raise ValueError(
-                    "refine_fraction compares trajectories under one condition: batch_size must "
-                    f"be at least {2 * distributed.size()} for {distributed.size()} processes, "
-                    f"got {config.batch_size}"
+                    "refine_loss='log_variance' compares trajectories under one condition: "
+                    f"batch_size must be at least {2 * distributed.size()} for "
+                    f"{distributed.size()} processes, got {config.batch_size}"
                 )
             self.groups = max(1, self.n // GROUP)
             self.n = self.groups * (self.n // self.groups)

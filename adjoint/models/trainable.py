@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from flows.field import Cond, Residual, VelocityField
 from flows.networks.mlp import MLPVelocity
 
+NARROWEST, WIDEST = 128, 1024
+"""Bounds of the width of the network that is trained on a base without parameters."""
+
 
 def trainable(
     base: VelocityField,
@@ -42,7 +45,8 @@ def trainable(
     dims = {name: size[0] for name, size in sizes.items()}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = MLPVelocity(shape[0], cond_dims=dims, zero_init=True)
+        width = min(max(NARROWEST, 2 * shape[0]), WIDEST)
+        network = MLPVelocity(shape[0], hidden=(width,) * 3, cond_dims=dims, zero_init=True)
         return Residual(base, network.to(dtype))
 
 

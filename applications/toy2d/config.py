@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from adjoint import Scheme, TiltConfig, ValueFunction
+from adjoint import RefineLoss, Scheme, TiltConfig, ValueFunction
 from applications.common.kernels import load_scheme
 from applications.common.objects import NAME_OR_OBJECT
 from applications.toy2d.kernels import KernelOption, by_name
@@ -61,7 +61,10 @@ class RunConfig(RefusesOldNames):
     temperature: float = 1.0
     """The target of the tilt is p(x) exp(r(x) / temperature)."""
     refine_fraction: float = 0.5
-    """Fraction of the updates, the last ones, that minimise the variance of log w instead."""
+    """Fraction of the updates, the last ones, that refine the tilt with ``refine_loss``."""
+    refine_loss: RefineLoss = "auto"
+    """Loss of these updates: flow_matching on samples of the exact tilt, log_variance, or auto,
+    which is flow_matching where these samples are good enough; see `adjoint.TiltConfig`."""
     importance: bool = False
     """Weight trajectories by their importance."""
     base_iterations: int = 1500
@@ -123,6 +126,7 @@ class RunConfig(RefusesOldNames):
             lr=self.lr,
             temperature=self.temperature,
             refine_fraction=self.refine_fraction,
+            refine_loss=self.refine_loss,
             importance=self.importance,
             seed=self.seed,
             checkpoint_every=CHECKPOINT_EVERY,

@@ -118,7 +118,7 @@ def make_row(
         "informed": config.informed,
         "control_variates": config.control_variates,
         "refine_fraction": config.refine_fraction,
-        "refine_steps": config.refine_steps,
+        "refine_steps": config.refine_steps or 0,
         "device": config.device,
         "base_samples": config.base_samples,
         "samples": config.samples,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from adjoint import RefineLoss
 from applications.toy2d.digits.config import DigitsConfig
 from benchmarks.common.records import RESULTS
 
@@ -32,9 +33,11 @@ class BenchmarkConfig:
     control_variates: bool = False
     """Subtract control variates from the adjoints (`adjoint.chain.control_variates`)."""
     refine_fraction: float = 0.0
-    """Fraction of the updates, the last ones, that minimise the variance of log w."""
-    refine_steps: int = 0
-    """Steps of the chain in those updates and in the certificate; 0 takes ``steps``."""
+    """Fraction of the updates, the last ones, that refine the tilt with ``refine_loss``."""
+    refine_loss: RefineLoss = "log_variance"
+    """Loss of these updates."""
+    refine_steps: int | None = None
+    """Steps of the chain in those updates and in the certificate."""
     min_ess: float = 0.2
     """Smallest effective sample size / B at which trajectories are weighted."""
     base_iterations: int = 2000
@@ -71,6 +74,7 @@ class BenchmarkConfig:
             informed=self.informed,
             control_variates=self.control_variates,
             refine_fraction=self.refine_fraction,
+            refine_loss=self.refine_loss,
             refine_steps=self.refine_steps,
             min_ess=self.min_ess,
             compile=self.compile,

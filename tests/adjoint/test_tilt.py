@@ -77,8 +77,15 @@ OPTIONS = [
     {"ema_decay": 0.9},
     {"autocast": True},
     {"refine_fraction": 0.6},
-    {"refine_fraction": 1.0, "late_fraction": 0.25, "early_fraction": 0.5, "accumulate": 2},
-    {"refine_fraction": 1.0, "kernel": "covariance_matched"},
+    {"refine_fraction": 0.6, "refine_loss": "log_variance"},
+    {
+        "refine_fraction": 1.0,
+        "refine_loss": "log_variance",
+        "late_fraction": 0.25,
+        "early_fraction": 0.5,
+        "accumulate": 2,
+    },
+    {"refine_fraction": 1.0, "refine_loss": "log_variance", "kernel": "covariance_matched"},
 ]
 
 
@@ -132,6 +139,7 @@ def test_a_conditional_reward_on_a_conditional_base_tilts_each_condition():
             losses_per_rollout=2,
             late_fraction=0.5,
             refine_fraction=refine,
+            refine_loss="log_variance",
         )
         found = tilt(
             base,
@@ -259,6 +267,7 @@ def test_importance_weights_make_stale_trajectories_unbiased(importance):
         losses_per_rollout=1000,
         importance=importance,
         certificate_samples=0,
+        refine_fraction=0.0,
     )
     found = tilt(
         base,

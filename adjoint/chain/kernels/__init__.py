@@ -19,7 +19,9 @@ from flows.grid import check_grid
 
 __all__ = [
     "KERNELS",
+    "CovarianceMatched",
     "Kernel",
+    "MomentMatched",
     "Moments",
     "Scheme",
     "StateNoise",

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from adjoint import TiltConfig
+from adjoint import RefineLoss, TiltConfig
 from applications.common.kernels import load_scheme
 from applications.toy2d.digits.data import CLASSES, DIM
 from applications.toy2d.kernels import KernelOption, by_name
@@ -43,10 +43,13 @@ class DigitsConfig(RefusesOldNames):
     """Effective sample size / B below which a batch goes unweighted."""
     control_variates: bool = False
     """Subtract control variates from the adjoints (`adjoint.chain.control_variates`)."""
-    refine_fraction: float = 0.0
-    """Fraction of the updates, the last ones, that minimise the variance of log w."""
-    refine_steps: int = 0
-    """Steps of the chain in these last updates, and in the certificate; 0 is ``steps``."""
+    refine_fraction: float = 0.5
+    """Fraction of the updates, the last ones, that refine the tilt with ``refine_loss``."""
+    refine_loss: RefineLoss = "auto"
+    """Loss of these updates: flow_matching on samples of the exact tilt, log_variance, or auto,
+    which is flow_matching where these samples are good enough; see `adjoint.TiltConfig`."""
+    refine_steps: int | None = None
+    """Steps of the chain that these updates sample, and of the certificate; chosen if not given."""
     compile: bool = False
     """Compile the networks for the updates; for long trainings."""
     device: str = "cpu"
@@ -116,6 +119,7 @@ class DigitsConfig(RefusesOldNames):
             min_ess=self.min_ess,
             control_variates=self.control_variates,
             refine_fraction=self.refine_fraction,
+            refine_loss=self.refine_loss,
             refine_steps=self.refine_steps,
             compile=self.compile,
             cuda_graphs=torch.device(self.device).type == "cuda",

@@ -38,7 +38,7 @@ OPTIONS = {
         "early_fraction": 0.5,
         "late_fraction": 0.25,
     },
-    "refined": {"refine_fraction": 1.0},
+    "refined": {"refine_fraction": 1.0, "refine_loss": "log_variance"},
 }
 
 

@@ -133,8 +133,13 @@ OPTIONS = [
     {"late_fraction": 0.4, "early_fraction": 0.4},
     {"control_variates": True},
     {"control_variates": True, "kernel": "covariance_matched"},
-    {"refine_fraction": 1.0, "late_fraction": 0.4, "early_fraction": 0.4},
-    {"refine_fraction": 1.0, "kernel": "covariance_matched"},
+    {
+        "refine_fraction": 1.0,
+        "refine_loss": "log_variance",
+        "late_fraction": 0.4,
+        "early_fraction": 0.4,
+    },
+    {"refine_fraction": 1.0, "refine_loss": "log_variance", "kernel": "covariance_matched"},
 ]
 
 

@@ -77,7 +77,7 @@ def exact_chain(steps):
 
 def gradient(model, *, seed, reward=None, base=BASE, cond_sampler=None, **options):
     """Gradient of the refining loss in w on one batch, with its metrics."""
-    config = replace(FAST, refine_fraction=1.0, **options)
+    config = replace(FAST, refine_fraction=1.0, refine_loss="log_variance", **options)
     loss = TiltLoss(
         base,
         Reward(reward or Slope()),
@@ -144,7 +144,8 @@ def test_refinement_takes_the_last_part_of_the_updates():
             self.losses.append(set(metrics))
 
     watch = Watch()
-    run(replace(FAST, iterations=10, refine_fraction=0.3, accumulate=2), callbacks=[watch])
+    options = {"refine_fraction": 0.3, "refine_loss": "log_variance", "accumulate": 2}
+    run(replace(FAST, iterations=10, **options), callbacks=[watch])
     assert ["adjoint_norm" in names for names in watch.losses] == [True] * 7 + [False] * 3
 
 
@@ -166,8 +167,15 @@ def test_refinement_on_a_finer_grid_rolls_out_and_certifies_that():
     problem = PROBLEMS["square"]
     torch.manual_seed(0)
     model = Counting(problem.base, MLPVelocity(2, hidden=(8,), zero_init=True))
-    config = replace(FAST, iterations=4, steps=5, refine_fraction=0.5, refine_steps=20)
-    config = replace(config, certificate_samples=64)
+    config = replace(
+        FAST,
+        iterations=4,
+        steps=5,
+        refine_fraction=0.5,
+        refine_loss="log_variance",
+        refine_steps=20,
+        certificate_samples=64,
+    )
     options = {"shape": (2,), "config": config}
     tilted = tilt(problem.base, problem.reward, model=model, callbacks=[Watch()], **options)
     assert [len(times) for times in grids[1:]] == [5, 20, 20]
@@ -196,6 +204,7 @@ def test_refinement_brings_log_weights_closer_to_constant():
             lr=4e-3,
             ema_decay=0.99,
             refine_fraction=refine,
+            refine_loss="log_variance",
             certificate_samples=2048,
         )
         found[refine] = tilt(
@@ -207,18 +216,24 @@ def test_refinement_brings_log_weights_closer_to_constant():
 
 
 def test_bad_options_are_refused():
-    for options in (
-        {"refine_fraction": 1.5},
-        {"refine_fraction": -0.1},
-        {"refine_fraction": 0.5, "batch_size": 1},
-    ):
+    for options in ({"refine_fraction": 1.5}, {"refine_fraction": -0.1}):
         with pytest.raises(ValueError, match="refine_fraction must lie in"):
             TiltConfig(**options)
+    with pytest.raises(ValueError, match="refine_loss must be one of auto, flow_matching, log_v"):
+        TiltConfig(refine_loss="variance")
+    with pytest.raises(ValueError, match="batch_size must be at least 2 where refine_loss"):
+        TiltConfig(refine_loss="log_variance", batch_size=1)
     short = TiltConfig(iterations=30, refine_fraction=0.01, refine_steps=100)  # of no update
     assert (short.chain_steps, replace(short, iterations=50).chain_steps) == (20, 20)
     assert replace(short, iterations=100).chain_steps == 100
-    for options in ({"refine_steps": 20}, {"refine_fraction": 0.5, "refine_steps": 1}):
-        with pytest.raises(
-            ValueError, match="refine_steps must be 0, or at least 2 where refine_fraction"
-        ):
-            TiltConfig(**options)
+    with pytest.raises(ValueError, match="refine_steps must be at least 2, got 1"):
+        TiltConfig(refine_steps=1)
+    for options in (
+        {"refine_steps": 20},
+        {"refine_samples": 100},
+        {"refine_kernel": "ancestral"},
+    ):
+        with pytest.raises(ValueError, match="must be None where refine_fraction is 0"):
+            TiltConfig(refine_fraction=0.0, **options)
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        TiltConfig(refine_kernel="exact")

@@ -96,7 +96,7 @@ def test_states_at_several_times_need_a_time_each(shape):
         {"kernel": "euler_published"},
         {"kernel": "moment_matched", "importance": True},
         {"late_fraction": 0.25, "early_fraction": 0.5, "clip_quantile": True},
-        {"refine_fraction": 1.0, "batch_size": 16},
+        {"refine_fraction": 1.0, "refine_loss": "log_variance", "batch_size": 16},
         {"micro_batch": 5, "reward_batch": 3},
     ],
 )
@@ -184,7 +184,7 @@ def test_what_cannot_be_compiled_is_refused():
     "options",
     [
         {},
-        {"refine_fraction": 0.5, "importance": True},
+        {"refine_fraction": 0.5, "refine_loss": "log_variance", "importance": True},
         {"late_fraction": 0.25, "early_fraction": 0.5, "accumulate": 2},
         {"control_variates": True, "compile": True},
     ],

@@ -98,8 +98,9 @@ class Cost:
             f"evaluations of the velocity: {self.before:,} before training (about {before}; fewer "
             f"with base_samples < {self.config.base_samples}), {self.per_update:,} in each of "
             f"{updates:,} updates (about {during} in all; fewer with a smaller batch_size, steps, "
-            f"iterations or refine_samples), {self.after:,} after (about {after}; fewer with certificate_samples "
-            f"< {self.config.certificate_samples}){memory} (less with micro_batch)"
+            f"iterations or refine_samples), {self.after:,} after (about {after}; fewer with "
+            f"certificate_samples < {self.config.certificate_samples}){memory} (less with "
+            "micro_batch)"
         )
 
 

@@ -28,9 +28,12 @@ GROUPS = {
     "The target and the chain": ("temperature", "kernel", "steps", "shift"),
     "The updates": ("iterations", "batch_size", "accumulate", "seed"),
     "The loss": (
-        *("refine_fraction", "refine_steps", "importance", "min_ess", "control_variates"),
+        *("importance", "min_ess", "control_variates"),
         *("late_fraction", "early_fraction", "clip", "clip_quantile"),
         *("replay_size", "losses_per_rollout"),
+    ),
+    "The refinement": (
+        *("refine_fraction", "refine_loss", "refine_steps", "refine_kernel", "refine_samples"),
     ),
     "The optimiser": (*("lr", "lr_schedule", "warmup", "weight_decay", "grad_clip", "ema_decay"),),
     "Before and after training": ("base_samples", "certificate_samples"),

@@ -272,7 +272,9 @@ class Runs:
             temperature=temperature,
             importance=True,
             min_ess=config.min_ess,
+            warmup=0,
             ema_decay=0.99,
+            refine_fraction=0.0,
             seed=config.seed,
             base_samples=min(2048, config.base_samples),
             certificate_samples=0,  # made later, with the labels

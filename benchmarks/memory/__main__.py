@@ -128,7 +128,7 @@ def adjoint_rows(args: Args) -> list[dict[str, Any]]:
 def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str, Any]:
     """Measure an update with the options ``name`` of `OPTIONS`; the row lacks the ratio."""
     options = {"steps": args.update_steps, "batch_size": args.batch_size} | OPTIONS[name]
-    config = TiltConfig(kernel="ancestral", **options)
+    config = TiltConfig(kernel="ancestral", refine_fraction=0.0, **options)
     model = ConvField(args.width, checkpointed=checkpointed).to(args.device)
     kernel = make_kernel(config.kernel, uniform(config.steps)).to(args.device)
     simulated = config.offload and args.device == "cpu"
@@ -161,7 +161,13 @@ def update_row(args: Args, name: str, *, checkpointed: bool = False) -> dict[str
 
 def training_rows(args: Args, *, adapted: bool) -> list[dict[str, Any]]:
     """Measure two iterations on all weights or on adapters, and their checkpoint."""
-    config = TiltConfig(kernel="ancestral", steps=10, batch_size=args.batch_size, iterations=2)
+    config = TiltConfig(
+        kernel="ancestral",
+        steps=10,
+        batch_size=args.batch_size,
+        iterations=2,
+        refine_fraction=0.0,
+    )
     kernel = make_kernel(config.kernel, uniform(config.steps)).to(args.device)
     name = "adapters of rank 8 trained" if adapted else "all weights trained"
     with tempfile.TemporaryDirectory() as folder:

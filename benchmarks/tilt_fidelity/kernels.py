@@ -53,10 +53,13 @@ def measure(name: str, kernel: str, steps: int, config: FidelityConfig) -> Row:
         kernel=kernel.removesuffix("_weighted").removesuffix("_refined"),
         importance=kernel.endswith("_weighted"),
         refine_fraction=REFINED if kernel.endswith("_refined") else 0.0,
+        refine_loss="log_variance",
         steps=steps,
         iterations=config.iterations,
         batch_size=config.batch_size,
         lr=2e-3,
+        warmup=0,
+        ema_decay=0.999,
     )
     started = time.perf_counter()
     result = tilt(

@@ -90,9 +90,13 @@ REUSE = 4
 CAPACITY = 64
 """Batches of ends that its buffer holds."""
 
-PUBLISHED = TiltConfig(kernel="euler_published", steps=STEPS)
-LOG_VARIANCE = TiltConfig(kernel="moment_matched", steps=STEPS, refine_fraction=1.0)
-SAMPLING = TiltConfig(kernel="moment_matched", steps=SAMPLING_STEPS, batch_size=64)
+PUBLISHED = TiltConfig(kernel="euler_published", steps=STEPS, refine_fraction=0.0)
+LOG_VARIANCE = TiltConfig(
+    kernel="moment_matched", steps=STEPS, refine_fraction=1.0, refine_loss="log_variance"
+)
+SAMPLING = TiltConfig(
+    kernel="moment_matched", steps=SAMPLING_STEPS, batch_size=64, refine_fraction=0.0
+)
 
 
 def by_options(config: TiltConfig, per_trajectory: float) -> Method:

@@ -143,6 +143,9 @@ def contestants(args: Args, name: str) -> dict[tuple[str, str], Callable[[], Ten
             lr=LR,
             lr_schedule="constant",
             grad_clip=CLIP,
+            warmup=0,
+            ema_decay=0.999,
+            refine_fraction=0.0,
             compile=compile,
         )
         loss = TiltLoss(base, as_reward(reward), kernel, shape=shape, config=config)

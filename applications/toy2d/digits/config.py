@@ -123,6 +123,7 @@ class DigitsConfig(RefusesOldNames):
             refine_steps=self.refine_steps,
             compile=self.compile,
             cuda_graphs=torch.device(self.device).type == "cuda",
+            warmup=0,
             ema_decay=0.99,
             seed=self.seed,
             certificate_samples=self.samples,

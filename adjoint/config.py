@@ -48,7 +48,7 @@ class TiltConfig(TrainerConfig):
         "max_batch": "eval_batch_size",
     }
     """New names of options by their names in version 0.1."""
-    iterations: int = 1000
+    iterations: int = 1500
     """Optimiser steps."""
     lr: float = 2e-3
     """Learning rate, the highest of the schedule."""
@@ -200,6 +200,8 @@ class TiltConfig(TrainerConfig):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             object.__setattr__(self, name, int(value))
+        if not 0 <= self.refine_fraction <= 1:
+            raise ValueError(f"refine_fraction must lie in [0, 1], got {self.refine_fraction}")
         for steps in (self.steps, self.chain_steps):
             grids.shifted(steps, self.shift)
             select_steps(
@@ -210,8 +212,6 @@ class TiltConfig(TrainerConfig):
             )
         if not 0 <= self.min_ess <= 1:
             raise ValueError(f"min_ess must lie in [0, 1], got {self.min_ess}")
-        if not 0 <= self.refine_fraction <= 1:
-            raise ValueError(f"refine_fraction must lie in [0, 1], got {self.refine_fraction}")
         if self.refine_loss not in REFINE_LOSSES:
             raise ValueError(
                 f"refine_loss must be one of {', '.join(REFINE_LOSSES)}, got {self.refine_loss!r}"

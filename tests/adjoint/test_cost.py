@@ -150,7 +150,7 @@ def test_a_cost_names_the_options_that_lower_it():
     cost = estimate_cost(UNetVelocity(1), shape=(1, 8, 8))
     text = str(cost)
     assert f"{cost.before:,} before training" in text
-    assert "1,000 updates" in text
+    assert "1,500 updates" in text
     assert "\n" not in text
     for option in ("base_samples", "batch_size", "certificate_samples", "micro_batch"):
         assert option in text

@@ -215,7 +215,7 @@ def test_a_closed_form_of_images_needs_a_model():
         ({"clip": 1.0, "clip_quantile": True}, "0 where clip_quantile is on, got clip=1.0"),
         ({"clip": 1.0, "control_variates": True}, "control_variates must be False where clip"),
         ({"replay_size": -1}, "replay_size must be at least 0, got -1"),
-        ({"replay_size": 100}, "replay_size must be 0 or at least batch_size=256, got 100"),
+        ({"replay_size": 100}, "replay_size must be 0 or at least batch_size=128, got 100"),
         ({"min_ess": 1.5}, r"min_ess must lie in \[0, 1\], got 1.5"),
         ({"losses_per_rollout": 0}, "losses_per_rollout must be at least 1, got 0"),
         ({"losses_per_rollout": 2}, "losses_per_rollout=2 needs a replay buffer"),

@@ -165,7 +165,14 @@ def test_a_checkpoint_of_two_processes_loads_in_one(tmp_path):
 
 
 def too_few(rank):
-    config = replace(CONFIG, batch_size=2, replay_size=0, losses_per_rollout=1, refine_fraction=0.5)
+    config = replace(
+        CONFIG,
+        batch_size=2,
+        replay_size=0,
+        losses_per_rollout=1,
+        refine_fraction=0.5,
+        refine_loss="log_variance",
+    )
     kernel = make_kernel("ancestral", torch.linspace(0, 1, 5, dtype=torch.float64))
     TiltLoss(
         PROBLEM.base,

@@ -163,6 +163,7 @@ def test_adjoint_matching_goes_on_where_samples_are_no_better():
             iterations=6,
             batch_size=16,
             steps=4,
+            refine_fraction=0.5,
             refine_loss=refine_loss,
             certificate_samples=0,
             base_samples=64,

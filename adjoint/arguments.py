@@ -97,10 +97,8 @@ def check_arguments(
     check_callbacks(callbacks)
     if resume and checkpoint is None:
         raise ValueError("resume must be False without checkpoint, the file to continue from")
-    for kernel, steps in (
-        (config.kernel, config.steps),
-        (config.chain_kernel, config.chain_steps),
-    ):
+    chains = [(config.kernel, config.steps), (config.chain_kernel, config.chain_steps)]
+    for kernel, steps in dict.fromkeys(chains):
         gaussian_kernel(kernel, grids.shifted(steps, config.shift), dim=torch.Size(shape).numel())
     _check_identity(identity)
     if dtype not in DTYPES:

@@ -61,7 +61,7 @@ PER_CONDITION = 64
 """Trajectories that share a condition."""
 
 
-class FlowMatchingRefinement(Loss):
+class FlowMatchingLoss(Loss):
     """Flow matching on weighted samples of the chain; adjoint matching where that is better.
 
     Arguments:

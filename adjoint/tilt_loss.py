@@ -2,7 +2,7 @@
 
 `MatchingLoss` (`adjoint.matching_loss`) rolls the current model out or replays trajectories, runs
 the lean adjoint back, and evaluates `adjoint.loss.adjoint_matching_loss` on the selected steps.
-In the last part of a training `TiltLoss` takes another loss, by default `FlowMatchingRefinement`
+In the last part of a training `TiltLoss` takes another loss, by default `FlowMatchingLoss`
 (`adjoint.flow_matching_loss`): flow matching on samples that are drawn once by their weights, where
 these know the tilt better than the model.  `VarianceLoss` (`adjoint.variance_loss`) evaluates
 `adjoint.loss.log_variance_loss` on fresh trajectories: it needs no adjoint, and its noise vanishes
@@ -29,7 +29,7 @@ from torch import nn
 
 from adjoint.chain.kernels import Kernel
 from adjoint.config import TiltConfig
-from adjoint.flow_matching_loss import FlowMatchingRefinement
+from adjoint.flow_matching_loss import FlowMatchingLoss
 from adjoint.matching_loss import MatchingLoss
 from adjoint.rewards.reward import AbstractReward
 from adjoint.trajectory_source import CondSampler, TrajectorySource
@@ -105,12 +105,12 @@ class TiltLoss(Loss):
             storage_device=storage_device,
         )
         self.matching = MatchingLoss(self.source, kernel.to(storage_device))
-        self.refining: VarianceLoss | FlowMatchingRefinement | None = None
+        self.refining: VarianceLoss | FlowMatchingLoss | None = None
         final = (refine_kernel or kernel).to(storage_device)
         if config.refine_updates and config.refine_loss == "log_variance":
             self.refining = VarianceLoss(self.source, final)
         elif config.refine_updates:
-            self.refining = FlowMatchingRefinement(
+            self.refining = FlowMatchingLoss(
                 self.source,
                 final,
                 self.matching,

@@ -10,7 +10,7 @@ from torch import nn
 from adjoint.chain.kernels import make_kernel, measure_mmse
 from adjoint.config import TiltConfig
 from adjoint.cost import chosen_sizes
-from adjoint.flow_matching_loss import FEWEST, FlowMatchingRefinement, is_worthwhile
+from adjoint.flow_matching_loss import FEWEST, FlowMatchingLoss, is_worthwhile
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import tilt
 from adjoint.tilt_loss import TiltLoss
@@ -117,7 +117,7 @@ def test_the_velocity_of_the_exact_tilt_is_the_minimum_whatever_draws_the_sample
 
 
 def test_samples_are_drawn_twice_and_the_more_effective_ones_stay():
-    class Scripted(FlowMatchingRefinement):
+    class Scripted(FlowMatchingLoss):
         def draw(self, module, generator):
             drawn.append(effective.pop(0))
             log_w = torch.full((1, 100), -math.inf)

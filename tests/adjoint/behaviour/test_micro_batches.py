@@ -144,7 +144,7 @@ OPTIONS = [
 
 
 def loss_of(base, reward=None, storage_device=None, **options):
-    config = TiltConfig(**{"batch_size": 7, "steps": 5, "iterations": 4} | options)
+    config = TiltConfig(**{"batch_size": 7, "steps": 5, "iterations": 4, "refine_fraction": 0.0} | options)
     return TiltLoss(
         base,
         Reward(reward or Judge()),
@@ -367,7 +367,7 @@ def test_the_chain_and_its_adjoint_are_float32_where_the_networks_are_bfloat16()
             torch.testing.assert_close(trajectory.xs[k + 1].double(), ahead, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("refine", [0.0, 1.0])
+@pytest.mark.parametrize("refine", [None, "log_variance", "flow_matching"])
 def test_velocities_in_bfloat16_leave_the_coefficients_of_the_loss_in_float32(refine):
     """The same rounded velocities as numbers of either type have the same loss."""
 
@@ -377,10 +377,12 @@ def test_velocities_in_bfloat16_leave_the_coefficients_of_the_loss_in_float32(re
 
     model, losses = Rounded(), []
     model.w.data.fill_(0.3)
-    config = with_options(batch_size=32, refine_fraction=refine)
+    config = with_options(
+        batch_size=32, refine_fraction=float(refine is not None), refine_loss=refine or "auto"
+    )
     reward = Reward(lambda x, c: (x * SLOPES.float()).sum(1))
-    loss = TiltLoss(BASE, reward, kernel_of("moment_matched"), shape=(2,), config=config)
     for model.result in (torch.bfloat16, torch.float32):
+        loss = TiltLoss(BASE, reward, kernel_of("moment_matched"), shape=(2,), config=config)
         losses.append(loss(model, torch.Generator().manual_seed(0))[0].detach())
     assert losses[0].dtype == torch.float32
     assert torch.equal(*losses)

@@ -271,6 +271,7 @@ CONFIG = TiltConfig(
     certificate_samples=1000,
     base_samples=1000,
     checkpoint_every=20,
+    refine_fraction=0.0,
 )
 
 

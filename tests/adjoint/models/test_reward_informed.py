@@ -336,6 +336,7 @@ def test_it_learns_sooner_than_a_model_that_sees_the_state_only():
         ema_decay=0.9,
         base_samples=512,
         certificate_samples=1024,
+        refine_fraction=0.0,
     )
     own = tilt(base, reward, shape=(16,), config=config, model=reward_informed(base, reward, 16))
     plain = tilt(base, reward, shape=(16,), config=config)

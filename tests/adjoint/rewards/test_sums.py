@@ -187,6 +187,7 @@ def test_a_training_logs_every_term(tmp_path, refine):
         reward_batch=5,
         temperature=2.0,
         refine_fraction=refine,
+        refine_loss="log_variance",
     )
     tilt(base, reward, shape=(2,), config=config, callbacks=[CSVLogger(path, every=1)])
     with path.open(newline="") as file:

@@ -27,6 +27,7 @@ CONFIG = TiltConfig(
     batch_size=4,
     base_samples=64,
     certificate_samples=0,
+    refine_fraction=0.0,
 )
 
 

@@ -19,6 +19,7 @@ OPTIONS = {
     "ema_decay": 0.0,
     "base_samples": 64,
     "certificate_samples": 256,
+    "refine_fraction": 0.0,
 }
 
 

@@ -144,7 +144,9 @@ OPTIONS = [
 
 
 def loss_of(base, reward=None, storage_device=None, **options):
-    config = TiltConfig(**{"batch_size": 7, "steps": 5, "iterations": 4, "refine_fraction": 0.0} | options)
+    config = TiltConfig(
+        **{"batch_size": 7, "steps": 5, "iterations": 4, "refine_fraction": 0.0} | options
+    )
     return TiltLoss(
         base,
         Reward(reward or Judge()),

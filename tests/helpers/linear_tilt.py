@@ -24,6 +24,7 @@ FAST = TiltConfig(
     steps=5,
     batch_size=16,
     certificate_samples=0,
+    warmup=0,
     refine_fraction=0.0,
 )
 

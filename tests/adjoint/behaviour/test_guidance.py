@@ -80,6 +80,7 @@ def tilted(base, model, kernel="euler_consistent", **options):
         kernel=kernel,
         base_samples=2048,
         certificate_samples=2048,
+        warmup=0,
         refine_fraction=0.0,
     )
     options = {"shape": (1,), "config": config, "model": model, "dtype": F64} | options

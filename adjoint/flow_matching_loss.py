@@ -18,8 +18,12 @@ that drew the samples is Var(log w) / 2 away from it.  So the refinement is wort
 
     n Var(log w) > d²,        n = effective number of samples.
 
-In many dimensions, near the optimum, or where few trajectories have all the weight, it is not, and
-adjoint matching goes on: there every trajectory tells the same about the control.
+Near the optimum, in many dimensions, or where few trajectories have all the weight, it is not.  Nor
+is it where every trajectory tells the same about the control, as on a normal base, and no mode is
+to be decided: there adjoint matching is exact and has little noise.  The sign of it is the sum over
+the steps of the squared target of the control, ‖residual_a λ‖², whose mean is then near its median;
+on separated modes few trajectories have all of it (`python -m benchmarks.adjoint_noise`).  In these
+cases adjoint matching goes on.
 
 The rule is applied once.  Half-way samples are drawn anew from the model as it is then, whose
 weights are more even, and the samples that count for more are used from then on.
@@ -50,6 +54,9 @@ from adjoint.weighted_samples import WeightedSamples
 from flows.path import interpolate
 from flows.training import distributed
 from flows.training.loss import Evaluated, Loss
+
+CALM = 3.0
+"""Mean over median of the squared targets of the control up to which adjoint matching goes on."""
 
 FEWEST = 32
 """Effective samples below which the refinement is not tried."""
@@ -102,7 +109,9 @@ class FlowMatchingLoss(Loss):
         """Return the loss of ``module`` on one batch, and metrics."""
         if self.refining is None:
             self.samples = self.draw(module, generator)
-            self.refining = self.always or is_worthwhile(self.samples)
+            self.refining = self.always or (
+                is_worthwhile(self.samples) and self.unevenness(module, generator) > CALM
+            )
         elif self.refining and self.calls == self.renewal:
             self.samples = max(self.samples, self.draw(module, generator), key=_effective)
         self.calls += 1
@@ -141,6 +150,15 @@ class FlowMatchingLoss(Loss):
         if cond is not None:  # of each group one
             each = {name: distributed.gather(c[:: n // groups]) for name, c in cond.items()}
         return WeightedSamples.of(certificate, each).to(source.storage_device)
+
+    def unevenness(self, module: nn.Module, generator: torch.Generator) -> float:
+        """Return the mean over the median of the squared targets of the control of trajectories."""
+        kernel = self.matching.kernel
+        lam = self.matching.collect(module, generator).adjoint
+        lam = lam[1:] if kernel.residual_at_next else lam[:-1]
+        scale = kernel.residual_a.to(lam).reshape(-1, 1, 1)
+        squares = distributed.gather((scale * lam.flatten(2)).square().sum((0, 2)))
+        return float(squares.mean() / squares.median())
 
     def flow_matching(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
         """Return the flow-matching loss on samples drawn by their weights, and metrics.

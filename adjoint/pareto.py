@@ -26,19 +26,22 @@ from torch import Tensor
 PRIOR_SHAPE, PRIOR_SIZE = 0.5, 10
 """Shape toward which the estimate is drawn, and as how many observations."""
 
+ROUNDING = 1e-3
+"""Largest log-weight over their mean that has no tail: rounding in float32 looks like one."""
+
 
 def tail_shape(log_weights: Tensor) -> float:
     """Return the shape k of the upper tail of weights, from the largest of them.
 
     The tail are the largest min(N/5, 3 √N) of N weights (1507.02646, section 2.2).  -∞ where they
-    are all equal, or fewer than five.
+    are fewer than five, or where all weights are equal but for `ROUNDING`.
 
     Arguments:
         log_weights: (N,) log-weights, up to a constant.
     """
     n = len(log_weights)
     size = int(min(n / 5, 3 * math.sqrt(n)))
-    if size < 5:
+    if size < 5 or float(log_weights.max() - log_weights.mean()) < ROUNDING:
         return -math.inf
     ordered = log_weights.double().sort().values
     weights = (ordered[-size - 1 :] - ordered[-1]).exp()

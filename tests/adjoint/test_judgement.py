@@ -86,6 +86,14 @@ def test_the_shape_is_drawn_toward_a_half_as_by_ten_excesses(monkeypatch):
 
 def test_weights_that_are_equal_have_no_tail():
     assert tail_shape(torch.zeros(1000)) == -math.inf
+
+
+def test_rounding_is_no_tail():
+    generator = torch.Generator().manual_seed(0)
+    heavy = torch.randn(4000, generator=generator).abs().pow(8)
+    rounded = 0.745 + 1e-4 * heavy / heavy.max()
+    assert tail_shape(rounded) == -math.inf
+    assert tail_shape(1e4 * (rounded.double() - 0.745)) > 0.2
     assert tail_shape(torch.arange(20.0)) == -math.inf  # too few
 
 

@@ -35,7 +35,8 @@ class Watch(Callback):
 @pytest.mark.slow
 def test_a_linear_reward_moves_a_gaussian_to_the_exact_mean():
     """The default path: a residual network in single precision, judged by the closed form."""
-    config = TiltConfig(iterations=120, lr=5e-3, ema_decay=0.9, steps=5, batch_size=64)
+    options = {"warmup": 0, "ema_decay": 0.9, "refine_fraction": 0.0}
+    config = TiltConfig(iterations=120, lr=5e-3, steps=5, batch_size=64, **options)
     watch = Watch()
     found = tilt(BASE, Slope(), shape=(2,), config=config, callbacks=[watch])
     exact = M + S2 * SLOPES

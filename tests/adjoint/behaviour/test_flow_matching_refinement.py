@@ -10,7 +10,7 @@ from torch import nn
 from adjoint.chain.kernels import make_kernel, measure_mmse
 from adjoint.config import TiltConfig
 from adjoint.cost import chosen_sizes
-from adjoint.flow_matching_loss import FEWEST, FlowMatchingLoss, is_worthwhile
+from adjoint.flow_matching_loss import CALM, FEWEST, FlowMatchingLoss, is_worthwhile
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import tilt
 from adjoint.tilt_loss import TiltLoss
@@ -170,6 +170,30 @@ def test_adjoint_matching_goes_on_where_samples_are_no_better():
         )
         tilt(base, lambda x, c: 0 * x[:, 0], shape=(2,), config=config, callbacks=[Watch()])
         assert sum(seen) == expected
+
+
+def test_targets_of_the_control_are_even_on_one_mode_and_uneven_on_several():
+    linear = torch.tensor([1.0, 0.5], dtype=F64)
+    normal = GaussianMixture(
+        torch.ones(1, dtype=F64), torch.zeros(1, 2, dtype=F64), torch.eye(2, dtype=F64)[None]
+    )
+    apart = GaussianMixture(
+        torch.full((2,), 0.5, dtype=F64),
+        torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=F64),
+        0.01 * torch.eye(2, dtype=F64).expand(2, 2, 2),
+    )
+    found = []
+    for base in (normal, apart):
+        config = TiltConfig(iterations=10, refine_fraction=1.0, batch_size=256)
+        grid = grids.uniform(config.steps)
+        kernel = make_kernel("ancestral", grid)
+        loss = TiltLoss(
+            base, Reward(lambda x, c: x @ linear), kernel, shape=(2,), config=config, dtype=F64
+        )
+        model = Between(base, base, 0.0)
+        found.append(loss.refining.unevenness(model, torch.Generator().manual_seed(0)))
+    assert found[0] == pytest.approx(1.0)
+    assert found[1] > 10 * CALM
 
 
 def test_weights_that_are_not_numbers_are_refused():

@@ -23,7 +23,8 @@ is it where every trajectory tells the same about the control, as on a normal ba
 to be decided: there adjoint matching is exact and has little noise.  The sign of it is the sum over
 the steps of the squared target of the control, ‖residual_a λ‖², whose mean is then near its median;
 on separated modes few trajectories have all of it (`python -m benchmarks.adjoint_noise`).  In these
-cases adjoint matching goes on.
+cases adjoint matching goes on; but not where the weights are rare and heavy, as of a mode that the
+model hardly visits, whose trajectories the median does not see.
 
 The rule is applied once.  Half-way samples are drawn anew from the model as it is then, whose
 weights are more even, and the samples that count for more are used from then on.
@@ -57,6 +58,9 @@ from flows.training.loss import Evaluated, Loss
 
 CALM = 3.0
 """Mean over median of the squared targets of the control up to which adjoint matching goes on."""
+
+RARE = 0.5
+"""Effective samples over those of Gaussian log-weights, below which a mode is rarely visited."""
 
 FEWEST = 32
 """Effective samples below which the refinement is not tried."""
@@ -110,7 +114,8 @@ class FlowMatchingLoss(Loss):
         if self.refining is None:
             self.samples = self.draw(module, generator)
             self.refining = self.always or (
-                is_worthwhile(self.samples) and self.unevenness(module, generator) > CALM
+                is_worthwhile(self.samples)
+                and (has_rare_weights(self.samples) or self.unevenness(module, generator) > CALM)
             )
         elif self.refining and self.calls == self.renewal:
             self.samples = max(self.samples, self.draw(module, generator), key=_effective)
@@ -196,6 +201,15 @@ def is_worthwhile(samples: WeightedSamples) -> bool:
     """Tell whether flow matching on ``samples`` comes closer to the tilt than their model is."""
     n, dim = samples.effective, samples.x[0].numel()
     return n >= FEWEST and n * samples.variance > dim**2
+
+
+def has_rare_weights(samples: WeightedSamples) -> bool:
+    """Tell whether few samples weigh more than their variance says, as one in a rare mode does.
+
+    Gaussian log-weights of variance V have the effective number N exp(-V).
+    """
+    gaussian = samples.log_weights.numel() * math.exp(-samples.variance)
+    return samples.effective < RARE * gaussian
 
 
 def _effective(samples: WeightedSamples | None) -> float:

@@ -246,7 +246,7 @@ def test_options_are_checked():
     with pytest.raises(ValueError, match=r"64 dimensions.*got 'covariance_matched'.* 16"):
         DigitsConfig(kernel="covariance_matched")
     quick = DigitsConfig(quick=True).sized
-    assert (quick.iterations, quick.base_iterations, quick.quick) == (30, 200, False)
+    assert (quick.iterations, quick.base_iterations, quick.quick) == (40, 200, False)
 
 
 @pytest.mark.parametrize(

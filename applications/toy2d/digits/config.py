@@ -31,7 +31,7 @@ class DigitsConfig(RefusesOldNames):
     as module:Name."""
     steps: int = 20
     """Steps K of the training chain."""
-    iterations: int = 300
+    iterations: int = 400
     """Number of updates of the tilt."""
     batch_size: int = 128
     """Number of trajectories in an update."""

@@ -10,7 +10,13 @@ from torch import nn
 from adjoint.chain.kernels import make_kernel, measure_mmse
 from adjoint.config import TiltConfig
 from adjoint.cost import chosen_sizes
-from adjoint.flow_matching_loss import CALM, FEWEST, FlowMatchingLoss, is_worthwhile
+from adjoint.flow_matching_loss import (
+    CALM,
+    FEWEST,
+    FlowMatchingLoss,
+    has_rare_weights,
+    is_worthwhile,
+)
 from adjoint.rewards.reward import Reward
 from adjoint.tilt import tilt
 from adjoint.tilt_loss import TiltLoss
@@ -170,6 +176,14 @@ def test_adjoint_matching_goes_on_where_samples_are_no_better():
         )
         tilt(base, lambda x, c: 0 * x[:, 0], shape=(2,), config=config, callbacks=[Watch()])
         assert sum(seen) == expected
+
+
+def test_a_mode_that_is_hardly_visited_has_rare_weights():
+    gaussian = 0.8 * torch.randn(1, 4000, dtype=F64, generator=torch.Generator().manual_seed(0))
+    assert not has_rare_weights(samples_of(torch.zeros(4000, 1), gaussian))
+    rare = torch.zeros(1, 4000, dtype=F64)
+    rare[0, :20] = math.log(199.0)  # a half of the weight in one of 200
+    assert has_rare_weights(samples_of(torch.zeros(4000, 1), rare))
 
 
 def test_targets_of_the_control_are_even_on_one_mode_and_uneven_on_several():

@@ -278,7 +278,7 @@ def certify(
         joined("rewards"),
         joined("log_weights"),
         joined("path_kls"),
-        groups * distributed.size(),
+        1 if groups == 1 and cond is None else groups * distributed.size(),
     )
 
 

@@ -71,23 +71,27 @@ class TiltConfig(TrainerConfig):
     refine_fraction: float = 0.7
     """Fraction of the updates, the last ones, that refine the tilt with the loss ``refine_loss``
     instead of adjoint matching.  They start from the averaged weights with a fresh optimiser; 0 is
-    none.  ``clip``, ``importance``, ``control_variates`` and ``replay_size`` have no effect on
-    them."""
+    none.  ``clip``, ``importance``, ``control_variates`` and ``replay_size`` have an effect on them
+    only where "auto" goes on with adjoint matching."""
     refine_loss: RefineLoss = "auto"
     """Loss of these updates.  "flow_matching" fits the velocity to samples of the exact tilt, drawn
     by their weights among trajectories of the model (`adjoint.flow_matching_loss`); "auto" does so
-    where these samples know the tilt better than the model, and else goes on with adjoint matching.
+    where these samples know the tilt better than the model and a mode is still to be decided, and
+    else goes on with adjoint matching.
     "log_variance" minimises the variance of log w (`adjoint.variance_loss`): a good loss in low
     dimensions, and too noisy a one in many, where log w varies by a nat or so."""
     refine_steps: int | None = None
     """Number of steps of the chain that the refinement rolls out and that is certified.  None is
-    eight times ``steps``, or fewer for a costly base.  No adjoint is computed on it."""
+    eight times ``steps``, or fewer for a costly base, and ``steps`` for "log_variance".  No adjoint
+    is computed on it."""
     refine_kernel: str | Scheme | None = None
     """Scheme of this chain.  None is ``kernel``, but ``covariance_matched`` instead of
-    ``moment_matched`` for samples of up to 3 entries: it enters rare modes as the flow does."""
+    ``moment_matched`` for samples of up to 3 entries, but for "log_variance": it enters rare modes
+    as the flow does."""
     refine_samples: int | None = None
     """Trajectories that flow matching draws its samples from, 64 under each condition; they are
-    drawn twice.  None is 16384, or fewer for a costly base or a short training."""
+    drawn twice.  A total over the processes.  None is 16384, or fewer for a costly base or a short
+    training."""
     temperature: float = 1.0
     """Temperature T of the target p(x) exp(r(x) / T)."""
     batch_size: int = 128
@@ -131,7 +135,8 @@ class TiltConfig(TrainerConfig):
     4096, or fewer for a costly base."""
     eval_batch_size: int | None = option(None, resume="free")
     """Samples or trajectories that one process evaluates at a time before and after training.  None
-    is 4096, or fewer for samples of more than 64 entries."""
+    is 4096, or fewer for samples of more than 64 entries.  The refinement draws its samples as many
+    at a time: a run that is resumed with another number before that draws other ones."""
     micro_batch: int = option(0, resume="free")
     """States at which base or model are evaluated at a time, always; 0 is all.  The loss then
     evaluates the model twice, the second time in its backward pass."""

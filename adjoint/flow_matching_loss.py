@@ -4,7 +4,7 @@ A chain of Gaussian steps cannot follow the exact tilt through the steps in whic
 so that neither the fixed point of the regression onto the adjoint nor the optimum of the variance
 of log w has the right modes where these are narrow and apart, at a usable number of steps
 (docs/exactness.md).  The weights of its trajectories are exact whatever the model is.  So the
-refinement draws N trajectories of the model once, on a finer chain, and then minimises
+refinement draws N trajectories of the model, on a finer chain, and then minimises
 
     L = E_{p*} E_{t, X_0} ‖v_θ(X_t, t) - (X_1 - X_0)‖²,      X_t = t X_1 + (1 - t) X_0,
 
@@ -16,7 +16,7 @@ When it helps.  Flow matching with n samples knows a velocity up to a divergence
 from p*, for a model with m parameters that matter: second moments alone are d² / 2.  The model
 that drew the samples is Var(log w) / 2 away from it.  So the refinement is worth its noise where
 
-    n Var(log w) > d²,        n = effective number of samples.
+    n Var(log w) > d²,        n = effective number of samples (of a condition, on average).
 
 Near the optimum, in many dimensions, or where few trajectories have all the weight, it is not.  Nor
 is it where every trajectory tells the same about the control, as on a normal base, and no mode is
@@ -79,7 +79,7 @@ class FlowMatchingLoss(Loss):
         source: where trajectories come from.
         kernel: table of the chain that the samples are drawn from.
         matching: the loss that goes on where the samples say so.
-        updates: number of calls; the samples are drawn anew after half of them.
+        renewal: number of calls after which the samples are drawn anew.
         always: refine whatever the samples say.
         progress: show a bar while samples are drawn.
 
@@ -94,13 +94,12 @@ class FlowMatchingLoss(Loss):
         kernel: Kernel,
         matching: MatchingLoss,
         *,
-        updates: int,
+        renewal: int,
         always: bool,
         progress: bool = False,
     ) -> None:
         self.source, self.kernel, self.matching = source, kernel, matching
-        self.renewal = updates // 2
-        self.always, self.progress = always, progress
+        self.renewal, self.always, self.progress = renewal, always, progress
         self.samples: WeightedSamples | None = None
         self.refining: bool | None = None
 
@@ -182,7 +181,7 @@ class FlowMatchingLoss(Loss):
         prepare_dropout(module)
         v = source.model(module).along(xs, t, cond).to(source.dtype)
         loss = (v - (x1 - x0)).square().flatten(2).sum(2).mean()
-        return loss, {name: value.to(loss.device) for name, value in samples.metrics.items()}
+        return loss, dict(samples.metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of calls and the samples, for a checkpoint."""
@@ -199,8 +198,8 @@ class FlowMatchingLoss(Loss):
 
 def is_worthwhile(samples: WeightedSamples) -> bool:
     """Tell whether flow matching on ``samples`` comes closer to the tilt than their model is."""
-    n, dim = samples.effective, samples.x[0].numel()
-    return n >= FEWEST and n * samples.variance > dim**2
+    n = samples.effective / len(samples.log_weights)  # each condition has a tilt of its own
+    return n >= FEWEST and n * samples.variance > samples.x[0].numel() ** 2
 
 
 def has_rare_weights(samples: WeightedSamples) -> bool:

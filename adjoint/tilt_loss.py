@@ -3,8 +3,8 @@
 `MatchingLoss` (`adjoint.matching_loss`) rolls the current model out or replays trajectories, runs
 the lean adjoint back, and evaluates `adjoint.loss.adjoint_matching_loss` on the selected steps.
 In the last part of a training `TiltLoss` takes another loss, by default `FlowMatchingLoss`
-(`adjoint.flow_matching_loss`): flow matching on samples that are drawn once by their weights, where
-these know the tilt better than the model.  `VarianceLoss` (`adjoint.variance_loss`) evaluates
+(`adjoint.flow_matching_loss`): flow matching on samples that are drawn by their weights,
+where these know the tilt better than the model.  `VarianceLoss` (`adjoint.variance_loss`) evaluates
 `adjoint.loss.log_variance_loss` on fresh trajectories: it needs no adjoint, and its noise vanishes
 at the optimum.  Your own trainer takes `TiltLoss` as it is.
 
@@ -114,7 +114,7 @@ class TiltLoss(Loss):
                 self.source,
                 final,
                 self.matching,
-                updates=config.refine_updates * config.accumulate,
+                renewal=config.refine_updates // 2 * config.accumulate,
                 always=config.refine_loss == "flow_matching",
                 progress=progress,
             )
@@ -125,16 +125,25 @@ class TiltLoss(Loss):
     @property
     def phase(self) -> str:
         """Return the loss that the next call takes: "match", or "refine" with its own phase."""
-        if self._matching_calls is None or self.calls < self._matching_calls:
-            return "match"
-        return "refine" if self.refining is None else f"refine {self.refining.phase}"
+        loss = self._next_loss()
+        return "match" if loss is self.matching else f"refine {loss.phase}"
 
     def __call__(self, module: nn.Module, generator: torch.Generator) -> Evaluated:
         """Return the loss of ``module`` on one batch, and metrics."""
-        refining = None if self.phase == "match" else self.refining
-        loss, metrics = (refining or self.matching)(module, generator)
+        loss, metrics = self._next_loss()(module, generator)
         self.calls += 1
         return loss, metrics
+
+    def _next_loss(self) -> Loss:
+        """Return the loss that the next call takes, with the number of its calls so far.
+
+        Replayed calls of a recording are counted in ``calls`` of this loss only.
+        """
+        before = self._matching_calls
+        if self.refining is None or before is None or self.calls < before:
+            return self.matching
+        self.refining.calls = self.calls - before
+        return self.refining
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both losses and of the companions, for a checkpoint."""

@@ -33,11 +33,12 @@ class WeightedSamples:
     @classmethod
     def of(cls, certificate: Certificate, cond: Cond | None) -> WeightedSamples:
         """Return the samples of ``certificate``, whose groups have the conditions ``cond``."""
+        summary = certificate.summary()
         return cls(
             certificate.samples,
             certificate.grouped,
             None if cond is None else dict(cond),
-            {name: torch.tensor(certificate.summary()[name]) for name in REPORTED},
+            {name: torch.tensor(summary[name]) for name in REPORTED},
         )
 
     @cached_property
@@ -89,6 +90,5 @@ class WeightedSamples:
     def to(self, device: torch.device) -> WeightedSamples:
         """Return the samples on ``device``."""
         cond = None if self.cond is None else {n: c.to(device) for n, c in self.cond.items()}
-        return WeightedSamples(
-            self.x.to(device), self.log_weights.to(device), cond, dict(self.metrics)
-        )
+        metrics = {name: value.to(device) for name, value in self.metrics.items()}
+        return WeightedSamples(self.x.to(device), self.log_weights.to(device), cond, metrics)

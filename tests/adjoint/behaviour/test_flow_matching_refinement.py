@@ -23,6 +23,8 @@ from adjoint.tilt_loss import TiltLoss
 from adjoint.weighted_samples import WeightedSamples
 from flows import grid as grids
 from flows.mixture import GaussianMixture
+from flows.training import distributed
+from flows.training.callbacks import Callback
 
 F64 = torch.float64
 
@@ -64,6 +66,105 @@ def test_flow_matching_is_worthwhile_where_samples_outweigh_dimensions():
     assert not worthwhile(2000, 2, 1e-3)  # the model is better already
     assert not worthwhile(FEWEST // 2, 1, 0.5)
     assert not worthwhile(2000, 1, 6.0)  # few trajectories have all the weight
+
+
+def test_flow_matching_is_not_worthwhile_where_each_condition_has_few_samples():
+    """One heavy sample in each of 256 groups makes 256 effective samples, but none of a tilt."""
+    generator = torch.Generator().manual_seed(0)
+    for std, expected in ((0.5, True), (6.0, False)):
+        log_w = std * torch.randn(256, 64, generator=generator)
+        assert is_worthwhile(samples_of(torch.zeros(256 * 64, 2), log_w)) is expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_samples_are_renewed_where_the_calls_between_were_replayed(accumulate):
+    """A recording makes whole updates and adds them to the calls of the tilt's loss alone."""
+    loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64, accumulate=accumulate)
+    tilted, _ = PROBLEMS["square"].exact()
+    model, generator = Between(PROBLEMS["square"].base, tilted, 0.0), torch.Generator()
+    draw, draws = loss.refining.draw, []
+    loss.refining.draw = lambda *arguments: draws.append(1) or draw(*arguments)
+    loss(model, generator)
+    loss.calls = 4 * accumulate
+    assert loss.phase == "refine 0"
+    loss.calls = 5 * accumulate  # half of ten updates
+    assert loss.phase == "refine 1"
+    loss(model, generator)
+    assert len(draws) == 2
+
+
+def test_reported_numbers_are_where_the_samples_are():
+    """A copy from the host in each update would wait for the device, and stop a recording."""
+    samples = WeightedSamples(torch.zeros(2, 1), torch.zeros(1, 2), None, {"ess": torch.ones(())})
+    assert samples.to(torch.device("meta")).metrics["ess"].device.type == "meta"
+
+
+class Stop(Callback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_step(self, trainer, iteration, metrics):
+        if iteration == self.at:
+            raise KeyError("stop")
+
+
+@pytest.mark.parametrize("at", [3, 4, 7])
+def test_a_refinement_that_is_resumed_is_the_undisturbed_one(at, tmp_path):
+    """At its start, with its first samples, and with its second; with labels and dropout."""
+
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+        def forward(self, x, t, cond):
+            label = cond["label"].to(x.dtype)[:, None]
+            return self.layers(torch.cat([x, t.expand(len(x))[:, None], label], 1))
+
+    def train(*callbacks):
+        config = TiltConfig(
+            iterations=8,
+            steps=3,
+            batch_size=4,
+            accumulate=2,
+            refine_loss="flow_matching",
+            refine_steps=4,
+            refine_samples=128,
+            base_samples=64,
+            certificate_samples=0,
+            checkpoint_every=1,
+        )
+        return tilt(
+            Labelled(),
+            lambda x, cond: cond["label"] * x[:, 0],
+            shape=(2,),
+            config=config,
+            cond_sampler=lambda n, generator: {
+                "label": torch.randint(3, (n,), generator=generator)
+            },
+            callbacks=callbacks,
+            checkpoint=tmp_path / ("c.pt" if callbacks else "whole.pt"),
+            resume=True,
+        ).field.state_dict()
+
+    whole = train()
+    with pytest.raises(KeyError):
+        train(Stop(at))
+    again = train(Stop(-1))
+    for name, weight in whole.items():
+        assert torch.equal(weight, again[name]), name
+
+
+def test_processes_share_the_weights_of_one_unconditional_chain(monkeypatch):
+    """Each process alone would give its part of the samples a half of the weight."""
+    loss = refinement(PROBLEMS["square"], refine_samples=128)
+    tilted, _ = PROBLEMS["square"].exact()
+    model = Between(PROBLEMS["square"].base, tilted, 0.0)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda part: torch.cat([part, part + 1]))
+    samples = loss.refining.draw(model, torch.Generator().manual_seed(0))
+    assert samples.log_weights.shape == (1, 128)
 
 
 def refinement(problem, *, steps=10, batch_size=4096, **options):
@@ -138,7 +239,7 @@ def test_samples_are_drawn_twice_and_the_more_effective_ones_stay():
         effective, drawn, used = [60, second], [], []
         loss = refinement(PROBLEMS["square"], refine_samples=64)
         scripted = Scripted(
-            loss.source, loss.refining.kernel, loss.matching, updates=6, always=True
+            loss.source, loss.refining.kernel, loss.matching, renewal=3, always=True
         )
         for _ in range(6):
             scripted(nn.Linear(1, 1), torch.Generator())

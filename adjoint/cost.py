@@ -76,7 +76,8 @@ class Cost:
     Attributes:
         config: options with their open sizes chosen.
         before: evaluations before training.
-        per_update: evaluations in one update, the mean over the training.
+        per_update: evaluations in one update, the mean over the training; where ``refine_loss`` is
+            "auto", with the dearer of the two losses that it chooses from.
         after: evaluations after training.
         seconds: estimates of the time before training, in it, and after it; without the reward.
         memory: estimate of the memory of an update, bytes; None where it is unknown.
@@ -182,7 +183,7 @@ def chosen_sizes(config: TiltConfig, dim: int, flops: float | None) -> TiltConfi
             affordable = BUDGET / (each * (3 + 2 * noise) * MOST_REFINE_SAMPLES)
             final = next((m * config.steps for m in FINER if m * config.steps <= affordable), None)
         final = final or config.steps
-        trained = config.iterations * config.batch_size * config.steps
+        trained = config.iterations * config.accumulate * config.batch_size * config.steps
         most = min(MOST_REFINE_SAMPLES, max(LEAST, 2 * trained // final))
         drawn = size(config.refine_samples, final * (3 + 2 * noise), most)
         config = replace(config, refine_steps=final, refine_samples=drawn)
@@ -253,10 +254,13 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
         drawn = 2 * (config.refine_samples or 0) * final * (3 + 2 * fine_noise)
         calls = config.refine_updates * config.accumulate
         refine = refined + again(refined) + drawn / max(1, calls * config.batch_size)
+    refine_passes = refine + 2 * refined
+    if config.refine_loss == "auto":  # it may go on with adjoint matching instead
+        refine, refine_passes = max(refine, match), max(refine_passes, match_passes)
     part = 0.0 if config.refine_from is None else 1 - config.refine_from / max(1, config.iterations)
     each = config.batch_size * config.accumulate
     forward = each * ((1 - part) * match + part * refine)
-    passes = each * ((1 - part) * match_passes + part * (refine + 2 * refined))
+    passes = each * ((1 - part) * match_passes + part * refine_passes)
     return before, (round(forward), passes), after
 
 

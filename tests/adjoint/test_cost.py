@@ -136,6 +136,34 @@ def test_the_evaluations_are_those_that_are_made(options):
     assert made == pytest.approx(said, rel=0.05)
 
 
+def test_a_refinement_that_may_go_on_with_adjoint_matching_costs_the_dearer_of_the_two():
+    """For a costly base few samples are drawn, and adjoint matching is the dearer."""
+    found = {
+        loss: estimate_cost(
+            UNetVelocity(1), shape=(1, 8, 8), config=TiltConfig(refine_loss=loss, **options)
+        )
+        for loss, options in (
+            ("auto", {"refine_samples": 64}),
+            ("flow_matching", {"refine_samples": 64}),
+            ("log_variance", {"refine_fraction": 0.0}),
+        )
+    }
+    matching = found["log_variance"].per_update
+    assert found["auto"].per_update == matching > 1.5 * found["flow_matching"].per_update
+    many = [
+        estimate_cost(BASE, shape=(2,), config=TiltConfig(refine_loss=loss)).per_update
+        for loss in ("auto", "flow_matching")
+    ]
+    assert many[0] == many[1] > matching
+
+
+def test_losses_that_add_up_make_a_training_longer():
+    short = TiltConfig(iterations=20, batch_size=8, steps=10)
+    together = replace(short, accumulate=8)
+    assert chosen_sizes(together, 2, 1e3).refine_samples == 256
+    assert chosen_sizes(short, 2, 1e3).refine_samples == 64
+
+
 def test_the_cost_is_said_beforehand_where_progress_is_shown(capsys):
     config = replace(FAST, iterations=2, certificate_samples=16)
     run(config)

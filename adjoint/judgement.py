@@ -290,7 +290,7 @@ def _spread(certificate: Certificate, variation: float) -> Finding | None:
     return Finding(
         USE_WEIGHTS,
         f"std(log w) {certificate.log_weight_std:.2f}: without weights, up to {variation:.0%} of "
-        "the samples are not as in the exact tilt (train longer)",
+        "the chain's samples are not as in the exact tilt (train longer)",
     )
 
 

@@ -359,6 +359,28 @@ def test_experts_meet_their_targets(name, monkeypatch):
     np.testing.assert_allclose(episode["observations"][:, :6], episode["qpos"][:, :6], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds", "closed"),
+    [
+        ("cube-single-play-singletask-task1-v0", {"cube"}, False),
+        ("puzzle-3x3-noisy-singletask-task1-v0", {"button"}, True),
+        ("scene-play-singletask-task1-v0", {"cube", "button", "drawer", "window"}, False),
+        ("scene-noisy-singletask-task1-v0", {"cube", "button", "drawer", "window"}, False),
+    ],
+)
+def test_experts_have_the_options_of_ogbenchs_script(name, kinds, closed):
+    """Planning experts have noise .1, closed-loop ones steps of at least .4; puzzles a fist."""
+    experts = ManipulationCollector(find_task(name))._experts()
+    assert set(experts) == kinds
+    for kind, expert in experts.items():
+        if "noisy" in name:
+            assert expert._min_norm == 0.4
+        else:
+            assert expert._noise == 0.1
+        if kind == "button":
+            assert expert._gripper_always_closed == closed
+
+
 def test_noise_of_the_noisy_kind_only():
     play, noisy = (find_task(f"cube-single-{kind}-v0") for kind in ("play", "noisy"))
     assert ManipulationCollector.protocol(play)["random_actions"] == 0.0

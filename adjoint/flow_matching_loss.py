@@ -127,7 +127,7 @@ class FlowMatchingLoss(Loss):
         """Return weighted samples of the chain of ``module``, of all processes.
 
         Raises:
-            ValueError: a log-weight is NaN or infinite.
+            ValueError: a log-weight is NaN or +∞, or all under one condition are -∞.
         """
         source, config = self.source, self.source.config
         n, groups = distributed.share(config.refine_samples or DRAWN), 1
@@ -148,7 +148,7 @@ class FlowMatchingLoss(Loss):
             generator=generator,
             progress=self.progress,
         )
-        if not bool((certificate.log_weights < math.inf).all()):
+        if not bool(certificate.grouped.logsumexp(1).isfinite().all()):
             raise ValueError("log-weights are NaN or infinite: look at the reward at the samples")
         each = None
         if cond is not None:  # of each group one
@@ -177,6 +177,7 @@ class FlowMatchingLoss(Loss):
         late = torch.rand(steps, generator=generator, dtype=x1.dtype, device=generator.device)
         x0, late = x0.to(device), late.to(device)
         t = (torch.arange(steps, dtype=x1.dtype, device=device) + late) / steps
+        t = t.clamp_max(1 - torch.finfo(t.dtype).eps)  # at 1 itself not every velocity is finite
         xs = interpolate(x0, x1, t)
         prepare_dropout(module)
         v = source.model(module).along(xs, t, cond).to(source.dtype)

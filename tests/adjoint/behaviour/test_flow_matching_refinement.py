@@ -99,6 +99,22 @@ def test_reported_numbers_are_where_the_samples_are():
     assert samples.to(torch.device("meta")).metrics["ess"].device.type == "meta"
 
 
+def test_no_time_is_rounded_up_to_one(monkeypatch):
+    """A velocity (x̂1 - x) / (1 - t) is not finite there, where no other loss is taken."""
+    loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64)
+    times = []
+
+    def velocity(x, t, cond=None):
+        times.append(t)
+        return PROBLEMS["square"].base(x, t)
+
+    model = Between(velocity, velocity, 0.0)
+    monkeypatch.setattr(torch, "rand", lambda *n, **options: torch.ones(n, dtype=F64) - 1e-16)
+    loss.refining.samples = samples_of(torch.zeros(64, 2, dtype=F64), torch.zeros(1, 64))
+    loss.refining.flow_matching(model, torch.Generator())
+    assert float(torch.cat(times).max()) < 1
+
+
 class Stop(Callback):
     def __init__(self, at):
         self.at = at
@@ -311,11 +327,10 @@ def test_targets_of_the_control_are_even_on_one_mode_and_uneven_on_several():
     assert found[1] > 10 * CALM
 
 
-def test_weights_that_are_not_numbers_are_refused():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_numbers_are_refused(value):
     loss = refinement(PROBLEMS["square"], refine_samples=64)
-    loss.source.reward = type(loss.source.reward)(
-        Reward(lambda x, c: (x[:, 0] - x[:, 0].mean()) / 0 * 0)
-    )
+    loss.source.reward = type(loss.source.reward)(Reward(lambda x, c: 0 * x[:, 0] + value))
     tilted, _ = PROBLEMS["square"].exact()
     with pytest.raises(ValueError, match="log-weights are NaN or infinite"):
         loss(Between(PROBLEMS["square"].base, tilted, 0.0), torch.Generator().manual_seed(0))

@@ -145,6 +145,49 @@ def test_a_tilt_of_two_processes(tmp_path):
     assert not torch.isclose(stored[0], stored[1]).any()
 
 
+def refined_by_flow_matching(rank, folder, with_cond):
+    config = TiltConfig(
+        iterations=4,
+        steps=3,
+        batch_size=8,
+        refine_loss="flow_matching",
+        refine_fraction=1.0,
+        refine_steps=4,
+        refine_samples=256,
+        base_samples=64,
+        certificate_samples=256,
+        checkpoint_every=1,
+    )
+
+    def labels(n, generator):
+        c = torch.randint(2, (n, 1), generator=generator, dtype=torch.float64)
+        return {"c": c.expand(n, 2)}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this base is no flow of independent noise
+        tilted = tilt(
+            Guest(),
+            conditional if with_cond else PROBLEM.reward,
+            shape=(2,),
+            config=config,
+            cond_sampler=labels if with_cond else None,
+            checkpoint=folder / "c.pt",
+            dtype=torch.float64,
+        )
+    samples = checkpoints.load(folder / "c.pt")["loss"]["refining"]["samples"]
+    return tilted.field.state_dict(), tilted.certificate.groups, samples
+
+
+@pytest.mark.parametrize(("with_cond", "groups"), [(False, 1), (True, 4)])
+def test_two_processes_refine_by_the_samples_of_both(with_cond, groups, tmp_path):
+    found, other = agreed(several(refined_by_flow_matching, tmp_path, with_cond))
+    torch.testing.assert_close(found[0], other[0], rtol=0, atol=0)
+    assert found[1] == groups
+    assert found[2]["x"].shape == (256, 2)
+    assert found[2]["log_weights"].shape == (groups, 256 // groups)
+    assert (found[2]["cond"] is not None) == with_cond
+
+
 def stopped(rank, folder):
     with pytest.raises(KeyError, match="stop"):
         train(folder, Stop())

@@ -73,3 +73,24 @@ def test_the_numbers_in_the_text_are_those_of_the_record():
     assert f"has {digits(narrow['chain_mode_weight'])} at K = 20" in PAGE.text
     error = {k: rows["R", k, 40]["chain_log_z_error"] for k in CHAINS}
     assert error["covariance_matched"] / error["moment_matched"] == pytest.approx(0.2, abs=0.03)
+
+
+def default_lines():
+    """The lines of the table of the call without options: the worst over seeds of each problem."""
+    problems = {}
+    for row in record("tilt_default.json"):
+        if row["method"] == "default" and not row["failure"]:
+            problems.setdefault(row["problem"], []).append(row)
+    for name, rows in problems.items():
+        worst = [
+            digits(max(row[column] for row in rows))
+            for column in ("mode_tv", "velocity_error", "w2_ratio")
+        ]
+        off = max(abs(row["log_z_error"]) for row in rows)
+        spread = digits(max(row["log_weight_std"] for row in rows))
+        numbers = " | ".join([*worst, f"{off:.1f}", spread])
+        yield f"| {name} | {rows[0]['dim']} | {len(rows)} | {numbers} |"
+
+
+def test_the_table_of_the_call_without_options_is_that_of_the_record():
+    assert [text for text in default_lines() if text not in PAGE.text] == []

@@ -392,7 +392,12 @@ class TestModule:
             lambda x, cond: x.sum(1),
             shape=(2,),
             config=TiltConfig(
-                iterations=2, steps=3, batch_size=4, base_samples=64, certificate_samples=0
+                iterations=2,
+                steps=3,
+                batch_size=4,
+                base_samples=64,
+                certificate_samples=0,
+                refine_fraction=0.0,
             ),
             cond_sampler=lambda n, generator: {"label": torch.zeros(n, 2)},
         )

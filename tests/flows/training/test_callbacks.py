@@ -34,7 +34,8 @@ def metrics_at(iteration):
 
 def drive(callback, start, stop, *, iterations=12, metrics=metrics_at, end=True):
     """A run from iteration ``start`` to ``stop``, without ``on_end`` if it is killed there."""
-    trainer = SimpleNamespace(iteration=start, config=SimpleNamespace(iterations=iterations))
+    config = SimpleNamespace(iterations=iterations)
+    trainer = SimpleNamespace(iteration=start, config=config, stopped=None)
     callback.on_start(trainer)
     for iteration in range(start + 1, stop + 1):
         trainer.iteration = iteration

@@ -118,6 +118,7 @@ def test_sizes_follow_operations_not_time_and_dimension():
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_evaluations_are_those_that_are_made(options):
     config = replace(
         FAST,

@@ -315,6 +315,7 @@ def test_the_ceiling_rises_with_what_is_seen():
     assert float(x.var()) == pytest.approx(S2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_few_samples_need_no_more_trajectories_than_the_ceiling_does(short):
     counted = []
 

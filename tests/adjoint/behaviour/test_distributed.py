@@ -179,6 +179,7 @@ def refined_by_flow_matching(rank, folder, with_cond):
 
 
 @pytest.mark.parametrize(("with_cond", "groups"), [(False, 1), (True, 4)])
+@pytest.mark.slow
 def test_two_processes_refine_by_the_samples_of_both(with_cond, groups, tmp_path):
     found, other = agreed(several(refined_by_flow_matching, tmp_path, with_cond))
     torch.testing.assert_close(found[0], other[0], rtol=0, atol=0)

@@ -217,6 +217,7 @@ class Between(nn.Module):
         return v + self.a * (best - v)
 
 
+@pytest.mark.slow
 def test_the_velocity_of_the_exact_tilt_is_the_minimum_whatever_draws_the_samples():
     """The samples are drawn by models away from the tilt; the minimum in a is at a = 1."""
     problem = PROBLEMS["square"]

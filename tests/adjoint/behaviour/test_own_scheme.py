@@ -12,6 +12,7 @@ from flows.training import checkpoint as checkpoints
 from flows.training.checkpoint import CheckpointError
 
 
+@pytest.mark.slow
 def test_a_tilt_with_a_scheme_of_ones_own_is_trained_and_certified():
     """The tilt of the chain itself: its variance takes the place of the base's."""
     found = run(with_options(kernel=Tempered(), steps=8, certificate_samples=2000))

@@ -47,6 +47,9 @@ from flows.training import distributed
 ENOUGH = 10
 """Effective samples below which standard errors are infinite."""
 
+PER_CONDITION = 64
+"""Trajectories that share a condition where log-weights are compared under each."""
+
 
 def log_mean_exp(values: Tensor) -> tuple[float, float, float]:
     """Return log mean e^values of values (N,), its standard error, and the ESS / N.

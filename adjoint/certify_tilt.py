@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adjoint.arguments import Arguments
-from adjoint.certificate import Certificate, certify, log_mean_exp
+from adjoint.certificate import PER_CONDITION, Certificate, certify, log_mean_exp
 from adjoint.checks import draw_conditions
 from adjoint.cost import COMPARED_SHARE, COMPARED_STEPS
 from adjoint.judgement import GOOD, BaseSamples, Judgement, judgement_of
@@ -19,9 +19,6 @@ from adjoint.tilted import Tilted
 from flows.field import Cond, VelocityField
 from flows.sampling import sample
 from flows.training import distributed
-
-PER_CONDITION = 64
-"""Trajectories of a certificate that share a condition."""
 
 
 def certify_tilt(

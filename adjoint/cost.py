@@ -2,13 +2,13 @@
 
 A tilt evaluates base and model at many states: N_b (100 + K) to sample the base by its ODE and to
 measure its mean squared errors, some 3 K B in each update, 6 K N_r for the samples of the
-refinement, and 3 K N_c for the two certificates
-(10 N_c for the ODE samples that are compared with them).  For a network in the plane N_b = 8192,
-N_r = 16384 and N_c = 4096 take seconds; for a network of images they take longer than many a
-training.  So the sizes that the options leave open are the largest powers of two with which each
-part stays below `BUDGET` floating-point operations, down to `LEAST` samples: the errors of what
-they estimate fall with the number of entries, which a large sample has many of.  Operations are
-counted, not timed, so that the sizes are the same on every machine and in every resume.
+refinement, and 3 K N_c for the two certificates (10 N_c for the ODE samples that are compared with
+them).  For a network in the plane N_b = 8192, N_r = 16384 and N_c = 4096 take seconds; for a
+network of images they take longer than many a training.  So the sizes that the options leave open
+are the largest powers of two with which each part stays below `BUDGET` floating-point operations,
+down to `LEAST` samples: the errors of what they estimate fall with the number of entries, which a
+large sample has many of.  Operations are counted, not timed, so that the sizes are the same on
+every machine and in every resume.
 """
 
 from __future__ import annotations

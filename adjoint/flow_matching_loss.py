@@ -31,9 +31,8 @@ weights are more even, and the samples that count for more are used from then on
 
 Sources: cross-entropy method for path measures (Zhang, Wang, Hartmann, Weber and Schütte,
 "Applications of the cross-entropy method to importance sampling and optimal control of diffusions",
-2014); flow
-matching on weighted samples (Zhang, Zhang and Gu, "Energy-weighted flow matching", 2503.04975).
-The proposal by adjoint matching, and the rule, were derived for this project.
+2014); flow matching on weighted samples (Zhang, Zhang and Gu, "Energy-weighted flow matching",
+2503.04975).  The proposal by adjoint matching, and the rule, were derived for this project.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adjoint.certificate import certify
+from adjoint.certificate import PER_CONDITION, certify
 from adjoint.chain.kernels import Kernel
 from adjoint.evaluator import Evaluator
 from adjoint.matching_loss import MatchingLoss
@@ -67,9 +66,6 @@ FEWEST = 32
 
 DRAWN = 4096
 """Trajectories that are drawn where the options leave their number open."""
-
-PER_CONDITION = 64
-"""Trajectories that share a condition."""
 
 
 class FlowMatchingLoss(Loss):

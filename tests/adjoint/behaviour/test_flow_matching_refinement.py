@@ -296,6 +296,23 @@ def test_adjoint_matching_goes_on_where_samples_are_no_better():
         assert sum(seen) == expected
 
 
+def test_adjoint_matching_goes_on_where_no_mode_is_to_be_decided():
+    """A linear reward on a normal base: samples are worth it by their number, targets are even."""
+    base = GaussianMixture(
+        torch.ones(1, dtype=F64), torch.zeros(1, 2, dtype=F64), torch.eye(2, dtype=F64)[None]
+    )
+    config = TiltConfig(iterations=4, steps=10, refine_fraction=1.0, refine_samples=2048)
+    kernel = make_kernel("ancestral", grids.uniform(10))
+    loss = TiltLoss(
+        base, Reward(lambda x, c: x[:, 0]), kernel, shape=(2,), config=config, dtype=F64
+    )
+    model = Between(base, base, 0.0)
+    _, metrics = loss(model, torch.Generator().manual_seed(0))
+    assert is_worthwhile(loss.refining.samples)
+    assert "adjoint_norm" in metrics
+    assert loss.refining.refining is False
+
+
 def test_a_mode_that_is_hardly_visited_has_rare_weights():
     gaussian = 0.8 * torch.randn(1, 4000, dtype=F64, generator=torch.Generator().manual_seed(0))
     assert not has_rare_weights(samples_of(torch.zeros(4000, 1), gaussian))

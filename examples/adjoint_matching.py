@@ -27,16 +27,12 @@ Source: Domingo-Enrich et al., "Adjoint matching" (arXiv 2409.08861), algorithm 
 and adjoint that adjoint/chain derives (kernel ``moment_matched``) in place of Euler-Maruyama's.
 """
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
 MEANS, STD = torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5  # data: two Gaussians, equally likely
-SLOPE = torch.tensor([1.0, -0.5])
+SLOPE = torch.tensor([1.0, -0.5])  # of the reward r(x) = λ·x
+Chain = list[tuple[Tensor, ...]]  # (t, r, A, B, σ, α, β, w) of each step
 
 
 def base(x: Tensor, t: Tensor) -> Tensor:
@@ -48,119 +44,78 @@ def base(x: Tensor, t: Tensor) -> Tensor:
     return (likely[:, :, None] * each).sum(1)
 
 
-def reward(x: Tensor) -> Tensor:
-    """Return the reward r(x) = λ·x of each sample, (B,)."""
-    return x @ SLOPE.to(x)
-
-
-class Model(nn.Module):
-    """The velocity v_base plus a small network, which is zero before training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU())
-        self.last = nn.Linear(64, 2)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity (B, 2) at states x (B, 2) and one time t."""
-        return base(x, t) + self.last(self.net(torch.cat([x, t.expand(len(x), 1)], 1)))
-
-
-class Chain(NamedTuple):
-    """The coefficients of K steps, a tensor (K,) each; the names are those of the equations."""
-
-    t: Tensor
-    t_adjoint: Tensor  # t, but a small time in place of 0, by which α and β divide
-    A: Tensor
-    B: Tensor
-    sigma: Tensor
-    alpha: Tensor
-    beta: Tensor
-    weight: Tensor
+def velocity(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    """Return v_base plus a network, (B, 2), at states x (B, 2) and one time t."""
+    return base(x, t) + net(torch.cat([x, t.expand(len(x), 1)], 1))
 
 
 def make_chain(steps: int, data: Tensor, noise: Tensor) -> Chain:
-    """Return the chain of K equal steps, with mmse(t) measured at data (N, 2) and noise (N, 2)."""
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    t, s = grid[:-1], grid[1:]
-    path = [(tau, tau * data + (1 - tau) * noise) for tau in t]
-    errors = [(base(x, tau) - (data - noise)).square().mean() for tau, x in path]
+    """Return the coefficients of K equal steps; mmse(t) is measured at data and noise (N, 2).
+
+    The lean adjoint takes v_base at r: t, but a small time in place of 0, by which α and β divide.
+    """
+    grid = torch.linspace(0, 1, steps + 1).to(data)
+    t, s, r = grid[:-1], grid[1:], grid[:-1].clamp(min=min(0.02, 0.5 / steps))
+    errors = [base(tau * data + (1 - tau) * noise, tau) - (data - noise) for tau in t]
+    mmse = (1 - t) ** 2 * torch.stack([error.square().mean() for error in errors])
     rho = t * (1 - s) / (s * (1 - t))
     A, B = s + (1 - s) * rho, s * (1 - t) - (1 - s) * rho * t
-    mmse = (1 - t) ** 2 * torch.stack(errors)
     sigma = ((1 - s) ** 2 * (1 - rho**2) + (s * (1 - rho**2)) ** 2 * mmse).sqrt()
-    r = t.clone()
-    r[0] = (s[0] / 2).clamp(max=0.02)
     alpha = s**2 / r + (1 - s) ** 2 / (1 - r)
     beta = s**2 * (1 - r) / r - r * (1 - s) ** 2 / (1 - r)
-    weight = (B / sigma) ** 2  # of a change of v in the path measure; capped, with mean 1
-    weight = weight.clamp(max=5 * weight.median())
-    return Chain(t, r, A, B, sigma, alpha, beta, weight / weight.mean())
+    w = (B / sigma) ** 2  # of a change of v in the path measure; capped, with mean 1
+    w = w.clamp(max=5 * w.median())
+    return list(zip(t, r, A, B, sigma, alpha, beta, w / w.mean(), strict=True))
 
 
 @torch.no_grad()
-def rollout(model: Velocity, chain: Chain, x: Tensor, noise: Tensor) -> Tensor:
-    """Return the states (K+1, B, 2) of the chain from x (B, 2) with step noise (K, B, 2)."""
-    xs = [x]
-    for t, A, B, sigma, eps in zip(chain.t, chain.A, chain.B, chain.sigma, noise, strict=True):
-        xs.append(A * xs[-1] + B * model(xs[-1], t) + sigma * eps)
-    return torch.stack(xs)
+def rollout(net: nn.Module, chain: Chain, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return states (K+1, B, 2) from x (B, 2) with step noise (K, B, 2), and log w (B,)."""
+    xs, log_w = [x], torch.zeros(len(x)).to(x)
+    for (t, _, A, B, sigma, *_), eps in zip(chain, noise, strict=True):
+        v = velocity(net, xs[-1], t)
+        u = B / sigma * (v - base(xs[-1], t))
+        log_w -= (u.square() / 2 + u * eps).sum(1)
+        xs.append(A * xs[-1] + B * v + sigma * eps)
+    return torch.stack(xs), log_w + xs[-1] @ SLOPE.to(x)
 
 
 def lean_adjoint(chain: Chain, xs: Tensor) -> Tensor:
     """Return the adjoints c (K+1, B, 2) along the states xs (K+1, B, 2)."""
-    end = xs[-1].detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(end).sum(), end)
-    adjoints = [-gradient]
-    for k in reversed(range(len(chain.t))):
-        x = xs[k].detach().requires_grad_()
-        (product,) = torch.autograd.grad(base(x, chain.t_adjoint[k]), x, adjoints[-1])
-        adjoints.append(chain.alpha[k] * adjoints[-1] + chain.beta[k] * product)
+    adjoints = [-SLOPE.to(xs).expand_as(xs[-1])]  # -∇r at the end
+    for (_, r, *_, alpha, beta, _), state in zip(chain[::-1], xs[:-1].flip(0), strict=True):
+        x = state.requires_grad_()
+        (product,) = torch.autograd.grad(base(x, r), x, adjoints[-1])
+        adjoints.append(alpha * adjoints[-1] + beta * product)
     return torch.stack(adjoints[::-1])
 
 
-def matching_loss(model: Velocity, chain: Chain, xs: Tensor, adjoints: Tensor) -> Tensor:
+def matching_loss(net: nn.Module, chain: Chain, xs: Tensor, adjoints: Tensor) -> Tensor:
     """Return Σ_k w_k ‖v - v_base + (1 - t) c_k‖², the mean over the batch."""
-    terms = []
-    for k, t in enumerate(chain.t):
-        residual = model(xs[k], t) - base(xs[k], t) + (1 - t) * adjoints[k]
-        terms.append(chain.weight[k] * residual.square().sum(1).mean())
-    return torch.stack(terms).sum()
+    loss = torch.zeros(()).to(xs)
+    for (t, *_, w), x, c in zip(chain, xs[:-1], adjoints[:-1], strict=True):
+        loss += w * (velocity(net, x, t) - base(x, t) + (1 - t) * c).square().sum(1).mean()
+    return loss
 
 
-@torch.no_grad()
-def log_weights(model: Velocity, chain: Chain, xs: Tensor, noise: Tensor) -> Tensor:
-    """Return log w (B,) of trajectories of the model, from their states and step noise."""
-    log_w = reward(xs[-1])
-    for k, t in enumerate(chain.t):
-        u = chain.B[k] / chain.sigma[k] * (model(xs[k], t) - base(xs[k], t))
-        log_w = log_w - (u.square() / 2 + u * noise[k]).sum(1)
-    return log_w
-
-
-def main(updates: int = 300, batch: int = 256, steps: int = 20) -> None:
-    """Train the model, and print its certificate along the way."""
+def main(updates: int = 300, batch: int = 256, steps: int = 20, n: int = 4096) -> None:
+    """Train the network, which is zero at first, and print its certificate along the way."""
     torch.manual_seed(0)
-    n, model = 4096, Model()
+    net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    for parameter in net[-1].parameters():
+        nn.init.zeros_(parameter)
     data = MEANS[torch.randint(2, (n,))] + STD * torch.randn(n, 2)
-    chain = Chain(*(column.float() for column in make_chain(steps, data, torch.randn(n, 2))))
-    exact = torch.logsumexp(MEANS @ SLOPE, 0) - math.log(2) + SLOPE.square().sum() * STD**2 / 2
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    chain = make_chain(steps, data, torch.randn(n, 2))
+    exact = torch.exp(MEANS @ SLOPE).mean().log() + SLOPE.square().sum() * STD**2 / 2
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for update in range(updates + 1):
         if update % 100 == 0:
-            noise = torch.randn(steps, n, 2)
-            log_w = log_weights(
-                model, chain, rollout(model, chain, torch.randn(n, 2), noise), noise
-            )
-            log_z = torch.logsumexp(log_w, 0) - math.log(n)
+            _, log_w = rollout(net, chain, torch.randn(n, 2), torch.randn(steps, n, 2))
             print(f"update {update:3}: log w has std {log_w.std():.3f};", end=" ")
-            print(f"log Z is {log_z:.3f}, exactly {exact:.3f}")
-        xs = rollout(model, chain, torch.randn(batch, 2), torch.randn(steps, batch, 2))
-        loss = matching_loss(model, chain, xs, lean_adjoint(chain, xs))
+            print(f"log Z is {log_w.exp().mean().log():.3f}, exactly {exact:.3f}")
+        xs, _ = rollout(net, chain, torch.randn(batch, 2), torch.randn(steps, batch, 2))
         optimizer.zero_grad()
-        loss.backward()
+        matching_loss(net, chain, xs, lean_adjoint(chain, xs)).backward()
         optimizer.step()
 
 

@@ -232,6 +232,7 @@ def test_the_error_of_a_weighted_mean_is_how_it_scatters():
     assert weighted_mean(x[None, :9], 0 * x[None, :9])[1] == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [1, 2, 64])
 def test_wide_noise_has_the_ratio_of_the_densities_and_sees_the_tail(dim):
     x0 = torch.randn(100_000, dim, generator=seeded(), dtype=torch.float64)
@@ -316,6 +317,7 @@ def test_the_exact_tilt_of_an_easy_problem_is_good(problem, seed):
     assert caught == []
 
 
+@pytest.mark.slow
 def test_the_table_says_whose_log_z_is_whose_and_how_far_apart():
     found = run(with_options(certificate_samples=512), model=Shift())
     text = str(found)

@@ -247,6 +247,7 @@ def test_wrong_arguments_are_named(wrong, error, match):
         draw(**wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "error", "match"),
     [(-1, ValueError, "n must be at least 1, got -1"), ("3", TypeError, "n must be an integer")],
@@ -390,6 +391,7 @@ def test_too_many_trajectories_are_refused_before_the_first():
         sample_by_rejection(propose, 1000, max_trajectories=0, **options)
 
 
+@pytest.mark.slow
 def test_a_tilt_knows_from_its_certificate_that_too_many_are_asked_for(short):
     def never(x, cond):
         raise AssertionError("a trajectory was made")

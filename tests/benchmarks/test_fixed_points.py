@@ -215,6 +215,7 @@ def test_the_log_variance_optimum_tends_to_the_tilt_and_own_time_matching_does_n
     assert measure("D", "moment_matched", 40)["mode_weight"] < 0.76
 
 
+@pytest.mark.slow
 def test_the_mode_weight_is_exact_for_the_exact_velocity_and_the_base():
     problem = PROBLEMS["D"]
     kernel = kernel_for(problem.base, "ancestral", 100)

@@ -130,6 +130,7 @@ sys.exit(program().main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "arguments", [["count", "--sheep", "18"], ["count", "--help"], ["--help"]], ids=" ".join

@@ -24,16 +24,15 @@ def normal(*shape, seed=0):
 
 
 def reward(x, cond=None):
-    return plain.reward(x)
+    return x @ plain.SLOPE.to(x)
 
 
 @pytest.fixture
-def model():
-    """A model away from the base, where no control is zero."""
+def net():
+    """A network away from zero, where no control is zero."""
     torch.manual_seed(0)
-    model = plain.Model().double()
-    torch.nn.init.normal_(model.last.weight, std=0.3)
-    return model
+    layers = torch.nn.Linear(3, 16), torch.nn.SiLU(), torch.nn.Linear(16, 2)
+    return torch.nn.Sequential(*layers).double()
 
 
 @pytest.fixture
@@ -49,24 +48,24 @@ def equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_trajectories_adjoints_loss_and_gradient_are_those_of_the_package(both, model):
+def test_trajectories_adjoints_loss_and_gradient_are_those_of_the_package(both, net):
     chain, kernel = both
     x0, noise = normal(BATCH, 2), normal(STEPS, BATCH, 2, seed=3)
 
     def field(x, t, cond=None):
-        return model(x, t)
+        return plain.velocity(net, x, t)
 
-    xs = plain.rollout(model, chain, x0, noise)
+    xs, _ = plain.rollout(net, chain, x0, noise)
     equal(xs, package.rollout(field, BASE, kernel, x0, noise).xs)
     _, gradient, _ = package.Reward(reward).value_and_gradient(xs[-1])
     adjoint = package.lean_adjoint(BASE, kernel, xs, -gradient)
     adjoints = plain.lean_adjoint(chain, xs)
     equal(adjoints, adjoint.values)
-    v = torch.stack([model(x, t) for x, t in zip(xs, chain.t, strict=False)])
+    v = torch.stack([plain.velocity(net, x, t) for x, (t, *_) in zip(xs, chain, strict=False)])
     expected, _ = package.adjoint_matching_loss(v, adjoint, kernel)
-    loss = plain.matching_loss(model, chain, xs, adjoints)
+    loss = plain.matching_loss(net, chain, xs, adjoints)
     equal(loss, expected)
-    weights = list(model.parameters())
+    weights = list(net.parameters())
     for ours, theirs in zip(
         torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True
     ):
@@ -74,17 +73,17 @@ def test_trajectories_adjoints_loss_and_gradient_are_those_of_the_package(both, 
         equal(ours, theirs)
 
 
-def test_log_weights_are_those_of_the_certificate(both, model):
+def test_log_weights_are_those_of_the_certificate(both, net):
     chain, kernel = both
     x0, noise = normal(BATCH, 2), normal(STEPS, BATCH, 2, seed=3)
 
     def field(x, t, cond=None):
-        return model(x, t)
+        return plain.velocity(net, x, t)
 
     certificate = package.certify(field, BASE, reward, kernel, x0, generator=seeded(3))
-    xs = plain.rollout(model, chain, x0, noise)
+    xs, log_w = plain.rollout(net, chain, x0, noise)
     equal(xs[-1], certificate.samples)
-    equal(plain.log_weights(model, chain, xs, noise), certificate.log_weights)
+    equal(log_w, certificate.log_weights)
     assert certificate.log_weight_std > 0.1
 
 
@@ -105,4 +104,4 @@ def test_nothing_of_the_package_is_imported():
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     nodes = ast.walk(ast.parse(PAGE.read_text(encoding="utf-8")))
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert names == {"collections.abc", "math", "torch", "typing"}
+    assert names == {"torch"}

@@ -90,6 +90,7 @@ def test_a_module_is_not_imported_where_only_a_file_names_it():
     assert find_agent(NAME, importing=False) is Regression
 
 
+@pytest.mark.slow
 def test_trained_by_its_options_alone(tmp_path):
     config = TrainConfig(task=TASK, options=SMALL, folder=tmp_path, **BRIEF)
     assert config.agent == NAME

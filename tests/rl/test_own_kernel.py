@@ -43,6 +43,7 @@ def test_a_resume_with_another_table_is_refused(tmp_path, monkeypatch):
         fit(tmp_path, NAME, resume=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_imports_no_kernel_that_is_not_named(tmp_path, monkeypatch):
     run = fit(tmp_path, NAME)
     assert load_agent(run.folder).agent.config.kernel == NAME

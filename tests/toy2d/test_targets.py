@@ -56,6 +56,7 @@ def test_samples_are_reproducible_scaled_and_fast(name):
     assert x.abs().max() < target.extent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_follow_the_density(name):
     """Chi-square of a 20×20 histogram against the density integrated over each of its cells."""

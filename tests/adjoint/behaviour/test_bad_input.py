@@ -466,6 +466,7 @@ def test_a_closed_form_of_images_is_refused_before_it_is_measured():
     assert base.states < 400
 
 
+@pytest.mark.slow
 def test_a_reward_that_few_samples_carry_is_not_blamed_on_the_base(recwarn):
     """r = 60 x under N(0, 1): the exact log Z is 1800, and a single sample makes both estimates."""
     base = GaussianMixture.isotropic(torch.zeros(1, 1), 1.0)
@@ -476,6 +477,7 @@ def test_a_reward_that_few_samples_carry_is_not_blamed_on_the_base(recwarn):
     assert not [w for w in recwarn if "log Z" in str(w.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_base_that_is_no_flow_of_independent_noise_is_noticed(conditional):
     """The optimal-transport flow of N(0, 1) to N(0, 9): its chain samples another law."""

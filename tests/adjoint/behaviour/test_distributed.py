@@ -228,6 +228,7 @@ def too_few(rank):
     )
 
 
+@pytest.mark.slow
 def test_too_few_trajectories_to_compare_under_one_condition():
     for result in several(too_few):
         assert isinstance(result, ValueError)
@@ -264,6 +265,7 @@ def test_a_sharded_tilt_is_the_whole_one(adapters):
     torch.testing.assert_close(same, log_w, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_sharded_base_needs_a_model():
     for result in several(sharded_tilt, True, False, True):
         assert isinstance(result, ValueError)

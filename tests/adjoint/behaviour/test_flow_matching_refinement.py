@@ -240,6 +240,7 @@ def test_the_velocity_of_the_exact_tilt_is_the_minimum_whatever_draws_the_sample
         assert minimum == pytest.approx(1.0, abs=0.05), start
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_twice_and_the_more_effective_ones_stay():
     class Scripted(FlowMatchingLoss):
         def draw(self, module, generator):

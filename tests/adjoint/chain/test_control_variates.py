@@ -87,6 +87,7 @@ def test_they_change_their_sign_with_the_noise_of_their_step(name):
         assert (float(c[k].abs().max()) == 0) == quiet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_mean_of_the_adjoint_at_a_state_stays(name):
     kernel = kernel_of(name, 6)

@@ -7,11 +7,13 @@ from adjoint import KERNELS
 from adjoint.testing import check_kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_keeps_the_contract(name):
     check_kernel(name)
 
 
+@pytest.mark.slow
 def test_a_kernel_of_ones_own_keeps_the_contract():
     check_kernel(own_schemes.Tempered())
 

@@ -97,6 +97,7 @@ def raising(rank):
     raise CheckpointError(f"damaged {rank}")
 
 
+@pytest.mark.slow
 def test_the_parts():
     seeds = agreed(several(parts))
     assert seeds[0][:3] == [0, 1, 2]

@@ -359,6 +359,7 @@ def test_experts_meet_their_targets(name, monkeypatch):
     np.testing.assert_allclose(episode["observations"][:, :6], episode["qpos"][:, :6], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds", "closed"),
     [

@@ -146,6 +146,7 @@ def test_the_makespan_is_that_of_greedy_starts():
     ]
 
 
+@pytest.mark.slow
 def test_the_cost_is_what_the_published_table_would_take(tmp_path):
     config = SweepConfig(
         tasks=("published",),
@@ -414,6 +415,7 @@ def listening(answer):
     return f"127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_an_address_without_a_cluster_is_refused_within_seconds(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         unused = f"127.0.0.1:{server.getsockname()[1]}"

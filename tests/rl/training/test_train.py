@@ -386,6 +386,7 @@ def test_a_file_of_another_kind_is_not_taken_for_a_folder(tmp_path, name):
         train(config, environment=Corridor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "callbacks", "match"),
     [
@@ -444,6 +445,7 @@ def files_limited_to(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_folder_are_refused(tmp_path):
     pytest.importorskip("fcntl")
     (run,) = fit(tmp_path)

@@ -32,14 +32,15 @@ _FILES = {
     "agents.fql": "FQL FQLConfig",
     "agents.ifql": "IFQL IFQLConfig",
     "agents.bam": "BAM BAMConfig",
+    "agents.rql": "RQL RQLConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions MatchingOptions Range TiltOptions "
     "above at_least one_of checked_option",
-    "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor ValueNetwork",
+    "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor TimedCritics ValueNetwork",
     "agents.rollouts": "FlowODE Noise best_of candidates condition first_ranked flow_action",
-    "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss edit_loss expectile_loss "
-    "one_step_loss td_target",
+    "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss critic_term edit_loss "
+    "expectile_errors expectile_loss one_step_loss pessimistic td_target",
     "agents.domains": "by_domain",
     "agents.testing": "check_agent",
     # Tasks and their environments
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from applications.rl.agents.fql import FQL, FQLConfig
     from applications.rl.agents.ifql import IFQL, IFQLConfig
     from applications.rl.agents.bam import BAM, BAMConfig
+    from applications.rl.agents.rql import RQL, RQLConfig
 
     # An agent of one's own
     from applications.rl.agents.base import Agent, Shapes, Uniform
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
         FlowActor,
         OneStepActor,
         TanhGaussianActor,
+        TimedCritics,
         ValueNetwork,
     )
     from applications.rl.agents.rollouts import (
@@ -125,9 +128,12 @@ if TYPE_CHECKING:
         behaviour_loss,
         bootstrap,
         critic_loss,
+        critic_term,
         edit_loss,
+        expectile_errors,
         expectile_loss,
         one_step_loss,
+        pessimistic,
         td_target,
     )
     from applications.rl.agents.domains import by_domain

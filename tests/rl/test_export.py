@@ -62,6 +62,7 @@ CASES = [
     ("fql", {"actor_layer_norm": True}),
     ("ifql", {}),
     ("bam", {}),
+    ("rql", {}),
 ]
 
 

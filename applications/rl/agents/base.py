@@ -50,7 +50,11 @@ class Agent(nn.Module, ABC):
 
     A subclass says which noises it needs, what its losses are, and how it acts; nothing else is
     overridden.  A module assigned to an attribute ``target_NAME`` is the target network of the
-    module ``NAME``: it follows it at the rate ``target_rate`` of the options.
+    module ``NAME``: it follows it at the rate ``target_NAME_rate`` of the options if there is one,
+    else at ``target_rate``.
+
+    An agent is in training mode (`Module.train`) while it is trained and explores, and in
+    evaluation mode (`Module.eval`) when it is evaluated, loaded or exported.
 
     Arguments:
         config: options.
@@ -218,21 +222,18 @@ class Agent(nn.Module, ABC):
         """Move the target networks a step, θ̄ <- rate θ + (1 - rate) θ̄, before the optimiser's step.
 
         Raises:
-            TypeError: there are target networks, and the options have no ``target_rate``.
+            TypeError: there is a target network for which the options have no rate.
         """
-        targets = [name for name, _ in self.named_children() if name.startswith("target_")]
-        if not targets:
-            return
-        rate = getattr(self.config, "target_rate", None)
-        if rate is None:
-            raise TypeError(
-                f"{type(self.config).__name__} must have an option target_rate, as CriticOptions "
-                f"has it, for the target networks {', '.join(targets)}"
-            )
-        networks = [self.get_submodule(name.removeprefix("target_")) for name in targets]
-        moved: list[Tensor] = [p for name in targets for p in self.get_submodule(name).parameters()]
-        followed: list[Tensor] = [p for network in networks for p in network.parameters()]
-        torch._foreach_lerp_(moved, followed, rate)
+        moved: dict[float, list[Tensor]] = {}
+        followed: dict[float, list[Tensor]] = {}
+        for name, target in self.named_children():
+            if name.startswith("target_"):
+                rate = self._rate(name)
+                network = self.get_submodule(name.removeprefix("target_"))
+                moved.setdefault(rate, []).extend(target.parameters())
+                followed.setdefault(rate, []).extend(network.parameters())
+        for rate, parameters in moved.items():
+            torch._foreach_lerp_(parameters, followed[rate], rate)
 
     @final
     def critics(self, members: int) -> Critics:
@@ -260,6 +261,17 @@ class Agent(nn.Module, ABC):
             hidden=self.config.hidden,
             layer_norm=self.config.actor_layer_norm,
         )
+
+    def _rate(self, target: str) -> float:
+        """Return the rate at which the target network of this name follows its network."""
+        own = getattr(self.config, f"{target}_rate", None)
+        rate: float | None = getattr(self.config, "target_rate", None) if own is None else own
+        if rate is None:
+            raise TypeError(
+                f"{type(self.config).__name__} must have an option target_rate, as CriticOptions "
+                f"has it, or {target}_rate, for the target network {target}"
+            )
+        return rate
 
     def _draw(self, shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
         like = next(self.parameters())

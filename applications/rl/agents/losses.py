@@ -95,7 +95,12 @@ def critic_loss(
         valid: w (B,).
     """
     values = critic(observations, actions)
-    loss = (valid * (values - target).square()).mean()
+    return critic_term(values, (values - target).square(), valid)
+
+
+def critic_term(values: Tensor, errors: Tensor, valid: Tensor) -> Term:
+    """Average errors (E, B) of critics, weighted by w (B,), and report their values (E, B)."""
+    loss = (valid * errors).mean()
     seen = values.detach()
     return loss, {
         "critic/loss": loss.detach(),
@@ -290,6 +295,12 @@ def edit_loss(
     }
 
 
+def expectile_errors(differences: Tensor, expectile: float) -> Tensor:
+    """Compute κ d² where d >= 0 and (1 - κ) d² elsewhere, for differences d of any shape."""
+    squares = differences.square()
+    return torch.where(differences >= 0, expectile * squares, (1 - expectile) * squares)
+
+
 def expectile_loss(values: Tensor, targets: Tensor, expectile: float) -> Term:
     """Compute the asymmetric squared error that fits values (B,) to an expectile κ of targets.
 
@@ -297,8 +308,7 @@ def expectile_loss(values: Tensor, targets: Tensor, expectile: float) -> Term:
     (1 - κ) d² elsewhere.
     """
     difference = targets - values
-    squares = difference.square()
-    loss = torch.where(difference >= 0, expectile * squares, (1 - expectile) * squares).mean()
+    loss = expectile_errors(difference, expectile).mean()
     return loss, {
         "value/loss": loss.detach(),
         "value/v_mean": values.detach().mean(),

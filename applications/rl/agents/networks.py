@@ -106,6 +106,44 @@ class Critics(nn.Module):
         return x.squeeze(-1)
 
 
+class TimedCritics(nn.Module):
+    """Ensemble of critics Q_i(s, x, t) of actions x that a flow has denoised up to time t.
+
+    Arguments:
+        observation_dim: size of s.
+        chunk_dim: size of x, a flattened chunk of actions.
+        hidden: widths of the hidden layers.
+        members: E.
+
+    Raises:
+        ValueError: a size or ``members`` is not positive.
+    """
+
+    def __init__(
+        self, observation_dim: int, chunk_dim: int, *, hidden: Sequence[int], members: int
+    ) -> None:
+        super().__init__()
+        self.critics = Critics(observation_dim, chunk_dim + 1, hidden=hidden, members=members)
+
+    def forward(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        t: Tensor | float = 1.0,
+        *,
+        stop_weight_gradient: bool = False,
+    ) -> Tensor:
+        """Evaluate values (E, B) at ``actions`` (B, chunk_dim) and times ``t``, a number or (B,).
+
+        At t = 1 the actions are those that are executed.  Other arguments as for `Critics`.
+        """
+        if not isinstance(t, Tensor):
+            t = actions.new_full((), t)
+        time = t.reshape(-1, 1).expand(actions.shape[0], 1)
+        timed = torch.cat([actions, time], dim=1)
+        return self.critics(observations, timed, stop_weight_gradient=stop_weight_gradient)
+
+
 class FlowActor(nn.Module):
     """Velocity field v(x, t, {"observation": s}) over flattened chunks of actions.
 

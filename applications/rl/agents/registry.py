@@ -24,6 +24,7 @@ from applications.rl.agents.options import AgentConfig
 from applications.rl.agents.qam import QAM
 from applications.rl.agents.qam_e import QAME
 from applications.rl.agents.qam_f import QAMF
+from applications.rl.agents.rql import RQL
 
 AGENTS: dict[str, type[Agent]] = {
     "bc": BC,
@@ -33,6 +34,7 @@ AGENTS: dict[str, type[Agent]] = {
     "fql": FQL,
     "ifql": IFQL,
     "bam": BAM,
+    "rql": RQL,
 }
 """The agents that have a short name."""
 

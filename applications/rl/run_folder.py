@@ -123,6 +123,24 @@ def run_folders(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.rglob(CHECKPOINT))
 
 
+def find_checkpoint(path: Path, option: str = "checkpoint") -> Path:
+    """Return the checkpoint file at ``path``, which is the file or the folder of a run.
+
+    Arguments:
+        path: the file or folder.
+        option: the option that named it, for the message.
+
+    Raises:
+        FileNotFoundError: there is none; the message names runs in folders below.
+    """
+    file = path / CHECKPOINT if path.is_dir() else path
+    if not file.exists():
+        below = run_folders(path)
+        hint = f"; name a run below it, such as {below[0]}" if below else ""
+        raise FileNotFoundError(f"{option}: there is no {str(file)!r}{hint}")
+    return file
+
+
 def load_agent(
     path: str | Path,
     device: torch.device | str = "cpu",
@@ -149,12 +167,7 @@ def load_agent(
             outside this package whose module is not imported.
         ValueError: there is no such ``agent``.
     """
-    folder = path = Path(path)
-    path = path / CHECKPOINT if path.is_dir() else path
-    if not path.exists():
-        below = run_folders(folder)
-        hint = f"; name a run below it, such as {below[0]}" if below else ""
-        raise FileNotFoundError(f"checkpoint: there is no {str(path)!r}{hint}")
+    path = find_checkpoint(Path(path))
     allowed = None if agent is None else find_agent(agent)
     state = checkpoints.load(path)
     try:

@@ -194,6 +194,12 @@ class FlowActor(nn.Module):
         start, width = s.shape[2], x.shape[2]
         return v, lambda k, cotangent: pull(k, cotangent).narrow(1, start, width)
 
+    @torch.no_grad()
+    def zero_output(self) -> None:
+        """Set the output layer to zero, so that the velocity is 0 everywhere."""
+        for parameter in self.mlp.layers[-1].parameters():
+            parameter.zero_()
+
 
 class OneStepActor(nn.Module):
     """One-step policy g(s, z), which maps noise to a chunk of actions, unclipped.

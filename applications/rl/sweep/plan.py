@@ -21,11 +21,13 @@ from typing import Any
 
 from applications.rl.agents import find_agent
 from applications.rl.agents.base import AgentConfig
+from applications.rl.agents.behaviour import has_behaviour
 from applications.rl.agents.chain_kernel import kernel_identity
 from applications.rl.agents.domains import DOMAINS
 from applications.rl.agents.presets import preset
 from applications.rl.environments.tasks import ENVIRONMENTS, TASK_NUMBERS, find_task
 from applications.rl.report.published import SPARSE
+from applications.rl.training.behaviour import check_behaviours_exist
 from applications.rl.training.config import TrainConfig, folder_name
 
 PUBLISHED = "published"
@@ -139,6 +141,7 @@ def make_plan(
     Raises:
         ValueError: an agent, preset or kernel is unknown, an agent has no kernel, a name is there
             twice, or no task exists.
+        FileNotFoundError: there is no run at the behaviour of a task.
     """
     for name in agents:
         known = {option.name for option in fields(find_agent(name).config_class)}
@@ -163,11 +166,13 @@ def make_plan(
     if not agents or not named:
         raise ValueError(next(iter(unknown.values()), "tasks and agents: name at least one"))
 
+    settings = {agent: _setting(setting, agent) for agent in agents}
+
     def jobs(names: Sequence[str]) -> list[Job]:
         return [
             Job(
                 replace(
-                    setting,
+                    settings[agent],
                     task=task,
                     agent=agent,
                     seeds=tuple(seeds[start : start + seeds_per_job]),
@@ -182,8 +187,18 @@ def make_plan(
             for agent in agents
         ]
 
+    planned = jobs(named)
+    for job in planned:
+        check_behaviours_exist(job.config)
     refused = {run: unknown[run.task] for job in jobs([*unknown]) for run in job.runs}
-    return Plan(tuple(jobs(named)), refused)
+    return Plan(tuple(planned), refused)
+
+
+def _setting(setting: TrainConfig, agent: str) -> TrainConfig:
+    """Return the setting for an agent: without a behaviour if the agent has no behaviour flow."""
+    if setting.behaviour is None or has_behaviour(agent):
+        return setting
+    return replace(setting, behaviour=None, freeze_behaviour=False)
 
 
 def _options(agent: str, task: str, source: str, kernel: str | None) -> AgentConfig:

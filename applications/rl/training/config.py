@@ -63,6 +63,12 @@ class TrainConfig(RefusesOldNames):
     next_observations (without, rows are states, and the last of an episode is only its end)."""
     shard_every: int = 1000
     """Updates on one shard before the next one takes its place, where the data come in shards."""
+    behaviour: str | Path | None = None
+    """Run whose behaviour flow the agent starts from, such as a folder that `train --agent bc`
+    wrote: behaviour, target network and policy flow begin with its weights.  {task} and {seed} in
+    it stand for the folder of the task and the number of the seed."""
+    freeze_behaviour: bool = False
+    """Keep the behaviour as it is, instead of fitting it to the data further."""
     eval_every: int = 50_000
     """Steps between two evaluations; 0 turns them off."""
     eval_episodes: int = 50
@@ -134,6 +140,13 @@ class TrainConfig(RefusesOldNames):
                     f"{name} must be a multiple of cuda_graphs={self.cuda_graphs}, got "
                     f"{getattr(self, name)}"
                 )
+        if self.behaviour is not None:
+            if not str(self.behaviour):
+                raise ValueError("behaviour must name the folder of a run, got ''")
+            path = Path(self.behaviour).expanduser().absolute()
+            object.__setattr__(self, "behaviour", str(path))
+        elif self.freeze_behaviour:
+            raise ValueError("freeze_behaviour must be off where no behaviour is given, got True")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
         if not self.phases.updates:
@@ -152,6 +165,13 @@ class TrainConfig(RefusesOldNames):
     def path(self) -> Path:
         """Folder that holds a folder for each seed."""
         return self.folder or Path("outputs/rl") / folder_name(self.task) / folder_name(self.agent)
+
+    def behaviour_of(self, seed: int) -> str | None:
+        """Return the behaviour of the run of ``seed``; None if none is given."""
+        if self.behaviour is None:
+            return None
+        named = str(self.behaviour).replace("{task}", folder_name(self.task))
+        return named.replace("{seed}", str(seed))
 
     def run_folder(self, seed: int) -> Path:
         """Return the folder of the run of ``seed``."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -26,6 +26,7 @@ from applications.rl.data.manifest import versions
 from applications.rl.data.replay import Replay
 from applications.rl.environments.spaces import Spaces
 from applications.rl.environments.tasks import find_task, make_environment
+from applications.rl.training.behaviour import Behaviour, check_behaviours, find_behaviours
 from applications.rl.training.config import TrainConfig
 from flows.training import checkpoint as checkpoints
 from flows.training import choose_device
@@ -45,6 +46,7 @@ class TrainingSetup:
         shards: the data in one or more shards, none if the agent learns without data.
         first: the first shard, or None.
         device: device of agent and replay.
+        behaviours: the behaviour that the agent starts from, by seed; empty if none is given.
     """
 
     config: TrainConfig
@@ -53,6 +55,7 @@ class TrainingSetup:
     shards: Shards
     first: Dataset | None
     device: torch.device
+    behaviours: Mapping[int, Behaviour]
 
     @cached_property
     def digest(self) -> str:
@@ -91,6 +94,7 @@ class TrainingSetup:
                 "data": self.digest,
                 "shard_every": self.config.shard_every,
                 **kernel_identity(self.options),
+                **self._behaviour_facts(seed),
             },
         )
 
@@ -107,6 +111,7 @@ class TrainingSetup:
             **content,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            **self._behaviour_facts(seed),
             **spaces._asdict(),
             "versions": checkpoints.versions() | versions(),
             "dataset": {
@@ -115,6 +120,14 @@ class TrainingSetup:
                 "shards": len(self.shards),
                 "versions": {} if first is None else dict(first.versions),
             },
+        }
+
+    def _behaviour_facts(self, seed: int) -> dict[str, Any]:
+        if seed not in self.behaviours:
+            return {}
+        return {
+            "behaviour_digest": self.behaviours[seed].digest,
+            "freeze_behaviour": self.config.freeze_behaviour,
         }
 
 
@@ -129,8 +142,9 @@ def resolve(
             `applications.rl.training.train.train`.
 
     Raises:
-        ValueError: a task, agent, preset or device is unknown, the options are of another agent, or
-            there are no data or fewer rows than a window needs.
+        ValueError: a task, agent, preset or device is unknown, the options are of another agent,
+            there are no data or fewer rows than a window needs, or the behaviour does not fit.
+        FileNotFoundError, CheckpointError: there is no such behaviour, or its file is damaged.
         ImportError: a package that the task needs is not installed.
     """
     expected = find_agent(config.agent).config_class
@@ -181,7 +195,10 @@ def resolve(
             f"start_training must be at least the horizon, {options.horizon}, where no data are "
             f"used, got {config.start_training}"
         )
-    return TrainingSetup(config, options, environment, shards, first, device)
+    behaviours = find_behaviours(config)
+    spaces = None if first is None else Spaces(first.observation_dim, first.action_dim)
+    check_behaviours(behaviours, config, options, spaces)
+    return TrainingSetup(config, options, environment, shards, first, device, behaviours)
 
 
 def _check_folder(path: Path | None) -> None:

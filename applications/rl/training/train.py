@@ -38,6 +38,7 @@ from applications.rl.environments.spaces import Spaces, check_spaces, spaces_of
 from applications.rl.evaluation.background import BackgroundEvaluator
 from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from applications.rl.training.agent_loss import AgentLoss
+from applications.rl.training.behaviour import hand_over
 from applications.rl.training.callbacks import training_callbacks
 from applications.rl.training.config import TrainConfig
 from applications.rl.training.evaluations import Evaluations
@@ -100,7 +101,8 @@ def train(
 
     Raises:
         ValueError: an unknown task or agent, an option out of range, an environment and data that
-            do not belong together, or a folder that holds a run already; before any file changes.
+            do not belong together, a behaviour that does not fit, or a folder that holds a run
+            already; before any file changes.
         ImportError: a package that the task needs is not installed.
         OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
         CheckpointError: resuming from a file that is damaged or of another run.
@@ -279,6 +281,11 @@ class SeedRun:
         agent = make_agent(options, *spaces, seed=self.seed).to(setup.device)
         if setup.first is not None:
             agent.fit_normalizer(torch.as_tensor(setup.first.observations))
+        if self.seed in setup.behaviours:
+            behaviour = setup.behaviours[self.seed]
+            if setup.first is None:  # the sizes were not known before
+                behaviour.check(options, config.task, spaces)
+            hand_over(behaviour, agent, config)
         replay = setup.make_replay(spaces)
         loss = AgentLoss(
             replay,

@@ -33,14 +33,16 @@ _FILES = {
     "agents.ifql": "IFQL IFQLConfig",
     "agents.bam": "BAM BAMConfig",
     "agents.rql": "RQL RQLConfig",
+    "agents.fedit": "FEdit FEditConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
-    "agents.options": "AgentConfig BestOfOptions CriticOptions MatchingOptions Range TiltOptions "
-    "above at_least one_of checked_option",
+    "agents.options": "AgentConfig BestOfOptions CriticOptions EntropyOptions MatchingOptions "
+    "Range TiltOptions above at_least one_of checked_option",
     "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor TimedCritics ValueNetwork",
     "agents.rollouts": "FlowODE Noise best_of candidates condition first_ranked flow_action",
-    "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss critic_term edit_loss "
+    "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss critic_term "
     "expectile_errors expectile_loss one_step_loss pessimistic td_target",
+    "agents.losses_gaussian": "edit_loss entropy_loss",
     "agents.domains": "by_domain",
     "agents.testing": "check_agent",
     # Tasks and their environments
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from applications.rl.agents.ifql import IFQL, IFQLConfig
     from applications.rl.agents.bam import BAM, BAMConfig
     from applications.rl.agents.rql import RQL, RQLConfig
+    from applications.rl.agents.fedit import FEdit, FEditConfig
 
     # An agent of one's own
     from applications.rl.agents.base import Agent, Shapes, Uniform
@@ -97,6 +100,7 @@ if TYPE_CHECKING:
         AgentConfig,
         BestOfOptions,
         CriticOptions,
+        EntropyOptions,
         MatchingOptions,
         Range,
         TiltOptions,
@@ -129,13 +133,13 @@ if TYPE_CHECKING:
         bootstrap,
         critic_loss,
         critic_term,
-        edit_loss,
         expectile_errors,
         expectile_loss,
         one_step_loss,
         pessimistic,
         td_target,
     )
+    from applications.rl.agents.losses_gaussian import edit_loss, entropy_loss
     from applications.rl.agents.domains import by_domain
     from applications.rl.agents.testing import check_agent
 

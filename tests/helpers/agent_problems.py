@@ -16,6 +16,7 @@ OPTIONS = {
     "fql": {"alpha": 5.0},
     "ifql": {"expectile": 0.8, "best_of_n": 4},
     "bam": {"inverse_temperature": 5.0},
+    "fedit": {"edit_scale": 0.3},
     "rql": {"alpha": 3.0, "expectile": 0.8},
 }
 SHARED = {"hidden": (8, 7), "horizon": HORIZON, "flow_steps": 4, "critics": 3}

@@ -198,6 +198,19 @@ IFQL = Case(
         "value": "value",
     },
 )
+FEDIT = Case(
+    "golden_fedit",
+    "default",
+    "fedit",
+    SMALL | {"edit_scale": 0.2},
+    {
+        "critic": "critic",
+        "target_critic": "target_critic",
+        "actor_bc_flow": "behaviour",
+        "edit_actor": "editor",
+        "alpha": "log_alpha",
+    },
+)
 BAM = Case("golden_bam", "default", "bam", SMALL | {"inverse_temperature": 10.0})
 
-CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM)
+CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT)

@@ -63,6 +63,7 @@ CASES = [
     ("ifql", {}),
     ("bam", {}),
     ("rql", {}),
+    ("fedit", {"best_of_n": 2}),
 ]
 
 

@@ -11,19 +11,19 @@ over the critics.
     behaviour_loss   mean_B [w mean_d (b(x_t, t | s) - (A - x_0))²],   x_t = (1 - t) x_0 + t A
     matching_loss    mean_B Σ_k ‖(2/σ_k) (f - b̄)(s, x_k, t_k) + σ_k a_k‖²  (the published kernel)
     one_step_loss    α mean (g(s, z) - clip ODE(s, z))² - mean Q(s, clip g(s, z))
-    edit_loss        -mean Q(s, a) + α mean log p(e) + exp(log α) (-mean log p(e) - H)
     expectile_loss   mean |κ - 1[d < 0]| d²
 
 `tilt_terms` are the three losses that QAM, QAM-E and QAM-F have in common: critic_loss,
-behaviour_loss and matching_loss.
+behaviour_loss and matching_loss.  Losses of tanh-Gaussian actors are in
+`applications.rl.agents.losses_gaussian`.
 
 Only critic_loss and behaviour_loss weight windows by w.  Where a loss climbs Q, the critics are the
 online ones and their weights are held constant.
 
 Sources: Li and Levine, "Q-learning with adjoint matching" (arXiv 2601.14234); Park et al., "Flow
-Q-learning" (arXiv 2502.02538); Haarnoja et al., "Soft actor-critic algorithms and applications"
-(arXiv 1812.05905); Kostrikov et al., "Offline reinforcement learning with implicit Q-learning"
-(arXiv 2110.06169); Lipman et al., "Flow matching for generative modeling" (arXiv 2210.02747).
+Q-learning" (arXiv 2502.02538); Kostrikov et al., "Offline reinforcement learning with implicit
+Q-learning" (arXiv 2110.06169); Lipman et al., "Flow matching for generative modeling" (arXiv
+2210.02747).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from adjoint import Adjoint, Reward, adjoint_matching_loss, lean_adjoint, velocity_along
-from applications.rl.agents.networks import Critics, OneStepActor, TanhGaussianActor
+from applications.rl.agents.networks import Critics, OneStepActor
 from applications.rl.agents.options import MatchingOptions
 from applications.rl.agents.rollouts import Noise, PolicyChain, PolicyFlow, condition
 from flows import Cond, VelocityField, flow_matching_loss
@@ -245,53 +245,6 @@ def one_step_loss(
     return alpha * distill - q, {
         "actor/distill_loss": distill.detach(),
         "actor/q_loss": -q.detach(),
-    }
-
-
-def edited(
-    editor: TanhGaussianActor, observations: Tensor, actions: Tensor, eps: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Edit actions u: return clip(u + scale e) (B, chunk_dim) and log p(e) (B,), e by noise eps."""
-    edit, log_prob = editor.sample(torch.cat([observations, actions], dim=1), eps)
-    return (actions + scale * edit).clamp(-1, 1), log_prob
-
-
-def edit_loss(
-    editor: TanhGaussianActor,
-    log_alpha: Tensor,
-    critic: Critics,
-    observations: Tensor,
-    flow_actions: Tensor,
-    eps: Tensor,
-    *,
-    scale: float,
-    target_entropy: float,
-) -> Term:
-    """Compute the loss of an editor that climbs the critics, and of its entropy's temperature.
-
-    The temperature α = exp(log α) is not differentiated in the editor's own loss, nor log p(e) in
-    that of the temperature; log p(e) is not corrected for the scale.
-
-    Arguments:
-        editor: the tanh-Gaussian actor on [s, u] that is trained.
-        log_alpha: log α, a scalar parameter that is trained.
-        critic: the online critics.
-        observations: (B, observation_dim).
-        flow_actions: the flow's actions u (B, chunk_dim), without gradient.
-        eps: noise (B, chunk_dim) of the edit.
-        scale: largest edit of a component.
-        target_entropy: entropy H of e that the temperature aims at, in nats.
-    """
-    actions, log_prob = edited(editor, observations, flow_actions, eps, scale)
-    q = critic(observations, actions, stop_weight_gradient=True).mean()
-    negentropy = log_prob.mean()
-    alpha = log_alpha.exp()
-    excess = -negentropy.detach() - target_entropy
-    loss = -q + alpha.detach() * negentropy + alpha * excess
-    return loss, {
-        "actor/q_loss": -q.detach(),
-        "actor/edit_entropy": -negentropy.detach(),
-        "actor/edit_alpha": alpha.detach(),
     }
 
 

@@ -151,6 +151,14 @@ class BestOfOptions:
 
 
 @dataclass(frozen=True)
+class EntropyOptions:
+    """Options of the agents that have a tanh-Gaussian actor, whose temperature is learned."""
+
+    target_entropy: float = checked_option(-0.5, FINITE)
+    """Entropy that the temperature of the actor aims at, in nats per dimension."""
+
+
+@dataclass(frozen=True)
 class TiltOptions:
     """Options of the agents whose policy flow is the tilt of a behaviour flow."""
 

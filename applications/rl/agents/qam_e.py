@@ -2,8 +2,8 @@ r"""QAM-E: QAM whose action is edited by a small Gaussian step that climbs the c
 
     L = L_Q + L_BC + L_AM + L_edit
 
-with `edit_loss` of `applications.rl.agents.losses` beside the losses of QAM.  The editor, a
-tanh-Gaussian e on [s, u], is trained on u, the clipped action of the policy flow, which is held
+with `edit_loss` of `applications.rl.agents.losses_gaussian` beside the losses of QAM.  The editor,
+a tanh-Gaussian e on [s, u], is trained on u, the clipped action of the policy flow, which is held
 constant:
 
     a = clip(u + scale e),
@@ -30,18 +30,17 @@ from applications.rl.agents.chain_kernel import ChainKernel
 from applications.rl.agents.domains import by_domain
 from applications.rl.agents.losses import (
     Term,
-    edit_loss,
-    edited,
     td_target,
     tilt_reward,
     tilt_terms,
 )
+from applications.rl.agents.losses_gaussian import edit_loss, edited
 from applications.rl.agents.networks import TanhGaussianActor
 from applications.rl.agents.options import (
-    FINITE,
     AgentConfig,
     BestOfOptions,
     CriticOptions,
+    EntropyOptions,
     MatchingOptions,
     Range,
     checked_option,
@@ -65,13 +64,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QAMEConfig(MatchingOptions, BestOfOptions, CriticOptions, AgentConfig):
+class QAMEConfig(MatchingOptions, EntropyOptions, BestOfOptions, CriticOptions, AgentConfig):
     """Options of QAM-E."""
 
     edit_scale: float = checked_option(0.1, Range("in [0, 2]", lambda scale: 0 <= scale <= 2))
     """Largest edit of each action; 0 leaves the editor out."""
-    target_entropy: float = checked_option(-0.5, FINITE)
-    """Entropy of the editor's e that its temperature aims at, in nats per dimension."""
 
 
 class QAME(Agent):

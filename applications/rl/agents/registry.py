@@ -18,6 +18,7 @@ import torch
 from applications.rl.agents.bam import BAM
 from applications.rl.agents.base import Agent
 from applications.rl.agents.bc import BC
+from applications.rl.agents.fedit import FEdit
 from applications.rl.agents.fql import FQL
 from applications.rl.agents.ifql import IFQL
 from applications.rl.agents.options import AgentConfig
@@ -35,6 +36,7 @@ AGENTS: dict[str, type[Agent]] = {
     "ifql": IFQL,
     "bam": BAM,
     "rql": RQL,
+    "fedit": FEdit,
 }
 """The agents that have a short name."""
 

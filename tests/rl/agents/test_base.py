@@ -293,6 +293,7 @@ BAD = [
     ("qam-e", "target_entropy", float("inf")),
     ("qam-f", "alpha", float("nan")),
     ("bam", "inverse_temperature", float("nan")),
+    ("fedit", "edit_scale", 0.0),
     ("rql", "expectile", 0.0),
     ("rql", "target_policy_rate", 1.5),
 ]
@@ -308,7 +309,7 @@ def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, op
 @pytest.mark.parametrize(
     ("name", "clip"),
     [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam")]
-    + [(n, 0.0) for n in ("bc", "fql", "ifql", "rql")],
+    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "rql")],
 )
 def test_published_optimiser_settings_are_the_defaults(name, clip):
     config = AGENTS[name].config_class()

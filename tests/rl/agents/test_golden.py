@@ -13,7 +13,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.golden_values import ALT, BAM, CASES, FQL, IFQL, QAM, QAM_E, QAM_F, RESIDUAL, ours
+from helpers.golden_values import (
+    ALT,
+    BAM,
+    CASES,
+    FEDIT,
+    FQL,
+    IFQL,
+    QAM,
+    QAM_E,
+    QAM_F,
+    RESIDUAL,
+    ours,
+)
 
 from applications.rl.agents import make_agent
 from applications.rl.agents.bam import differentiable_chain
@@ -195,7 +207,7 @@ def test_values_of_the_data(case):
     check(q, case.get("u0.out.q"), "values")
 
 
-@pytest.mark.parametrize("case", [QAM_E, FQL, IFQL, BAM], ids=str)
+@pytest.mark.parametrize("case", [QAM_E, FQL, IFQL, BAM, FEDIT], ids=str)
 @pytest.mark.parametrize("kind", ["single", "batch", "bon4"])
 def test_actions_after_three_updates(case, kind):
     if not case.has(f"eval_{kind}.in.observations"):
@@ -215,22 +227,23 @@ def test_actions_after_three_updates(case, kind):
     check(actions.flatten(1), case.get(f"eval_{kind}.out.actions"), "actions")
 
 
-def test_parts_of_qam_e():
-    agent, batch, noise = QAM_E.make(), QAM_E.batch(0), QAM_E.noise(0)
+@pytest.mark.parametrize("case", [QAM_E, FEDIT], ids=str)
+def test_parts_of_an_edit(case):
+    agent, batch, noise = case.make(), case.batch(0), case.noise(0)
     s = batch.observations
-    flow = agent.rollouts(batch, noise).flow_actions
-    check(flow, QAM_E.get("u0.out.flow_actions"), "flow actions")
+    flow = agent.rollouts(batch, noise)[-1]
+    check(flow, case.get("u0.out.flow_actions"), "flow actions")
     inputs = torch.cat([s, flow], dim=1)
     mean, log_std = agent.editor(inputs)
-    check(mean, QAM_E.get("u0.out.edit_mean"), "mean of the edit")
-    check(log_std.exp(), QAM_E.get("u0.out.edit_std"), "deviation of the edit")
+    check(mean, case.get("u0.out.edit_mean"), "mean of the edit")
+    check(log_std.exp(), case.get("u0.out.edit_std"), "deviation of the edit")
     edit, log_prob = agent.editor.sample(inputs, noise["edit_eps"])
-    check(edit, QAM_E.get("u0.out.edit"), "edit")
-    check(log_prob, QAM_E.get("u0.out.edit_log_probs"), "log-probability of the edit")
+    check(edit, case.get("u0.out.edit"), "edit")
+    check(log_prob, case.get("u0.out.edit_log_probs"), "log-probability of the edit")
     _, metrics = agent.losses(batch, noise)["edit"]
     alpha, entropy = metrics["actor/edit_alpha"], metrics["actor/edit_entropy"]
-    check(-alpha * entropy, QAM_E.get("u0.out.info.actor/edit_entropy_loss"), "entropy loss")
-    check(alpha * (entropy + 3), QAM_E.get("u0.out.info.actor/edit_alpha_loss"), "α's loss")
+    check(-alpha * entropy, case.get("u0.out.info.actor/edit_entropy_loss"), "entropy loss")
+    check(alpha * (entropy + 3), case.get("u0.out.info.actor/edit_alpha_loss"), "α's loss")
 
 
 def test_parts_of_fql():

@@ -51,6 +51,27 @@ def test_every_domain_of_the_table():
             assert name == "bc" or config.rho == (0.0 if "humanoid" in domain else 0.5)
 
 
+# Agents with a Gaussian actor: fedit scale
+GAUSSIAN = {
+    "puzzle-3x3": (0.2,),
+    "scene": (0.2,),
+    "cube-double": (0.2,),
+    "antmaze-large": (0.2,),
+    "humanoidmaze-medium": (0.5,),
+    "cube-triple": (0.3,),
+    "cube-quadruple": (0.4,),
+    "puzzle-4x4": (0.8,),
+    "antmaze-giant": (0.3,),
+    "humanoidmaze-large": (0.1,),
+}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_domain_of_the_table_of_gaussian_actors(domain):
+    configs = {name: preset(name, task(domain)) for name in AGENTS}
+    assert (configs["fedit"].edit_scale,) == GAUSSIAN[domain]
+
+
 @pytest.mark.parametrize(
     ("name", "horizon", "discount"),
     [

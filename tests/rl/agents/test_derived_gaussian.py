@@ -1,0 +1,41 @@
+"""Losses and gradients of agents with Gaussian actors against the formulas, again in float64."""
+
+import pytest
+from helpers.formulas import (
+    D,
+    behaviour_term,
+    check_formula,
+    critic_term,
+    critics,
+    editor,
+    euler,
+    policy_value,
+)
+
+
+def temperature_term(agent, log_p, *, entropy=0.5):
+    """The price of the entropy for the actor, and the loss of its temperature."""
+    alpha = agent.log_alpha.exp()
+    return alpha.detach() * log_p.mean() - alpha * (log_p.mean().detach() - entropy * D)
+
+
+def fedit(agent, data, eps):
+    scale, s, following = agent.config.edit_scale, data.observations, data.next_observations
+    u = euler(agent.behaviour, following, eps["next_action_noise"][:, 0], 4)
+    e, _ = editor(agent.editor, following, u, eps["next_edit_eps"][:, 0])
+    value = policy_value(agent, data, (u + scale * e).clamp(-1, 1))
+
+    u = euler(agent.behaviour, s, eps["base_noise"], 4)
+    e, log_p = editor(agent.editor, s, u, eps["edit_eps"])
+    q = critics(agent.critic, s, (u + scale * e).clamp(-1, 1), constant=True)
+    edit = temperature_term(agent, log_p) - q.mean()
+    return critic_term(agent, data, value) + behaviour_term(agent, data, eps) + edit
+
+
+REFERENCES = {"fedit": fedit}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_loss_and_gradient_are_those_of_the_formulas(name, seed):
+    check_formula(name, REFERENCES[name], seed)

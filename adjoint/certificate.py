@@ -248,6 +248,7 @@ def certify(
     batch_size: int = 4096,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    description: str = "certificate",
 ) -> Certificate:
     """Return the certificate of ``field`` as the tilt of ``base`` by ``reward``.
 
@@ -261,6 +262,7 @@ def certify(
         batch_size: trajectories at a time.
         generator: of the step noise, on the device of x0.
         progress: show a bar.
+        description: of what the bar shows the progress.
 
     Raises:
         ValueError: N starts are not ``groups`` equal groups.
@@ -270,7 +272,7 @@ def certify(
     starts = chunks(len(x0), batch_size)
     parts = [
         certify_batch(field, base, reward, kernel, x0[i], rows_of(cond, i), generator=generator)
-        for i in tqdm(starts, desc="certificate", disable=not progress, leave=False)
+        for i in tqdm(starts, desc=description, disable=not progress, leave=False)
     ]
 
     def joined(name: str) -> Tensor:

@@ -26,11 +26,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adjoint.arguments import Arguments, check_arguments
-from adjoint.chain.kernels import CovarianceMatched, MomentMatched, Scheme, find_scheme
+from adjoint.chain.kernels import (
+    CovarianceMatched,
+    MomentMatched,
+    Scheme,
+    find_scheme,
+    gaussian_kernel,
+)
 from adjoint.checks import check_field, draw_states
 from adjoint.config import TiltConfig
 from adjoint.micro_batches import rows_of
 from adjoint.trajectory_source import CondSampler
+from flows import grid as grids
 from flows.field import Cond, VelocityField
 
 Number = TypeVar("Number", int, float)
@@ -55,6 +62,9 @@ FINER = (8, 4, 2)
 
 ENTRIES_AT_A_TIME = 2**18
 """Entries of the samples that are evaluated at a time, where the options leave it open."""
+
+PATH_ENTRIES_AT_A_TIME = 2**24
+"""Entries of the states of these samples along a chain; four tensors of that size are held."""
 
 ODE_EVALUATIONS = 100
 """Evaluations of the base for an ODE sample: 50 steps of the midpoint rule."""
@@ -191,7 +201,9 @@ def chosen_sizes(config: TiltConfig, dim: int, flops: float | None) -> TiltConfi
 
     at_a_time = config.eval_batch_size
     if at_a_time is None:
-        at_a_time = _power(ENTRIES_AT_A_TIME / dim, 16, MOST_AT_A_TIME)
+        path = config.chain_steps * dim * max(1, _noise(config.chain_kernel, dim))
+        affordable = min(ENTRIES_AT_A_TIME / dim, PATH_ENTRIES_AT_A_TIME / path)
+        at_a_time = _power(affordable, 16, MOST_AT_A_TIME)
     return replace(
         config,
         base_samples=size(config.base_samples, to_sample, MOST_BASE_SAMPLES),
@@ -229,8 +241,9 @@ def _evaluations(config: TiltConfig, dim: int) -> tuple[int, tuple[int, float], 
     noise, fine_noise = _noise(config.kernel, dim), _noise(config.chain_kernel, dim)
     after = certified * final * (3 + 2 * fine_noise)
     after += 2 * (certified // COMPARED_SHARE) * COMPARED_STEPS  # ODE of base and model
-    rolled, adjoint = steps * (1 + noise), steps * (1 + noise)
-    backward = float(adjoint)
+    rolled, backward = steps * (1 + noise), float(steps * (1 + noise))
+    table = gaussian_kernel(config.kernel, grids.shifted(steps, config.shift), dim=dim)
+    adjoint = rolled + steps - sum(table.own_time)  # elsewhere the base is evaluated once more
     if config.control_variates:
         adjoint, backward = 2 * adjoint + 3 * (steps - 1), 2 * backward
     rate = config.losses_per_rollout

@@ -27,7 +27,7 @@ cases adjoint matching goes on; but not where the weights are rare and heavy, as
 model hardly visits, whose trajectories the median does not see.
 
 The rule is applied once.  Half-way samples are drawn anew from the model as it is then, whose
-weights are more even, and the samples that count for more are used from then on.
+weights are more even, and are used together with the first ones (`adjoint.weighted_samples`).
 
 Sources: cross-entropy method for path measures (Zhang, Wang, Hartmann, Weber and Schütte,
 "Applications of the cross-entropy method to importance sampling and optimal control of diffusions",
@@ -42,15 +42,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adjoint.certificate import PER_CONDITION, certify
 from adjoint.chain.kernels import Kernel
-from adjoint.evaluator import Evaluator
+from adjoint.evaluator import Evaluator, RewardEvaluator
 from adjoint.matching_loss import MatchingLoss
 from adjoint.models.lora import prepare_dropout
 from adjoint.trajectory_source import TrajectorySource
 from adjoint.weighted_samples import WeightedSamples
+from flows.field import Cond
 from flows.path import interpolate
 from flows.training import distributed
 from flows.training.loss import Evaluated, Loss
@@ -66,6 +67,31 @@ FEWEST = 32
 
 DRAWN = 4096
 """Trajectories that are drawn where the options leave their number open."""
+
+
+class TermMeans:
+    """A reward as a function of samples, with the means of its terms over all that it has valued.
+
+    Arguments:
+        reward: the reward.
+    """
+
+    def __init__(self, reward: RewardEvaluator) -> None:
+        self.reward = reward
+        self._terms: list[dict[str, Tensor]] = []
+
+    def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        """Return rewards (B,) of samples x (B, *)."""
+        value, terms = self.reward.value_and_info(x, cond)
+        self._terms.append(terms)
+        return value
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the means under the names that `adjoint.batch_diagnostics` gives them."""
+        return {
+            f"reward.{name}": torch.cat([terms[name] for terms in self._terms]).mean()
+            for name in (self._terms[0] if self._terms else {})
+        }
 
 
 class FlowMatchingLoss(Loss):
@@ -113,7 +139,8 @@ class FlowMatchingLoss(Loss):
                 and (has_rare_weights(self.samples) or self.unevenness(module, generator) > CALM)
             )
         elif self.refining and self.calls == self.renewal:
-            self.samples = max(self.samples, self.draw(module, generator), key=_effective)
+            assert self.samples is not None
+            self.samples = self.samples.pooled(self.draw(module, generator))
         self.calls += 1
         if not self.refining:
             return self.matching(module, generator)
@@ -132,10 +159,11 @@ class FlowMatchingLoss(Loss):
             n = groups * (n // groups)
         x0, cond = source.starts(n, groups, generator)
         module.eval()
+        terms = TermMeans(source.reward)
         certificate = certify(
             Evaluator(module, config.micro_batch),
             Evaluator(source.plain_base, config.micro_batch),
-            source.reward,
+            terms,
             self.kernel.to(generator.device),
             x0,
             cond=cond,
@@ -143,13 +171,15 @@ class FlowMatchingLoss(Loss):
             batch_size=config.eval_batch_size or n,
             generator=generator,
             progress=self.progress,
+            description="samples",
         )
         if not bool(certificate.grouped.logsumexp(1).isfinite().all()):
             raise ValueError("log-weights are NaN or infinite: look at the reward at the samples")
         each = None
         if cond is not None:  # of each group one
             each = {name: distributed.gather(c[:: n // groups]) for name, c in cond.items()}
-        return WeightedSamples.of(certificate, each).to(source.storage_device)
+        samples = WeightedSamples.of(certificate, each, terms.means())
+        return samples.to(source.storage_device)
 
     def unevenness(self, module: nn.Module, generator: torch.Generator) -> float:
         """Return the mean over the median of the squared targets of the control of trajectories."""
@@ -181,16 +211,22 @@ class FlowMatchingLoss(Loss):
         return loss, dict(samples.metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of calls and the samples, for a checkpoint."""
-        samples = None if self.samples is None else self.samples.state_dict()
+        """Return the number of calls and the samples, for a checkpoint.
+
+        Every process has the same samples, and the first one saves them.
+        """
+        samples = None
+        if self.samples is not None and distributed.rank() == 0:
+            samples = self.samples.state_dict()
         return {"calls": self.calls, "refining": self.refining, "samples": samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
+        """Restore the state that `state_dict` returned; every process must call this."""
         self.calls, self.refining = int(state["calls"]), state["refining"]
         self.samples = None
-        if state["samples"] is not None:
-            self.samples = WeightedSamples(**state["samples"]).to(self.source.storage_device)
+        samples = distributed.from_first(lambda: state["samples"])
+        if samples is not None:
+            self.samples = WeightedSamples(**samples).to(self.source.storage_device)
 
 
 def is_worthwhile(samples: WeightedSamples) -> bool:
@@ -206,7 +242,3 @@ def has_rare_weights(samples: WeightedSamples) -> bool:
     """
     gaussian = samples.log_weights.numel() * math.exp(-samples.variance)
     return samples.effective < RARE * gaussian
-
-
-def _effective(samples: WeightedSamples | None) -> float:
-    return 0.0 if samples is None else samples.effective

@@ -9,7 +9,7 @@ from helpers.linear_tilt import BASE, FAST, Shift, Slope, run
 from torch import nn
 
 from adjoint import TiltConfig, estimate_cost, tilt
-from adjoint.cost import BUDGET, _activations, _flops, chosen_sizes
+from adjoint.cost import BUDGET, PATH_ENTRIES_AT_A_TIME, _activations, _flops, chosen_sizes
 from flows import MLPVelocity, UNetVelocity, frozen
 from flows.training import ProgressBar
 
@@ -34,7 +34,7 @@ def sizes(base, shape, **options):
 def test_fields_in_the_plane_keep_their_sizes():
     assert sizes(BASE, (2,)) == (8192, 4096, 4096)
     assert sizes(MLPVelocity(2), (2,)) == (8192, 4096, 4096)
-    assert sizes(MLPVelocity(64), (64,)) == (8192, 4096, 4096)
+    assert sizes(MLPVelocity(64), (64,), refine_fraction=0.0) == (8192, 4096, 4096)
 
 
 def test_a_network_of_images_is_not_evaluated_a_million_times_before_training():
@@ -101,7 +101,25 @@ def test_sizes_follow_operations_not_time_and_dimension():
         if base_samples > 64 and flops:
             assert base_samples * 120 * flops <= BUDGET
     for dim, at_a_time in ((64, 4096), (768, 256), (4 * 64 * 64, 16)):
-        assert chosen_sizes(TiltConfig(), dim, None).eval_batch_size == at_a_time
+        coarse = TiltConfig(refine_fraction=0.0)
+        assert chosen_sizes(coarse, dim, None).eval_batch_size == at_a_time
+
+
+def test_the_memory_of_trajectories_is_bounded_however_many_steps_they_have():
+    for options, dim in (({}, 64), ({"steps": 1000}, 2), ({"kernel": "covariance_matched"}, 16)):
+        config = chosen_sizes(TiltConfig(**options), dim, None)
+        whole = dim * dim if "kernel" in options else dim  # the noise's roots
+        entries = config.chain_steps * config.eval_batch_size * whole
+        assert entries <= PATH_ENTRIES_AT_A_TIME < 4 * entries
+
+
+@pytest.mark.parametrize(
+    ("kernel", "elsewhere"), [("euler_published", 8), ("euler_consistent", 0), ("ancestral", 1)]
+)
+def test_an_adjoint_that_is_read_at_another_time_costs_an_evaluation_more(kernel, elsewhere):
+    """A rollout, an adjoint and a loss of 8 steps, and the base at its own time in some of them."""
+    config = replace(FAST, kernel=kernel, steps=8, batch_size=20)
+    assert estimate_cost(BASE, shape=(2,), config=config).per_update == 20 * (3 * 8 + elsewhere)
 
 
 @pytest.mark.parametrize(

@@ -240,29 +240,131 @@ def test_the_velocity_of_the_exact_tilt_is_the_minimum_whatever_draws_the_sample
         assert minimum == pytest.approx(1.0, abs=0.05), start
 
 
-@pytest.mark.slow
-def test_samples_are_drawn_twice_and_the_more_effective_ones_stay():
+def test_samples_are_drawn_twice_and_pooled():
     class Scripted(FlowMatchingLoss):
         def draw(self, module, generator):
-            drawn.append(effective.pop(0))
-            log_w = torch.full((1, 100), -math.inf)
-            log_w[0, : drawn[-1]] = 0.0
-            return WeightedSamples(torch.zeros(100, 2, dtype=F64), log_w.to(F64), None, {})
+            drawn.append(len(drawn))
+            x = torch.full((100, 2), float(len(drawn)), dtype=F64)
+            return samples_of(x, torch.zeros(1, 100))
 
         def flow_matching(self, module, generator):
-            used.append(round(self.samples.effective))
+            used.append(self.samples.x[:, 0].unique().tolist())
             return torch.zeros(()), {}
 
-    for second in (90, 33):
-        effective, drawn, used = [60, second], [], []
-        loss = refinement(PROBLEMS["square"], refine_samples=64)
-        scripted = Scripted(
-            loss.source, loss.refining.kernel, loss.matching, renewal=3, always=True
-        )
-        for _ in range(6):
-            scripted(nn.Linear(1, 1), torch.Generator())
-        assert drawn == [60, second]
-        assert used == [60] * 3 + [max(60, second)] * 3
+    drawn, used = [], []
+    loss = refinement(PROBLEMS["square"], refine_samples=64)
+    scripted = Scripted(loss.source, loss.refining.kernel, loss.matching, renewal=3, always=True)
+    for _ in range(6):
+        scripted(nn.Linear(1, 1), torch.Generator())
+    assert len(drawn) == 2
+    assert used == [[1.0]] * 3 + [[1.0, 2.0]] * 3
+
+
+def test_two_sets_of_samples_are_drawn_by_their_effective_numbers():
+    """One set of 100 equal weights and one in which 25 of 100 samples have them."""
+    uneven = torch.full((1, 100), -math.inf)
+    uneven[0, :25] = math.log(4.0)  # so that both estimate Z = 1
+    first = samples_of(torch.zeros(100, 1), torch.zeros(1, 100))
+    second = WeightedSamples(torch.ones(100, 1), uneven.to(F64), None, {"ess": torch.tensor(0.25)})
+    pooled = first.pooled(second)
+    assert pooled.metrics == second.metrics  # of the model as it is now
+    drawn, _ = pooled.draw(20, 4000, torch.Generator().manual_seed(0))
+    assert float(drawn.mean()) == pytest.approx(0.2, abs=0.02)
+    assert pooled.effective == pytest.approx(125)
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_samples_that_are_blind_to_a_mode_are_left_out(blind):
+    """A half of the tilt's mass in a mode that one model in 20 trajectories visits, or never.
+
+    The blind set has equal weights, and so the larger effective number.
+    """
+    x = (torch.arange(1000) % 20 == 0).to(F64)[:, None]
+    seen = torch.where(x[:, 0] == 1, math.log(19.0), 0.0)[None]
+    sets = [samples_of(x, seen), samples_of(torch.zeros(1000, 1), torch.zeros(1, 1000))]
+    assert sets[1].effective > 5 * sets[0].effective
+    first, second = sets[blind], sets[1 - blind]
+    drawn, _ = first.pooled(second).draw(100, 100, torch.Generator().manual_seed(0))
+    assert float(drawn.mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_pooled_samples_keep_their_conditions():
+    cond = {"c": torch.tensor([0.0, 1.0])}
+    other = {"c": torch.tensor([2.0])}
+    first = samples_of(torch.tensor([[0.0], [0.0], [1.0], [1.0]]), torch.zeros(2, 2), cond)
+    second = samples_of(torch.tensor([[2.0], [2.0]]), 5 + torch.zeros(1, 2), other)
+    pooled = first.pooled(second)
+    drawn, conditions = pooled.draw(3, 3000, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[0, :, 0], conditions["c"])  # each with its own
+    shares = torch.bincount(conditions["c"].long()) / 3000
+    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), atol=0.03, rtol=0)
+
+
+def test_pooled_samples_survive_a_checkpoint():
+    first = samples_of(torch.zeros(50, 1), torch.zeros(1, 50))
+    pooled = first.pooled(samples_of(torch.ones(50, 1), torch.zeros(1, 50)))
+    again = WeightedSamples(**pooled.state_dict()).to(torch.device("cpu"))
+    draws = [one.draw(5, 40, torch.Generator().manual_seed(3))[0] for one in (pooled, again)]
+    assert torch.equal(*draws)
+    assert 0 < float(draws[0].mean()) < 1
+
+
+def test_a_sample_outside_of_the_tilt_does_not_hide_the_variance():
+    """A log-weight of -∞ made it NaN, so that flow matching was never found worth it."""
+    log_w = 0.5 * torch.randn(1, 2000, generator=torch.Generator().manual_seed(0))
+    whole = samples_of(torch.zeros(2000, 2), log_w)
+    assert whole.variance == pytest.approx(float(log_w.var(1)))
+    log_w[0, :20] = -math.inf
+    cut = samples_of(torch.zeros(2000, 2), log_w)
+    assert cut.variance == pytest.approx(0.25 - 2 * math.log(0.99), abs=0.02)
+    assert is_worthwhile(cut)
+    assert not has_rare_weights(cut)
+    log_w[0] = 0.0
+    log_w[0, :1000] = -math.inf  # the tilt has a half of the model's samples, alike
+    half = samples_of(torch.zeros(2000, 2), log_w)
+    assert half.variance == pytest.approx(2 * math.log(2.0))
+    assert is_worthwhile(half)
+
+
+def test_the_terms_of_a_reward_are_reported_during_the_refinement():
+    loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64, eval_batch_size=48)
+    terms = Reward(lambda x, c: x[:, 0], name="a") + 2 * Reward(lambda x, c: x[:, 1], name="b")
+    loss.source.reward = type(loss.source.reward)(terms)
+    tilted, _ = PROBLEMS["square"].exact()
+    model = Between(PROBLEMS["square"].base, tilted, 0.0)
+    _, metrics = loss(model, torch.Generator().manual_seed(0))
+    names = {name for name in metrics if name.startswith("reward.")}
+    matching = loss.matching(model, torch.Generator().manual_seed(0))[1]
+    assert names == {name for name in matching if name.startswith("reward.")}
+    assert len(names) == 2
+    mean = loss.refining.samples.x[:, 0].mean()
+    torch.testing.assert_close(metrics["reward.a"], mean)
+
+
+def test_the_first_process_alone_saves_the_samples(monkeypatch):
+    """All have the same: R copies would fill the checkpoint."""
+    loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64)
+    tilted, _ = PROBLEMS["square"].exact()
+    loss(Between(PROBLEMS["square"].base, tilted, 0.0), torch.Generator().manual_seed(0))
+    first = loss.refining.state_dict()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    second = loss.refining.state_dict()
+    assert second["samples"] is None
+    monkeypatch.setattr(distributed, "from_first", lambda function: first["samples"])
+    again = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64).refining
+    again.load_state_dict(second)
+    assert torch.equal(again.samples.x, loss.refining.samples.x)
+    assert again.calls == 1
+
+
+def test_the_bar_says_what_is_made(capsys):
+    loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64)
+    loss.refining.progress = True
+    tilted, _ = PROBLEMS["square"].exact()
+    loss(Between(PROBLEMS["square"].base, tilted, 0.0), torch.Generator().manual_seed(0))
+    err = capsys.readouterr().err
+    assert "samples" in err
+    assert "certificate" not in err
 
 
 def test_adjoint_matching_goes_on_where_samples_are_no_better():

@@ -34,6 +34,7 @@ _FILES = {
     "agents.bam": "BAM BAMConfig",
     "agents.rql": "RQL RQLConfig",
     "agents.fedit": "FEdit FEditConfig",
+    "agents.dsrl": "DSRL DSRLConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions EntropyOptions MatchingOptions "
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from applications.rl.agents.bam import BAM, BAMConfig
     from applications.rl.agents.rql import RQL, RQLConfig
     from applications.rl.agents.fedit import FEdit, FEditConfig
+    from applications.rl.agents.dsrl import DSRL, DSRLConfig
 
     # An agent of one's own
     from applications.rl.agents.base import Agent, Shapes, Uniform

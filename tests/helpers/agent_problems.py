@@ -17,6 +17,7 @@ OPTIONS = {
     "ifql": {"expectile": 0.8, "best_of_n": 4},
     "bam": {"inverse_temperature": 5.0},
     "fedit": {"edit_scale": 0.3},
+    "dsrl": {"latent_scale": 0.8},
     "rql": {"alpha": 3.0, "expectile": 0.8},
 }
 SHARED = {"hidden": (8, 7), "horizon": HORIZON, "flow_steps": 4, "critics": 3}

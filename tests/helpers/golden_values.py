@@ -211,6 +211,21 @@ FEDIT = Case(
         "alpha": "log_alpha",
     },
 )
+DSRL = Case(
+    "golden_dsrl",
+    "default",
+    "dsrl",
+    SMALL | {"latent_scale": 1.0},
+    {
+        "critic": "critic",
+        "target_critic": "target_critic",
+        "z_critic": "latent_critic",
+        "actor_bc_flow": "behaviour",
+        "target_actor_bc_flow": "target_behaviour",
+        "actor": "actor",
+        "alpha": "log_alpha",
+    },
+)
 BAM = Case("golden_bam", "default", "bam", SMALL | {"inverse_temperature": 10.0})
 
-CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT)
+CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT, DSRL)

@@ -64,6 +64,7 @@ CASES = [
     ("bam", {}),
     ("rql", {}),
     ("fedit", {"best_of_n": 2}),
+    ("dsrl", {}),
 ]
 
 

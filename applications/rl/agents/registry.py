@@ -18,6 +18,7 @@ import torch
 from applications.rl.agents.bam import BAM
 from applications.rl.agents.base import Agent
 from applications.rl.agents.bc import BC
+from applications.rl.agents.dsrl import DSRL
 from applications.rl.agents.fedit import FEdit
 from applications.rl.agents.fql import FQL
 from applications.rl.agents.ifql import IFQL
@@ -37,6 +38,7 @@ AGENTS: dict[str, type[Agent]] = {
     "bam": BAM,
     "rql": RQL,
     "fedit": FEdit,
+    "dsrl": DSRL,
 }
 """The agents that have a short name."""
 

@@ -159,12 +159,13 @@ def first_ranked(
         propose: makes actions (n·B, d) of observations (n·B, observation_dim) and noise (n·B, ...).
         critic: gives values (E, n·B); it is not evaluated where n is 1.
         observations: (B, observation_dim).
-        noise: the noises (B, n, ...) of the candidates by name, of which one is ``noise``.
+        noise: the noises (B, n, ...) of the candidates by name.
         rank: makes one score (n·B,) of the values.
     """
-    rows, _ = candidates(observations, noise["noise"])
+    first = next(iter(noise.values()))
+    rows, _ = candidates(observations, first)
     own = {name: value.flatten(0, 1) for name, value in noise.items()}
-    return best_of(critic, rows, propose(rows, own), noise["noise"].shape[1], rank)
+    return best_of(critic, rows, propose(rows, own), first.shape[1], rank)
 
 
 def stop_weight_gradient(network: nn.Module) -> VelocityField:

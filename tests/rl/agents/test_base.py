@@ -294,6 +294,7 @@ BAD = [
     ("qam-f", "alpha", float("nan")),
     ("bam", "inverse_temperature", float("nan")),
     ("fedit", "edit_scale", 0.0),
+    ("dsrl", "latent_scale", 0.0),
     ("rql", "expectile", 0.0),
     ("rql", "target_policy_rate", 1.5),
 ]
@@ -309,7 +310,7 @@ def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, op
 @pytest.mark.parametrize(
     ("name", "clip"),
     [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam")]
-    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "rql")],
+    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rql")],
 )
 def test_published_optimiser_settings_are_the_defaults(name, clip):
     config = AGENTS[name].config_class()

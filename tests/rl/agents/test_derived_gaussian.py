@@ -32,7 +32,26 @@ def fedit(agent, data, eps):
     return critic_term(agent, data, value) + behaviour_term(agent, data, eps) + edit
 
 
-REFERENCES = {"fedit": fedit}
+def gaussian(actor, x, eps):
+    """Action of a tanh-Gaussian actor on x, and its log-probability."""
+    return editor(actor, x, x[:, :0], eps)
+
+
+def dsrl(agent, data, eps):
+    scale, s, following = agent.config.latent_scale, data.observations, data.next_observations
+    z, _ = gaussian(agent.actor, following, eps["next_latent_eps"][:, 0])
+    value = policy_value(agent, data, euler(agent.target_behaviour, following, scale * z, 4))
+
+    n = eps["distill_noise"]
+    q = critics(agent.critic, s, euler(agent.target_behaviour, s, n, 4)).detach()
+    latent_critic = ((critics(agent.latent_critic, s, n) - q) ** 2).mean()
+    z, log_p = gaussian(agent.actor, s, eps["latent_eps"])
+    actor = -critics(agent.latent_critic, s, scale * z, constant=True).mean()
+    own = latent_critic + actor + temperature_term(agent, log_p)
+    return critic_term(agent, data, value) + behaviour_term(agent, data, eps) + own
+
+
+REFERENCES = {"fedit": fedit, "dsrl": dsrl}
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -17,6 +17,7 @@ from helpers.golden_values import (
     ALT,
     BAM,
     CASES,
+    DSRL,
     FEDIT,
     FQL,
     IFQL,
@@ -58,6 +59,9 @@ LOSSES = {  # published metric -> ours
     "info.actor/edit_entropy": "actor/edit_entropy",
     "info.actor/edit_alpha": "actor/edit_alpha",
     "info.actor/distill_loss": "actor/distill_loss",
+    "info.critic/distill_loss": "critic/distill_loss",
+    "info.actor/entropy": "actor/entropy",
+    "info.actor/alpha": "actor/alpha",
     "info.actor/bam_loss": "actor/path_loss",
     "info.actor/bc_loss": "actor/path_penalty",
     "info.value/value_loss": "value/loss",
@@ -207,7 +211,7 @@ def test_values_of_the_data(case):
     check(q, case.get("u0.out.q"), "values")
 
 
-@pytest.mark.parametrize("case", [QAM_E, FQL, IFQL, BAM, FEDIT], ids=str)
+@pytest.mark.parametrize("case", [QAM_E, FQL, IFQL, BAM, FEDIT, DSRL], ids=str)
 @pytest.mark.parametrize("kind", ["single", "batch", "bon4"])
 def test_actions_after_three_updates(case, kind):
     if not case.has(f"eval_{kind}.in.observations"):
@@ -267,6 +271,30 @@ def test_parts_of_ifql():
     )
     _, metrics = agent.loss(batch, noise)
     check(metrics["actor/flow_loss"], IFQL.get("u0.out.info.actor/actor_loss"), "actor loss")
+
+
+def test_parts_of_dsrl():
+    agent, batch, noise = DSRL.make(), DSRL.batch(0), DSRL.noise(0)
+    s, n = batch.observations, noise["distill_noise"]
+    latents = agent.latents(batch.next_observations, noise["next_latent_eps"][:, 0])
+    check(latents, DSRL.get("u0.out.next_latents")[:, 0], "next latents")
+    _, decoded = agent.rollouts(batch, noise)
+    check(decoded, DSRL.get("u0.out.distill_actions"), "decoded actions")
+    check(agent.critic(s, decoded), DSRL.get("u0.out.distill_target_qs"), "their values")
+    check(agent.latent_critic(s, n), DSRL.get("u0.out.z_qs_distill"), "values of noise")
+    z, log_prob = agent.actor.sample(s, noise["latent_eps"])
+    check(z, DSRL.get("u0.out.latent"), "latent")
+    check(log_prob, DSRL.get("u0.out.latent_log_probs"), "its log-probability")
+    check(agent.latent_critic(s, z), DSRL.get("u0.out.z_qs_actor"), "values of latents")
+    terms = agent.losses(batch, noise)
+    alpha = terms["entropy"][1]["actor/alpha"]
+    actor = terms["actor"][0] + alpha * log_prob.mean()
+    check(actor, DSRL.get("u0.out.info.actor/actor_loss"), "the actor's loss")
+    check(actor + alpha * (3 - log_prob.mean()), sum_of_actor(DSRL), "loss of actor and α")
+
+
+def sum_of_actor(case):
+    return sum(case.get(f"u0.out.info.actor/{name}") for name in ("actor_loss", "alpha_loss"))
 
 
 def test_parts_of_bam():

@@ -51,25 +51,26 @@ def test_every_domain_of_the_table():
             assert name == "bc" or config.rho == (0.0 if "humanoid" in domain else 0.5)
 
 
-# Agents with a Gaussian actor: fedit scale
+# Agents with a Gaussian actor: fedit scale; dsrl scale
 GAUSSIAN = {
-    "puzzle-3x3": (0.2,),
-    "scene": (0.2,),
-    "cube-double": (0.2,),
-    "antmaze-large": (0.2,),
-    "humanoidmaze-medium": (0.5,),
-    "cube-triple": (0.3,),
-    "cube-quadruple": (0.4,),
-    "puzzle-4x4": (0.8,),
-    "antmaze-giant": (0.3,),
-    "humanoidmaze-large": (0.1,),
+    "puzzle-3x3": (0.2, 1),
+    "scene": (0.2, 0.4),
+    "cube-double": (0.2, 1),
+    "antmaze-large": (0.2, 0.8),
+    "humanoidmaze-medium": (0.5, 0.6),
+    "cube-triple": (0.3, 1.4),
+    "cube-quadruple": (0.4, 1.4),
+    "puzzle-4x4": (0.8, 1),
+    "antmaze-giant": (0.3, 1.2),
+    "humanoidmaze-large": (0.1, 0.8),
 }
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_domain_of_the_table_of_gaussian_actors(domain):
     configs = {name: preset(name, task(domain)) for name in AGENTS}
-    assert (configs["fedit"].edit_scale,) == GAUSSIAN[domain]
+    found = (configs["fedit"].edit_scale, configs["dsrl"].latent_scale)
+    assert found == GAUSSIAN[domain]
 
 
 @pytest.mark.parametrize(

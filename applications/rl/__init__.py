@@ -32,6 +32,8 @@ _FILES = {
     "agents.fql": "FQL FQLConfig",
     "agents.ifql": "IFQL IFQLConfig",
     "agents.bam": "BAM BAMConfig",
+    "agents.fawac": "FAWAC FAWACConfig",
+    "agents.fbrac": "FBRAC FBRACConfig",
     "agents.rql": "RQL RQLConfig",
     "agents.fedit": "FEdit FEditConfig",
     "agents.dsrl": "DSRL DSRLConfig",
@@ -92,6 +94,8 @@ if TYPE_CHECKING:
     from applications.rl.agents.fql import FQL, FQLConfig
     from applications.rl.agents.ifql import IFQL, IFQLConfig
     from applications.rl.agents.bam import BAM, BAMConfig
+    from applications.rl.agents.fawac import FAWAC, FAWACConfig
+    from applications.rl.agents.fbrac import FBRAC, FBRACConfig
     from applications.rl.agents.rql import RQL, RQLConfig
     from applications.rl.agents.fedit import FEdit, FEditConfig
     from applications.rl.agents.dsrl import DSRL, DSRLConfig

@@ -18,6 +18,8 @@ OPTIONS = {
     "bam": {"inverse_temperature": 5.0},
     "fedit": {"edit_scale": 0.3},
     "dsrl": {"latent_scale": 0.8},
+    "fawac": {"inverse_temperature": 2.0},
+    "fbrac": {"alpha": 0.3},
     "rql": {"alpha": 3.0, "expectile": 0.8},
 }
 SHARED = {"hidden": (8, 7), "horizon": HORIZON, "flow_steps": 4, "critics": 3}

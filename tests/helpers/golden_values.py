@@ -22,9 +22,8 @@ from applications.rl.agents.networks import Critics, FlowActor, OneStepActor, Ta
 OBSERVATION_DIM, ACTION_DIM = 6, 2
 
 # Networks by their published names; target networks are "target_...".
-PAIR = {
-    "critic": "critic",
-    "target_critic": "target_critic",
+CRITICS = {"critic": "critic", "target_critic": "target_critic"}
+PAIR = CRITICS | {
     "actor_slow": "behaviour",
     "target_actor_slow": "target_behaviour",
     "actor_fast": "policy",
@@ -228,4 +227,16 @@ DSRL = Case(
 )
 BAM = Case("golden_bam", "default", "bam", SMALL | {"inverse_temperature": 10.0})
 
-CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT, DSRL)
+FAWAC = Case(
+    "golden_fawac",
+    "default",
+    "fawac",
+    SMALL | {"inverse_temperature": 10.0},
+    CRITICS | {"value": "value", "actor": "policy"},
+)
+FBRAC = Case(
+    "golden_fbrac", "default", "fbrac", SMALL | {"alpha": 100.0}, CRITICS | {"actor_flow": "policy"}
+)
+
+
+CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT, DSRL, FAWAC, FBRAC)

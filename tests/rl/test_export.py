@@ -62,6 +62,8 @@ CASES = [
     ("fql", {"actor_layer_norm": True}),
     ("ifql", {}),
     ("bam", {}),
+    ("fawac", {}),
+    ("fbrac", {"best_of_n": 2}),
     ("rql", {}),
     ("fedit", {"best_of_n": 2}),
     ("dsrl", {}),

@@ -19,6 +19,8 @@ from applications.rl.agents.bam import BAM
 from applications.rl.agents.base import Agent
 from applications.rl.agents.bc import BC
 from applications.rl.agents.dsrl import DSRL
+from applications.rl.agents.fawac import FAWAC
+from applications.rl.agents.fbrac import FBRAC
 from applications.rl.agents.fedit import FEdit
 from applications.rl.agents.fql import FQL
 from applications.rl.agents.ifql import IFQL
@@ -36,6 +38,8 @@ AGENTS: dict[str, type[Agent]] = {
     "fql": FQL,
     "ifql": IFQL,
     "bam": BAM,
+    "fawac": FAWAC,
+    "fbrac": FBRAC,
     "rql": RQL,
     "fedit": FEdit,
     "dsrl": DSRL,

@@ -295,6 +295,8 @@ BAD = [
     ("bam", "inverse_temperature", float("nan")),
     ("fedit", "edit_scale", 0.0),
     ("dsrl", "latent_scale", 0.0),
+    ("fawac", "inverse_temperature", 0.0),
+    ("fbrac", "alpha", 0.0),
     ("rql", "expectile", 0.0),
     ("rql", "target_policy_rate", 1.5),
 ]
@@ -310,7 +312,7 @@ def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, op
 @pytest.mark.parametrize(
     ("name", "clip"),
     [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam")]
-    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rql")],
+    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rql", "fawac", "fbrac")],
 )
 def test_published_optimiser_settings_are_the_defaults(name, clip):
     config = AGENTS[name].config_class()

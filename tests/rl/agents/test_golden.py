@@ -18,6 +18,8 @@ from helpers.golden_values import (
     BAM,
     CASES,
     DSRL,
+    FAWAC,
+    FBRAC,
     FEDIT,
     FQL,
     IFQL,
@@ -65,6 +67,7 @@ LOSSES = {  # published metric -> ours
     "info.actor/bam_loss": "actor/path_loss",
     "info.actor/bc_loss": "actor/path_penalty",
     "info.value/value_loss": "value/loss",
+    "info.critic/value_loss": "value/loss",
     "info.value/v_mean": "value/v_mean",
 }
 """IFQL's actor loss is compared below: the name stands for something else elsewhere."""
@@ -187,7 +190,7 @@ def test_trajectory_and_adjoint(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c is not IFQL], ids=str)
 def test_next_actions_and_values(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
-    if case is BAM:
+    if not hasattr(agent, "rollouts"):
         chunks = agent.chunks(batch.next_observations, {"noise": noise["next_action_noise"]})
     else:
         chunks = agent.rollouts(batch, noise)[0]
@@ -211,11 +214,11 @@ def test_values_of_the_data(case):
     check(q, case.get("u0.out.q"), "values")
 
 
-@pytest.mark.parametrize("case", [QAM_E, FQL, IFQL, BAM, FEDIT, DSRL], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.file != "golden_qam"], ids=str)
 @pytest.mark.parametrize("kind", ["single", "batch", "bon4"])
 def test_actions_after_three_updates(case, kind):
     if not case.has(f"eval_{kind}.in.observations"):
-        assert case is IFQL
+        assert case is IFQL or (case is FAWAC and kind == "bon4")
         return
     agent = trained(str(case))
     observations = case.get(f"eval_{kind}.in.observations")
@@ -304,3 +307,29 @@ def test_parts_of_bam():
     check(xs, BAM.get("u0.out.sde_xs"), "states")
     values = agent.critic(batch.observations, xs[-1])
     check(values, BAM.get("u0.out.bam_qs"), "values of the end")
+
+
+def test_parts_of_fawac():
+    agent, batch, noise = FAWAC.make(), FAWAC.batch(0), FAWAC.noise(0)
+    s, actions = batch.observations, agent.flatten(batch.actions)
+    v = agent.value(s)
+    check(v, FAWAC.get("u0.out.v"), "value")
+    check(agent.target_critic(s, actions), FAWAC.get("u0.out.target_qs"), "values it is fitted to")
+    weight = (10 * (agent.critic(s, actions).mean(0) - v)).exp()
+    published = FAWAC.get("u0.out.awr_weight_unclipped")
+    torch.testing.assert_close(weight.detach(), published, rtol=1e-4, atol=0)  # 1e-5 of τ advantage
+    assert published.max() > 100 > published.min()
+    _, metrics = agent.loss(batch, noise)
+    check(metrics["actor/weight"], published.clamp(max=100).mean(), "weight")
+    check(metrics["actor/flow_loss"], FAWAC.get("u0.out.info.actor/actor_loss"), "actor loss")
+
+
+def test_parts_of_fbrac():
+    agent, batch, noise = FBRAC.make(), FBRAC.batch(0), FBRAC.noise(0)
+    own = agent.propose(batch.observations, {"noise": noise["bptt_noise"]})
+    check(own, FBRAC.get("u0.out.actor_actions"), "own actions")
+    assert own.requires_grad
+    check(agent.critic(batch.observations, own), FBRAC.get("u0.out.actor_qs"), "their values")
+    terms = agent.losses(batch, noise)
+    total = terms["behaviour"][0] + terms["value"][0]
+    check(total, FBRAC.get("u0.out.info.actor/actor_loss"), "actor loss")

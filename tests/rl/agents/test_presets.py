@@ -10,18 +10,18 @@ from applications.rl.agents.domains import DOMAINS, NEAREST
 from applications.rl.agents.presets import RECIPES, SIZES, preset
 from applications.rl.environments.tasks import ENVIRONMENTS, find_task
 
-# qam τ; qam-e τ, scale; qam-f τ, α; fql α; bam τ; ifql κ; rql α, κ
+# qam τ; qam-e τ, scale; qam-f τ, α; fql α; bam τ; ifql κ; rql α, κ; fawac τ; fbrac α
 TABLE = {
-    "puzzle-3x3": (3, 1, 0.1, 3, 0, 300, 10, 0.95, 1, 0.7),
-    "scene": (1, 1, 0, 1, 300, 300, 10, 0.9, 3, 0.7),
-    "cube-double": (1, 1, 0, 1, 0, 300, 10, 0.9, 10, 0.9),
-    "antmaze-large": (10, 1, 0.1, 3, 30, 3, 30, 0.9, 0.1, 0.5),
-    "humanoidmaze-medium": (3, 3, 0.1, 1, 30, 30, 10, 0.7, 0.3, 0.5),
-    "cube-triple": (3, 3, 0.1, 10, 300, 30, 30, 0.95, 1, 0.9),
-    "cube-quadruple": (1, 3, 0.1, 0.3, 30, 100, 10, 0.95, 1, 0.7),
-    "puzzle-4x4": (30, 0.1, 0.9, 3, 3, 1, 30, 0.9, 1, 0.9),
-    "antmaze-giant": (3, 10, 0.1, 3, 30, 3, 30, 0.8, 0.1, 0.5),
-    "humanoidmaze-large": (3, 3, 0.1, 0.3, 30, 30, 30, 0.8, 0.3, 0.5),
+    "puzzle-3x3": (3, 1, 0.1, 3, 0, 300, 10, 0.95, 1, 0.7, 0.8, 0.03),
+    "scene": (1, 1, 0, 1, 300, 300, 10, 0.9, 3, 0.7, 6.4, 100),
+    "cube-double": (1, 1, 0, 1, 0, 300, 10, 0.9, 10, 0.9, 0.8, 0.1),
+    "antmaze-large": (10, 1, 0.1, 3, 30, 3, 30, 0.9, 0.1, 0.5, 6.4, 0.1),
+    "humanoidmaze-medium": (3, 3, 0.1, 1, 30, 30, 10, 0.7, 0.3, 0.5, 6.4, 30),
+    "cube-triple": (3, 3, 0.1, 10, 300, 30, 30, 0.95, 1, 0.9, 0.8, 0.03),
+    "cube-quadruple": (1, 3, 0.1, 0.3, 30, 100, 10, 0.95, 1, 0.7, 0.8, 1),
+    "puzzle-4x4": (30, 0.1, 0.9, 3, 3, 1, 30, 0.9, 1, 0.9, 0.8, 0.3),
+    "antmaze-giant": (3, 10, 0.1, 3, 30, 3, 30, 0.8, 0.1, 0.5, 0.8, 0.1),
+    "humanoidmaze-large": (3, 3, 0.1, 0.3, 30, 30, 30, 0.8, 0.3, 0.5, 0.8, 10),
 }
 
 
@@ -44,6 +44,8 @@ def test_every_domain_of_the_table():
             configs["ifql"].expectile,
             configs["rql"].alpha,
             configs["rql"].expectile,
+            configs["fawac"].inverse_temperature,
+            configs["fbrac"].alpha,
         )
         assert found == row, domain
         for name, config in configs.items():

@@ -49,7 +49,8 @@ class PublishedCurve:
         method: name of the method, such as ``QAM``.
         steps: steps (T,), offline and online counted together.
         mean: mean success over the seeds (T,), in [0, 1].
-        low, high: ends of the 95% bootstrap interval (T,).
+        low, high: ends of the 95% bootstrap interval of the mean (T,).
+        student: half-width of Student's 95% interval of the mean (T,).
     """
 
     task: str
@@ -58,12 +59,13 @@ class PublishedCurve:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    student: np.ndarray
 
     def until(self, step: int) -> PublishedCurve:
         """Return the curve up to ``step``."""
         keep = self.steps <= step
-        columns = (self.steps[keep], self.mean[keep], self.low[keep], self.high[keep])
-        return PublishedCurve(self.task, self.method, *columns)
+        columns = (self.steps, self.mean, self.low, self.high, self.student)
+        return PublishedCurve(self.task, self.method, *(column[keep] for column in columns))
 
     def at(self, step: int, phase: str) -> float | None:
         """Return the mean at ``step`` if the curve has the step and it belongs to ``phase``."""
@@ -97,11 +99,12 @@ def _table() -> dict[str, dict[str, PublishedCurve]]:
     packed = (Path(__file__).parent / "published_curves.csv.gz").read_bytes()
     rows: dict[tuple[str, str], list[list[float]]] = {}
     for row in csv.DictReader(io.StringIO(gzip.decompress(packed).decode())):
-        numbers = [float(row[name]) for name in ("step_k", "mean", "boot95_lo", "boot95_hi")]
+        names = ("step_k", "mean", "boot95_lo", "boot95_hi", "ci95_t")
+        numbers = [float(row[name]) for name in names]
         rows.setdefault((row["task"], row["method"]), []).append(numbers)
     table: dict[str, dict[str, PublishedCurve]] = {}
     for (task, method), points in rows.items():
-        thousands, mean, low, high = np.array(points).T
+        thousands, *columns = np.array(points).T
         steps = np.rint(1000 * thousands).astype(int)
-        table.setdefault(task, {})[method] = PublishedCurve(task, method, steps, mean, low, high)
+        table.setdefault(task, {})[method] = PublishedCurve(task, method, steps, *columns)
     return table

@@ -1,0 +1,1 @@
+"""This benchmark reproduces one number of the paper: QAM at full size on two scene tasks."""

@@ -37,6 +37,8 @@ _FILES = {
     "agents.rql": "RQL RQLConfig",
     "agents.fedit": "FEdit FEditConfig",
     "agents.dsrl": "DSRL DSRLConfig",
+    "agents.qsm": "QSM QSMConfig",
+    "agents.dac": "DAC DACConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions EntropyOptions MatchingOptions "
@@ -99,6 +101,8 @@ if TYPE_CHECKING:
     from applications.rl.agents.rql import RQL, RQLConfig
     from applications.rl.agents.fedit import FEdit, FEditConfig
     from applications.rl.agents.dsrl import DSRL, DSRLConfig
+    from applications.rl.agents.qsm import QSM, QSMConfig
+    from applications.rl.agents.dac import DAC, DACConfig
 
     # An agent of one's own
     from applications.rl.agents.base import Agent, Shapes, Uniform

@@ -21,6 +21,8 @@ OPTIONS = {
     "fawac": {"inverse_temperature": 2.0},
     "fbrac": {"alpha": 0.3},
     "rql": {"alpha": 3.0, "expectile": 0.8},
+    "qsm": {"inverse_temperature": 3.0, "alpha": 2.0, "time_features": 6},
+    "dac": {"alpha": 2.0, "time_features": 6},
 }
 SHARED = {"hidden": (8, 7), "horizon": HORIZON, "flow_steps": 4, "critics": 3}
 

@@ -7,7 +7,7 @@ three updates u0, u1, u2 a case, all parameters perturbed so that none has a tri
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from applications.rl import Agent, Batch, find_agent, make_agent
+from applications.rl.agents.diffusion import NoisePredictor
 from applications.rl.agents.layers import MLP
 from applications.rl.agents.networks import Critics, FlowActor, OneStepActor, TanhGaussianActor
 
@@ -38,15 +39,38 @@ def archive(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def as_recorded(noise: dict[str, Tensor]) -> dict[str, Tensor]:
+    return noise
+
+
+def of_diffusion(noise: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows first, without the unused noise of the last step; whole steps as uniform numbers."""
+    found = {}
+    for name, value in noise.items():
+        if name.endswith("ddpm_z"):
+            found[name] = value.reshape(10, -1, 6).transpose(0, 1)[:, :-1]
+        elif name == "actor_t":
+            found["denoise_t"] = ((value - 0.5) / 10).float()[:, None]
+        elif name == "actor_eps":
+            found["denoise_eps"] = value
+        else:
+            found[name] = value.reshape(-1, 1, 6)
+    return found
+
+
 @dataclass(frozen=True)
 class Case:
-    """One case of one archive; ``options`` are those of our configuration."""
+    """One case of one archive; ``options`` are those of our configuration.
+
+    ``noises`` brings the recorded noises of an update or of acting into our form.
+    """
 
     file: str
     name: str
     agent: str
     options: dict
     networks: dict[str, str] = field(default_factory=lambda: PAIR)
+    noises: Callable[[dict[str, Tensor]], dict[str, Tensor]] = as_recorded
 
     def __str__(self) -> str:
         return f"{self.agent}-{self.name}"
@@ -78,7 +102,15 @@ class Case:
         )
 
     def noise(self, update: int) -> dict[str, Tensor]:
-        return self.group(f"u{update}.noise")
+        return self.noises(self.group(f"u{update}.noise"))
+
+    def acting(self, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Observations and noises of the recorded actions of a kind."""
+        observations = self.get(f"eval_{kind}.in.observations")
+        noise = self.group(f"eval_{kind}.noise")
+        if observations.ndim == 1:
+            observations, noise = observations[None], {name: n[None] for name, n in noise.items()}
+        return observations, self.noises(noise)
 
     def make(self) -> Agent:
         """Our agent with the case's initial parameters."""
@@ -106,6 +138,10 @@ def leaves(published: str, module) -> Iterator[tuple[str, nn.Parameter]]:
         for head, layers in (("Mean", module.mean), ("LogStd", module.log_std)):
             yield f"{published}/OutputDense{head}/kernel", layers.layers[0].weight
             yield f"{published}/OutputDense{head}/bias", layers.layers[0].bias
+    elif isinstance(module, NoisePredictor):
+        yield f"{published}/FourierFeatures_0/kernel", module.frequencies
+        yield from of_mlp(f"{published}/MLP_0", module.time)
+        yield from of_mlp(f"{published}/MLP_1", module.mlp)
     elif isinstance(module, Critics):
         for i, (weight, bias) in enumerate(zip(module.weights, module.biases, strict=True)):
             yield f"{published}/value_net/Dense_{i}/kernel", weight
@@ -226,6 +262,23 @@ DSRL = Case(
     },
 )
 BAM = Case("golden_bam", "default", "bam", SMALL | {"inverse_temperature": 10.0})
+DIFFUSION = {"critic": "critic", "target_critic": "target_critic", "actor": "policy"}
+QSM = Case(
+    "golden_qsm",
+    "default",
+    "qsm",
+    SMALL | {"inverse_temperature": 10.0, "alpha": 10.0, "time_features": 16},
+    DIFFUSION,
+    of_diffusion,
+)
+DAC = Case(
+    "golden_dac",
+    "default",
+    "dac",
+    SMALL | {"alpha": 1.0, "time_features": 16},
+    DIFFUSION,
+    of_diffusion,
+)
 
 FAWAC = Case(
     "golden_fawac",
@@ -239,4 +292,4 @@ FBRAC = Case(
 )
 
 
-CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT, DSRL, FAWAC, FBRAC)
+CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT, DSRL, FAWAC, FBRAC, QSM, DAC)

@@ -67,6 +67,8 @@ CASES = [
     ("rql", {}),
     ("fedit", {"best_of_n": 2}),
     ("dsrl", {}),
+    ("qsm", {}),
+    ("dac", {"action_chunking": False}),
 ]
 
 

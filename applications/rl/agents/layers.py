@@ -1,4 +1,4 @@
-r"""Layers of the agents' networks: GELU perceptrons, whose Jacobian products need no graph.
+r"""Layers of the agents' networks: perceptrons, whose Jacobian products need no graph.
 
 Hidden layers are Linear -> GELU (tanh approximation) -> LayerNorm (eps 1e-6, where there is one),
 in that order: the norm comes *after* the activation.  Weights start Xavier-uniform, U(-b, b) with
@@ -93,15 +93,22 @@ class MLP(nn.Module):
         sizes: widths from the input to the output.
         layer_norm: normalise after each activation.
         activate_last: the output is a hidden layer too.
+        activation: `gelu` as a rule; `linearised` knows no other.
 
     Raises:
         ValueError: fewer than two sizes, or one that is not positive.
     """
 
     def __init__(
-        self, sizes: Sequence[int], *, layer_norm: bool = False, activate_last: bool = False
+        self,
+        sizes: Sequence[int],
+        *,
+        layer_norm: bool = False,
+        activate_last: bool = False,
+        activation: Callable[[Tensor], Tensor] = gelu,
     ) -> None:
         super().__init__()
+        self.activation = activation
         check_widths(sizes, "sizes")
         self.layers = nn.ModuleList(xavier_linear(m, n) for m, n in itertools.pairwise(sizes))
         self.hidden = len(self.layers) - (not activate_last)
@@ -112,7 +119,7 @@ class MLP(nn.Module):
         """Evaluate outputs (..., sizes[-1]) at inputs (..., sizes[0])."""
         for i, layer in enumerate(self.layers):
             if i < self.hidden:
-                x = gelu(layer(x))
+                x = self.activation(layer(x))
                 if self.norms:
                     x = self.norms[i](x)
             else:

@@ -56,6 +56,7 @@ def one_of(*names: str) -> Range:
 
 
 FINITE = Range("finite", math.isfinite)
+ONLY_EULER = Range("euler, for a diffusion has no ODE", lambda value: value == "euler")
 
 
 def checked_option(default: Any, allowed: Range) -> Any:
@@ -156,6 +157,22 @@ class EntropyOptions:
 
     target_entropy: float = checked_option(-0.5, FINITE)
     """Entropy that the temperature of the actor aims at, in nats per dimension."""
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """Options of the agents whose policy is a diffusion."""
+
+    flow_steps: int = checked_option(10, Range("at least 2 for a diffusion", lambda n: n >= 2))
+    """Steps T of the diffusion."""
+    solver: Solver = checked_option("euler", ONLY_EULER)  # noqa: RUF009 — a field, as above
+    """Solver of a flow's ODE; a diffusion has none."""
+    time_features: int = checked_option(
+        64, Range("even and positive", lambda n: n > 0 and n % 2 == 0)
+    )
+    """Fourier features of the time, half of them cosines and half sines."""
+    grad_clip: float = checked_option(1.0, at_least(0.0))
+    """Largest norm of the gradient over all networks; 0 turns clipping off."""
 
 
 @dataclass(frozen=True)

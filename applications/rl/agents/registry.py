@@ -18,6 +18,7 @@ import torch
 from applications.rl.agents.bam import BAM
 from applications.rl.agents.base import Agent
 from applications.rl.agents.bc import BC
+from applications.rl.agents.dac import DAC
 from applications.rl.agents.dsrl import DSRL
 from applications.rl.agents.fawac import FAWAC
 from applications.rl.agents.fbrac import FBRAC
@@ -28,6 +29,7 @@ from applications.rl.agents.options import AgentConfig
 from applications.rl.agents.qam import QAM
 from applications.rl.agents.qam_e import QAME
 from applications.rl.agents.qam_f import QAMF
+from applications.rl.agents.qsm import QSM
 from applications.rl.agents.rql import RQL
 
 AGENTS: dict[str, type[Agent]] = {
@@ -43,6 +45,8 @@ AGENTS: dict[str, type[Agent]] = {
     "rql": RQL,
     "fedit": FEdit,
     "dsrl": DSRL,
+    "qsm": QSM,
+    "dac": DAC,
 }
 """The agents that have a short name."""
 

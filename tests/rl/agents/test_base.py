@@ -299,6 +299,11 @@ BAD = [
     ("fbrac", "alpha", 0.0),
     ("rql", "expectile", 0.0),
     ("rql", "target_policy_rate", 1.5),
+    ("qsm", "inverse_temperature", 0.0),
+    ("qsm", "solver", "ab2"),
+    ("qsm", "time_features", 7),
+    ("dac", "alpha", -1.0),
+    ("dac", "flow_steps", 1),
 ]
 
 
@@ -311,7 +316,7 @@ def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, op
 
 @pytest.mark.parametrize(
     ("name", "clip"),
-    [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam")]
+    [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam", "qsm", "dac")]
     + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rql", "fawac", "fbrac")],
 )
 def test_published_optimiser_settings_are_the_defaults(name, clip):

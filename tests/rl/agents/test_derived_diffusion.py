@@ -1,4 +1,4 @@
-"""Losses and gradients of RQL against the formulas, written out again in float64."""
+"""Losses and gradients of RQL, QSM and DAC against the formulas, written out again in float64."""
 
 import math
 from dataclasses import replace
@@ -6,8 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.agent_problems import HORIZON, B, batch, make, noise
-from helpers.formulas import D, check_formula, critics, euler, flow, lower
+from helpers.formulas import (
+    D,
+    check_formula,
+    critic_term,
+    critics,
+    dense,
+    euler,
+    flow,
+    lower,
+    policy_value,
+)
 
+from applications.rl.agents.diffusion import ddpm_action, denoising_loss, noised
 from applications.rl.agents.rql import reverse_flow, reverse_lengths
 from flows import frozen
 
@@ -46,7 +57,86 @@ def rql(agent, data, eps):
     return critic + config.alpha * imitation - q.mean()
 
 
-REFERENCES = {"rql": rql}
+def mish(x):
+    return x * torch.tanh(torch.log1p(x.exp()))
+
+
+def predicted_noise(net, x, t, s):
+    angle = 2 * math.pi * t[:, None] * net.frequencies
+    time = torch.cat([torch.cos(angle), torch.sin(angle)], 1)
+    for i, layer in enumerate(net.time.layers):
+        time = dense(layer, time if i == 0 else mish(time))
+    y = torch.cat([x, s, time], 1)
+    for i, layer in enumerate(net.mlp.layers):
+        y = dense(layer, y if i == 0 else mish(y))
+    return y
+
+
+def signals(T):
+    """α_t and their products, by the recursion over β_t."""
+    alphas, products = [1.0], [1.0]
+    for t in range(1, T + 1):
+        beta = 1 - math.exp(-0.1 / T - 0.5 * 9.9 * (2 * t - 1) / T**2)
+        alphas.append(1 - beta)
+        products.append(products[-1] * (1 - beta))
+    return alphas, products
+
+
+def sampled(net, s, x, z, T, posterior):
+    alphas, products = signals(T)
+    for i, t in enumerate(range(T, 0, -1)):
+        e = predicted_noise(net, x, torch.full((B,), float(t), dtype=x.dtype), s)
+        clean = (x - math.sqrt(1 - products[t]) * e) / math.sqrt(products[t])
+        if posterior:  # the mean of the product of two normal densities of x_{t-1}
+            a, b = math.sqrt(products[t - 1]), math.sqrt(alphas[t])
+            precision = b**2 / (1 - alphas[t])
+            mean = b * x / (1 - alphas[t])
+            if t > 1:
+                precision += 1 / (1 - products[t - 1])
+                mean = mean + a * clean.clamp(-1, 1) / (1 - products[t - 1])
+                clean = mean / precision
+            else:  # the second density is a point
+                clean = clean.clamp(-1, 1)
+        x = clean if t == 1 else clean + math.sqrt(1 - alphas[t]) * z[:, i]
+        x = x if posterior else x.clamp(-1, 1)
+    return x.detach()
+
+
+def diffusion(agent, data, eps, guidance, posterior):
+    T, s = 4, data.observations
+    z, start = eps["next_ddpm_z"], eps["next_action_noise"][:, 0]
+    a = sampled(agent.policy, data.next_observations, start, z, T, posterior)
+    critic = critic_term(agent, data, policy_value(agent, data, a))
+    A, total = data.actions.reshape(B, D), 0.0
+    for row in range(B):  # each by itself
+        t = 1 + math.floor(float(eps["denoise_t"][row, 0]) * T)
+        product, one = signals(T)[1][t], slice(row, row + 1)
+        noise_of_row = eps["denoise_eps"][one]
+        x = math.sqrt(product) * A[one] + math.sqrt(1 - product) * noise_of_row
+        x.requires_grad_(True)
+        q = critics(agent.target_critic, s[one], x).mean()
+        gradient = torch.autograd.grad(q, x)[0]
+        e = predicted_noise(agent.policy, x.detach(), torch.tensor([float(t)]).double(), s[one])
+        own = agent.config.alpha * ((noise_of_row - e) ** 2).mean()
+        own = own + guidance(gradient, e, product)
+        # A window of weight 0 has the constant 1 for each of the two errors.
+        total = total + (own if data.valid[row] else own.new_tensor(agent.config.alpha + 1))
+    return critic + total / B
+
+
+def qsm(agent, data, eps):
+    tau = agent.config.inverse_temperature
+    return diffusion(agent, data, eps, lambda g, e, _: ((-tau * g - e) ** 2).mean(), False)
+
+
+def dac(agent, data, eps):
+    def guidance(gradient, e, product):
+        return (math.sqrt(1 - product) * gradient * e).mean()
+
+    return diffusion(agent, data, eps, guidance, True)
+
+
+REFERENCES = {"rql": rql, "qsm": qsm, "dac": dac}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -130,3 +220,83 @@ def test_critics_are_not_told_the_action_of_the_next_observation():
     assert torch.equal(before, agent.losses(data, eps)["critic"][0])
     agent.config = replace(agent.config, rho=0.0)
     assert not torch.equal(before, agent.losses(data, eps)["critic"][0])
+
+
+# ----- diffusions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "posterior"), [("qsm", False), ("dac", True)])
+def test_a_diffusion_acts_by_its_sampler(name, posterior):
+    agent, s = make(name, shake=0.5), batch().observations
+    draw = agent.act_noise(B, torch.Generator().manual_seed(0))
+    expected = sampled(agent.policy, s, draw["noise"][:, 0], draw["ddpm_z"], 4, posterior)
+    torch.testing.assert_close(agent.act(s, draw).flatten(1), expected)
+
+
+def test_steps_of_the_noise_are_all_as_likely():
+    uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+    zeros = torch.zeros(20_000, 1)
+    _, t, deviation = noised(zeros, {"denoise_t": uniform, "denoise_eps": zeros}, 4)
+    values, counts = t.unique(return_counts=True)
+    assert values.tolist() == [1, 2, 3, 4]
+    assert (counts / 5000 - 1).abs().max() < 0.05
+    assert deviation.min() > 0
+    last = {"denoise_t": torch.full((1, 1), 1 - 2**-24), "denoise_eps": torch.zeros(1, 1)}
+    for steps in range(2, 50):
+        assert noised(torch.zeros(1, 1), last, steps)[1] == steps
+
+
+def test_a_perfect_prediction_leads_to_the_action_by_both_samplers():
+    """Of a single action the noise in x_t is known, and each sampler ends in the action."""
+    T, goal = 6, torch.tensor([[0.3, -0.8]], dtype=torch.float64)
+
+    def perfect(x, t, observations):
+        product = signals(T)[1][int(t[0])]
+        return (x - math.sqrt(product) * goal) / math.sqrt(1 - product)
+
+    g = torch.Generator().manual_seed(0)
+    draw = {
+        "noise": torch.randn(5, 1, 2, generator=g, dtype=torch.float64),
+        "ddpm_z": torch.randn(5, T - 1, 2, generator=g, dtype=torch.float64),
+    }
+    for posterior in (False, True):
+        found = ddpm_action(perfect, None, draw, T, posterior=posterior)
+        torch.testing.assert_close(found, goal.expand(5, 2))
+
+
+def test_a_window_of_weight_0_is_a_constant():
+    predicted = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    eps, valid = torch.zeros(3, 2, dtype=torch.float64), torch.tensor([1.0, 0, 1]).double()
+    loss, metrics = denoising_loss(predicted, eps, -predicted.square().sum(1), valid, 5.0)
+    loss.backward()
+    assert not predicted.grad[1].any()
+    assert predicted.grad[[0, 2]].all()
+    expected = (predicted.square().mean(1)[[0, 2]].sum() + 1) / 3
+    torch.testing.assert_close(metrics["actor/denoising_loss"], expected)
+
+
+def test_the_minimum_of_dac_is_guidance_at_the_temperature_it_says():
+    """One dimension, noise and critics' gradient known: the prediction at the loss's minimum."""
+    alpha, deviation, gradient = 0.7, 0.6, 1.3
+    eps = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    predicted = (eps.mean() - deviation * gradient / (2 * alpha)).requires_grad_(True)
+    rows = predicted.expand(1000, 1)
+    guidance = (deviation * gradient * rows).mean(1)
+    denoising_loss(rows, eps, guidance, torch.ones(1000).double(), alpha)[0].backward()
+    assert predicted.grad.abs() < 1e-12
+
+
+def test_the_minimum_of_qsm_is_a_mean_of_noise_and_gradient():
+    alpha, step = 3.0, torch.tensor(0.4, dtype=torch.float64)  # τ times the gradient
+    eps = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    predicted = ((alpha * eps.mean() - step) / (alpha + 1)).requires_grad_(True)
+    rows = predicted.expand(1000, 1)
+    guidance = (-step - rows).square().mean(1)
+    denoising_loss(rows, eps, guidance, torch.ones(1000).double(), alpha)[0].backward()
+    assert predicted.grad.abs() < 1e-12
+
+
+def test_layer_norm_is_of_the_prediction():
+    agent = make("qsm", actor_layer_norm=True)
+    assert len(agent.policy.mlp.norms) == 2
+    assert not len(agent.policy.time.norms)

@@ -9,6 +9,7 @@ more.
 """
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from helpers.golden_values import (
     ALT,
     BAM,
     CASES,
+    DAC,
     DSRL,
     FAWAC,
     FBRAC,
@@ -26,12 +28,14 @@ from helpers.golden_values import (
     QAM,
     QAM_E,
     QAM_F,
+    QSM,
     RESIDUAL,
     ours,
 )
 
 from applications.rl.agents import make_agent
 from applications.rl.agents.bam import differentiable_chain
+from applications.rl.agents.diffusion import log_signal, noised
 from applications.rl.agents.losses import (
     bootstrap,
     chain_adjoint,
@@ -66,6 +70,7 @@ LOSSES = {  # published metric -> ours
     "info.actor/alpha": "actor/alpha",
     "info.actor/bam_loss": "actor/path_loss",
     "info.actor/bc_loss": "actor/path_penalty",
+    "bc_loss": "actor/denoising_loss",
     "info.value/value_loss": "value/loss",
     "info.critic/value_loss": "value/loss",
     "info.value/v_mean": "value/v_mean",
@@ -191,7 +196,9 @@ def test_trajectory_and_adjoint(case):
 def test_next_actions_and_values(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
     if not hasattr(agent, "rollouts"):
-        chunks = agent.chunks(batch.next_observations, {"noise": noise["next_action_noise"]})
+        own = {"noise": noise["next_action_noise"]}
+        own |= {"ddpm_z": noise["next_ddpm_z"]} if "next_ddpm_z" in noise else {}
+        chunks = agent.chunks(batch.next_observations, own)
     else:
         chunks = agent.rollouts(batch, noise)[0]
     check(chunks, case.get("u0.out.next_actions"), "next actions")
@@ -218,13 +225,10 @@ def test_values_of_the_data(case):
 @pytest.mark.parametrize("kind", ["single", "batch", "bon4"])
 def test_actions_after_three_updates(case, kind):
     if not case.has(f"eval_{kind}.in.observations"):
-        assert case is IFQL or (case is FAWAC and kind == "bon4")
+        assert case is IFQL or (case in (FAWAC, QSM, DAC) and kind == "bon4")
         return
     agent = trained(str(case))
-    observations = case.get(f"eval_{kind}.in.observations")
-    noise = case.group(f"eval_{kind}.noise")
-    if observations.ndim == 1:
-        observations, noise = observations[None], {name: n[None] for name, n in noise.items()}
+    observations, noise = case.acting(kind)
     if kind == "bon4":
         four = replace(agent.config, best_of_n=4)
         state, agent = agent.state_dict(), make_agent(four, 6, 2)
@@ -333,3 +337,29 @@ def test_parts_of_fbrac():
     terms = agent.losses(batch, noise)
     total = terms["behaviour"][0] + terms["value"][0]
     check(total, FBRAC.get("u0.out.info.actor/actor_loss"), "actor loss")
+
+
+@pytest.mark.parametrize("case", [QSM, DAC], ids=str)
+def test_parts_of_diffusions(case):
+    agent, batch, noise = case.make(), case.batch(0), case.noise(0)
+    levels = [math.exp(log_signal(t / 10)) for t in range(11)]
+    check(torch.tensor(levels), case.get("const.alpha_hats"), "signal levels")
+    x, t, deviation = noised(agent.flatten(batch.actions), noise, 10)
+    check(t, case.get("u0.noise.actor_t").float(), "steps")
+    check(x, case.get("u0.out.noisy_actions"), "noised actions")
+    predicted = agent.policy(x, t, batch.observations)
+    check(predicted, case.get("u0.out.eps_pred"), "predicted noise")
+    x.requires_grad_(True)
+    q = agent.target_critic(batch.observations, x).mean(0).sum()
+    (gradient,) = torch.autograd.grad(q, x)
+    check(gradient, case.get("u0.out.q_grad"), "gradient of the critics")
+    guided = deviation * gradient * predicted
+    if case is QSM:
+        guided = (-10 * gradient - predicted).square()
+    guidance = guided.mean(1)
+    check(guidance, case.get("u0.out.actor_per_sample"), "guidance")
+    _, metrics = agent.losses(batch, noise)["policy"]
+    weighted = (guidance * batch.valid).mean() + (1 - batch.valid).mean()
+    check(metrics["actor/guidance_loss"], weighted.detach(), "a window of weight 0 counts 1")
+    weighted -= (1 - batch.valid).mean()
+    check(weighted, case.get("u0.out.actor_loss_if_masked_by_product"), "weighted guidance")

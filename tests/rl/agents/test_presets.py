@@ -10,18 +10,19 @@ from applications.rl.agents.domains import DOMAINS, NEAREST
 from applications.rl.agents.presets import RECIPES, SIZES, preset
 from applications.rl.environments.tasks import ENVIRONMENTS, find_task
 
-# qam τ; qam-e τ, scale; qam-f τ, α; fql α; bam τ; ifql κ; rql α, κ; fawac τ; fbrac α
+# qam τ; qam-e τ, scale; qam-f τ, α; fql α; bam τ; ifql κ; rql α, κ; fawac τ; fbrac α;
+# qsm τ, α; dac α
 TABLE = {
-    "puzzle-3x3": (3, 1, 0.1, 3, 0, 300, 10, 0.95, 1, 0.7, 0.8, 0.03),
-    "scene": (1, 1, 0, 1, 300, 300, 10, 0.9, 3, 0.7, 6.4, 100),
-    "cube-double": (1, 1, 0, 1, 0, 300, 10, 0.9, 10, 0.9, 0.8, 0.1),
-    "antmaze-large": (10, 1, 0.1, 3, 30, 3, 30, 0.9, 0.1, 0.5, 6.4, 0.1),
-    "humanoidmaze-medium": (3, 3, 0.1, 1, 30, 30, 10, 0.7, 0.3, 0.5, 6.4, 30),
-    "cube-triple": (3, 3, 0.1, 10, 300, 30, 30, 0.95, 1, 0.9, 0.8, 0.03),
-    "cube-quadruple": (1, 3, 0.1, 0.3, 30, 100, 10, 0.95, 1, 0.7, 0.8, 1),
-    "puzzle-4x4": (30, 0.1, 0.9, 3, 3, 1, 30, 0.9, 1, 0.9, 0.8, 0.3),
-    "antmaze-giant": (3, 10, 0.1, 3, 30, 3, 30, 0.8, 0.1, 0.5, 0.8, 0.1),
-    "humanoidmaze-large": (3, 3, 0.1, 0.3, 30, 30, 30, 0.8, 0.3, 0.5, 0.8, 10),
+    "puzzle-3x3": (3, 1, 0.1, 3, 0, 300, 10, 0.95, 1, 0.7, 0.8, 0.03, 10, 30, 1),
+    "scene": (1, 1, 0, 1, 300, 300, 10, 0.9, 3, 0.7, 6.4, 100, 3, 30, 1),
+    "cube-double": (1, 1, 0, 1, 0, 300, 10, 0.9, 10, 0.9, 0.8, 0.1, 1, 10, 3),
+    "antmaze-large": (10, 1, 0.1, 3, 30, 3, 30, 0.9, 0.1, 0.5, 6.4, 0.1, 10, 10, 0.3),
+    "humanoidmaze-medium": (3, 3, 0.1, 1, 30, 30, 10, 0.7, 0.3, 0.5, 6.4, 30, 10, 30, 1),
+    "cube-triple": (3, 3, 0.1, 10, 300, 30, 30, 0.95, 1, 0.9, 0.8, 0.03, 10, 10, 0.3),
+    "cube-quadruple": (1, 3, 0.1, 0.3, 30, 100, 10, 0.95, 1, 0.7, 0.8, 1, 1, 10, 1),
+    "puzzle-4x4": (30, 0.1, 0.9, 3, 3, 1, 30, 0.9, 1, 0.9, 0.8, 0.3, 10, 1, 1),
+    "antmaze-giant": (3, 10, 0.1, 3, 30, 3, 30, 0.8, 0.1, 0.5, 0.8, 0.1, 10, 10, 0.3),
+    "humanoidmaze-large": (3, 3, 0.1, 0.3, 30, 30, 30, 0.8, 0.3, 0.5, 0.8, 10, 10, 30, 0.3),
 }
 
 
@@ -46,6 +47,9 @@ def test_every_domain_of_the_table():
             configs["rql"].expectile,
             configs["fawac"].inverse_temperature,
             configs["fbrac"].alpha,
+            configs["qsm"].inverse_temperature,
+            configs["qsm"].alpha,
+            configs["dac"].alpha,
         )
         assert found == row, domain
         for name, config in configs.items():

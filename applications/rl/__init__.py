@@ -39,11 +39,13 @@ _FILES = {
     "agents.dsrl": "DSRL DSRLConfig",
     "agents.qsm": "QSM QSMConfig",
     "agents.dac": "DAC DACConfig",
+    "agents.rebrac": "ReBRAC ReBRACConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions EntropyOptions MatchingOptions "
     "Range TiltOptions above at_least one_of checked_option",
-    "agents.networks": "Critics FlowActor OneStepActor TanhGaussianActor TimedCritics ValueNetwork",
+    "agents.networks": "Critics DeterministicActor FlowActor OneStepActor TanhGaussianActor "
+    "TimedCritics ValueNetwork",
     "agents.rollouts": "FlowODE Noise best_of candidates condition first_ranked flow_action",
     "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss critic_term "
     "expectile_errors expectile_loss one_step_loss pessimistic td_target",
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from applications.rl.agents.dsrl import DSRL, DSRLConfig
     from applications.rl.agents.qsm import QSM, QSMConfig
     from applications.rl.agents.dac import DAC, DACConfig
+    from applications.rl.agents.rebrac import ReBRAC, ReBRACConfig
 
     # An agent of one's own
     from applications.rl.agents.base import Agent, Shapes, Uniform
@@ -121,6 +124,7 @@ if TYPE_CHECKING:
     )
     from applications.rl.agents.networks import (
         Critics,
+        DeterministicActor,
         FlowActor,
         OneStepActor,
         TanhGaussianActor,

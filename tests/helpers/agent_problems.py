@@ -20,6 +20,7 @@ OPTIONS = {
     "dsrl": {"latent_scale": 0.8},
     "fawac": {"inverse_temperature": 2.0},
     "fbrac": {"alpha": 0.3},
+    "rebrac": {"alpha": 0.3, "noise_clip": 0.25},
     "rql": {"alpha": 3.0, "expectile": 0.8},
     "qsm": {"inverse_temperature": 3.0, "alpha": 2.0, "time_features": 6},
     "dac": {"alpha": 2.0, "time_features": 6},

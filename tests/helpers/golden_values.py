@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from applications.rl import Agent, Batch, find_agent, make_agent
 from applications.rl.agents.diffusion import NoisePredictor
 from applications.rl.agents.layers import MLP
-from applications.rl.agents.networks import Critics, FlowActor, OneStepActor, TanhGaussianActor
+from applications.rl.agents.networks import (
+    Critics,
+    DeterministicActor,
+    FlowActor,
+    OneStepActor,
+    TanhGaussianActor,
+)
 
 OBSERVATION_DIM, ACTION_DIM = 6, 2
 
@@ -131,6 +137,10 @@ class Case:
 def leaves(published: str, module) -> Iterator[tuple[str, nn.Parameter]]:
     if isinstance(module, nn.Parameter):
         yield f"{published}/log_value", module
+    elif isinstance(module, DeterministicActor):
+        *hidden, (_, weight), (_, bias) = of_mlp(f"{published}/actor_net", module.mlp)
+        yield from [*hidden, (f"{published}/mean_net/kernel", weight)]
+        yield f"{published}/mean_net/bias", bias
     elif isinstance(module, FlowActor | OneStepActor):
         yield from of_mlp(f"{published}/mlp", module.mlp)
     elif isinstance(module, TanhGaussianActor):
@@ -261,6 +271,18 @@ DSRL = Case(
         "alpha": "log_alpha",
     },
 )
+REBRAC = Case(
+    "golden_rebrac",
+    "default",
+    "rebrac",
+    SMALL | {"alpha": 0.01, "action_noise": 0.2, "noise_clip": 0.5, "target_every": 2},
+    {
+        "critic": "critic",
+        "target_critic": "target_critic",
+        "actor": "actor",
+        "target_actor": "target_actor",
+    },
+)
 BAM = Case("golden_bam", "default", "bam", SMALL | {"inverse_temperature": 10.0})
 DIFFUSION = {"critic": "critic", "target_critic": "target_critic", "actor": "policy"}
 QSM = Case(
@@ -292,4 +314,20 @@ FBRAC = Case(
 )
 
 
-CASES = (QAM, ALT, RESIDUAL, QAM_F, QAM_E, FQL, IFQL, BAM, FEDIT, DSRL, FAWAC, FBRAC, QSM, DAC)
+CASES = (
+    QAM,
+    ALT,
+    RESIDUAL,
+    QAM_F,
+    QAM_E,
+    FQL,
+    IFQL,
+    BAM,
+    FEDIT,
+    DSRL,
+    FAWAC,
+    FBRAC,
+    QSM,
+    DAC,
+    REBRAC,
+)

@@ -69,6 +69,7 @@ CASES = [
     ("dsrl", {}),
     ("qsm", {}),
     ("dac", {"action_chunking": False}),
+    ("rebrac", {}),
 ]
 
 

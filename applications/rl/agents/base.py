@@ -51,7 +51,8 @@ class Agent(nn.Module, ABC):
     A subclass says which noises it needs, what its losses are, and how it acts; nothing else is
     overridden.  A module assigned to an attribute ``target_NAME`` is the target network of the
     module ``NAME``: it follows it at the rate ``target_NAME_rate`` of the options if there is one,
-    else at ``target_rate``.
+    else at ``target_rate``, in every update or, if there is an option ``target_every``, in one of
+    so many.
 
     An agent is in training mode (`Module.train`) while it is trained and explores, and in
     evaluation mode (`Module.eval`) when it is evaluated, loaded or exported.
@@ -70,6 +71,9 @@ class Agent(nn.Module, ABC):
         chunk_length: actions the policy emits at once.
         chunk_dim: size of a flattened chunk.
         observation_mean, observation_deviation: (observation_dim,), see `fit_normalizer`.
+        target_every: updates from one step of the target networks to the next.
+        updates: number of updates so far, a scalar on the device; only where ``target_every`` is
+            above 1.
 
     Raises:
         ValueError: a size is not positive.
@@ -83,6 +87,7 @@ class Agent(nn.Module, ABC):
 
     observation_mean: Tensor
     observation_deviation: Tensor
+    updates: Tensor
 
     def __init_subclass__(cls) -> None:
         """Tell the configuration which agent it belongs to.
@@ -112,6 +117,9 @@ class Agent(nn.Module, ABC):
         self.chunk_dim = self.chunk_length * action_dim
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_deviation", torch.ones(observation_dim))
+        self.target_every: int = getattr(config, "target_every", 1)
+        if self.target_every > 1:
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     # ----- methods that every agent defines --------------------------------------------------
 
@@ -221,6 +229,9 @@ class Agent(nn.Module, ABC):
     def update_targets(self) -> None:
         """Move the target networks a step, θ̄ <- rate θ + (1 - rate) θ̄, before the optimiser's step.
 
+        Where ``target_every`` is above 1 they stay where they are in the other updates.  Which
+        update it is is counted on the device, so that a CUDA graph can repeat this method.
+
         Raises:
             TypeError: there is a target network for which the options have no rate.
         """
@@ -232,8 +243,16 @@ class Agent(nn.Module, ABC):
                 network = self.get_submodule(name.removeprefix("target_"))
                 moved.setdefault(rate, []).extend(target.parameters())
                 followed.setdefault(rate, []).extend(network.parameters())
+        if self.target_every == 1:
+            for rate, parameters in moved.items():
+                torch._foreach_lerp_(parameters, followed[rate], rate)
+            return
+        self.updates.add_(1)
+        due = self.updates % self.target_every == 0
         for rate, parameters in moved.items():
-            torch._foreach_lerp_(parameters, followed[rate], rate)
+            steps = torch._foreach_sub(followed[rate], parameters)
+            torch._foreach_mul_(steps, rate * due.to(parameters[0].dtype))
+            torch._foreach_add_(parameters, steps)
 
     @final
     def critics(self, members: int) -> Critics:

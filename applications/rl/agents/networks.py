@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +229,37 @@ class OneStepActor(nn.Module):
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Evaluate chunks (B, chunk_dim) at observations (B, obs) and z (B, chunk_dim)."""
         return self.mlp(torch.cat([observations, z], dim=1))
+
+
+class DeterministicActor(nn.Module):
+    """Deterministic policy μ(s) = tanh(f(s)), near 0 at first.
+
+    Arguments:
+        observation_dim: size of s.
+        chunk_dim: size of the chunk.
+        hidden: widths of the hidden layers.
+        layer_norm: normalise after each activation.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        chunk_dim: int,
+        *,
+        hidden: Sequence[int],
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP([observation_dim, *hidden, chunk_dim], layer_norm=layer_norm)
+        with torch.no_grad():  # variance scaling by 0.01
+            cast(Tensor, self.mlp.layers[-1].weight).mul_(0.1)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Evaluate chunks (B, chunk_dim) in [-1, 1] at observations (B, observation_dim)."""
+        return self.mlp(observations).tanh()
 
 
 class TanhGaussianActor(nn.Module):

@@ -30,6 +30,7 @@ from applications.rl.agents.qam import QAM
 from applications.rl.agents.qam_e import QAME
 from applications.rl.agents.qam_f import QAMF
 from applications.rl.agents.qsm import QSM
+from applications.rl.agents.rebrac import ReBRAC
 from applications.rl.agents.rql import RQL
 
 AGENTS: dict[str, type[Agent]] = {
@@ -47,6 +48,7 @@ AGENTS: dict[str, type[Agent]] = {
     "dsrl": DSRL,
     "qsm": QSM,
     "dac": DAC,
+    "rebrac": ReBRAC,
 }
 """The agents that have a short name."""
 

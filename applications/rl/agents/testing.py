@@ -255,7 +255,8 @@ def _every_weight_is_trained_or_a_target(case: _Case) -> None:
 def _targets_follow_their_networks(case: _Case) -> None:
     agent = case.agent()
     before = copy.deepcopy(agent.state_dict())
-    agent.update_targets()
+    for _ in range(agent.target_every):
+        agent.update_targets()
     for name, parameter in agent.named_parameters():
         if not name.startswith("target_"):
             assert torch.equal(parameter, before[name]), f"update_targets changes {name}"

@@ -86,7 +86,7 @@ def test_single_actions_are_learned_with_returns_over_the_horizon(name):
     agent, data = make(name, action_chunking=False), batch()
     loss, _ = agent.loss(data, noise(agent))
     assert loss.isfinite()
-    if name not in ("bc", "ifql", "rql"):  # whose targets need no action
+    if name not in ("bc", "ifql", "rql", "rebrac"):  # targets of other actions
         eps = noise(agent)
         next_actions = agent.chunks(data.next_observations, next_noise(agent, eps))
         q = agent.target_critic(data.next_observations, next_actions)
@@ -148,13 +148,50 @@ def test_target_copies_start_equal_and_follow_the_weights(name):
             if p.requires_grad:
                 p.add_(1.0)
     before = [copy.deepcopy(target) for _, target in pairs]
-    agent.update_targets()
+    for _ in range(agent.target_every):
+        agent.update_targets()
     for (network, target), old in zip(pairs, before, strict=True):
         for p, q, r in zip(
             network.parameters(), target.parameters(), old.parameters(), strict=True
         ):
             torch.testing.assert_close(q, 0.1 * p + 0.9 * r)
             assert not q.requires_grad
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that are performed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_target_networks_may_move_in_one_of_several_updates():
+    """By the same operations in each, so that a CUDA graph of one update repeats as any other."""
+    agent = make("rebrac", target_every=3)
+    moved, recorded = [], []
+    for update in range(1, 9):
+        if update == 5:  # goes on from a checkpoint
+            state, agent = agent.state_dict(), make("rebrac", seed=1, target_every=3)
+            agent.load_state_dict(state)
+        targets = [agent.target_critic, agent.target_actor]
+        before = copy.deepcopy(targets)
+        with Operations() as operations:
+            agent.update_targets()
+        recorded.append(operations.seen)
+        same = [
+            torch.equal(p, q)
+            for target, old in zip(targets, before, strict=True)
+            for p, q in zip(target.parameters(), old.parameters(), strict=True)
+        ]
+        assert all(same) or not any(same)
+        moved += [] if all(same) else [update]
+    assert moved == [3, 6]
+    assert all(operations == recorded[0] for operations in recorded)
 
 
 def test_the_policy_does_not_start_as_a_copy_of_the_behaviour():
@@ -297,6 +334,8 @@ BAD = [
     ("dsrl", "latent_scale", 0.0),
     ("fawac", "inverse_temperature", 0.0),
     ("fbrac", "alpha", 0.0),
+    ("rebrac", "target_every", 0),
+    ("rebrac", "noise_clip", -0.1),
     ("rql", "expectile", 0.0),
     ("rql", "target_policy_rate", 1.5),
     ("qsm", "inverse_temperature", 0.0),
@@ -317,7 +356,7 @@ def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, op
 @pytest.mark.parametrize(
     ("name", "clip"),
     [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam", "qsm", "dac")]
-    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rql", "fawac", "fbrac")],
+    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rebrac", "rql", "fawac", "fbrac")],
 )
 def test_published_optimiser_settings_are_the_defaults(name, clip):
     config = AGENTS[name].config_class()

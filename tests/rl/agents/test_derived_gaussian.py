@@ -1,6 +1,7 @@
 """Losses and gradients of agents with Gaussian actors against the formulas, again in float64."""
 
 import pytest
+import torch
 from helpers.formulas import (
     D,
     behaviour_term,
@@ -9,6 +10,8 @@ from helpers.formulas import (
     critics,
     editor,
     euler,
+    lower,
+    perceptron,
     policy_value,
 )
 
@@ -51,7 +54,20 @@ def dsrl(agent, data, eps):
     return critic_term(agent, data, value) + behaviour_term(agent, data, eps) + own
 
 
-REFERENCES = {"fedit": fedit, "dsrl": dsrl}
+def rebrac(agent, data, eps):
+    config, s, w = agent.config, data.observations, data.valid
+    A = data.actions.reshape(len(s), D)
+    xi = (0.2 * eps["next_action_noise"]).clamp(-0.25, 0.25)
+    a = torch.tanh(perceptron(agent.target_actor.mlp, data.next_observations)) + xi
+    critic = critic_term(agent, data, policy_value(agent, data, a.clamp(-1, 1)))
+
+    mu = torch.tanh(perceptron(agent.actor.mlp, s))
+    q = lower(critics(agent.critic, s, mu, constant=True), config.rho)
+    weight = 1 / q.abs().mean().detach()
+    return critic - weight * q.mean() + config.alpha * (w * ((mu - A) ** 2).sum(1)).mean()
+
+
+REFERENCES = {"fedit": fedit, "dsrl": dsrl, "rebrac": rebrac}
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -29,6 +29,7 @@ from helpers.golden_values import (
     QAM_E,
     QAM_F,
     QSM,
+    REBRAC,
     RESIDUAL,
     ours,
 )
@@ -147,6 +148,8 @@ def check_losses(case, update, trainer):
     prefix, (metrics,) = f"u{update}.out", trainer.loss_metrics
     check(metrics["loss"], case.get(f"{prefix}.total_loss"), "total loss")
     compared = [(p, name) for p, name in LOSSES.items() if case.has(f"{prefix}.{p}")]
+    if case is REBRAC:  # compared below, for the recording has its weight in it
+        compared.remove(("info.actor/bc_loss", "actor/path_penalty"))
     assert compared
     for published, name in compared:
         check(metrics[name], case.get(f"{prefix}.{published}"), published)
@@ -195,7 +198,9 @@ def test_trajectory_and_adjoint(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c is not IFQL], ids=str)
 def test_next_actions_and_values(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
-    if not hasattr(agent, "rollouts"):
+    if case is REBRAC:
+        chunks = agent.next_actions(batch, noise)
+    elif not hasattr(agent, "rollouts"):
         own = {"noise": noise["next_action_noise"]}
         own |= {"ddpm_z": noise["next_ddpm_z"]} if "next_ddpm_z" in noise else {}
         chunks = agent.chunks(batch.next_observations, own)
@@ -225,7 +230,7 @@ def test_values_of_the_data(case):
 @pytest.mark.parametrize("kind", ["single", "batch", "bon4"])
 def test_actions_after_three_updates(case, kind):
     if not case.has(f"eval_{kind}.in.observations"):
-        assert case is IFQL or (case in (FAWAC, QSM, DAC) and kind == "bon4")
+        assert case is IFQL or (case in (FAWAC, QSM, DAC, REBRAC) and kind == "bon4")
         return
     agent = trained(str(case))
     observations, noise = case.acting(kind)
@@ -302,6 +307,30 @@ def test_parts_of_dsrl():
 
 def sum_of_actor(case):
     return sum(case.get(f"u0.out.info.actor/{name}") for name in ("actor_loss", "alpha_loss"))
+
+
+def test_parts_of_rebrac():
+    agent, batch, noise = REBRAC.make(), REBRAC.batch(0), REBRAC.noise(0)
+    s = batch.observations
+    next_mode = agent.target_actor(batch.next_observations)
+    check(next_mode, REBRAC.get("u0.out.next_mode"), "actions of the target policy")
+    check(agent.actor(s), REBRAC.get("u0.out.actor_actions"), "actions")
+    check(agent.critic(s, agent.actor(s)), REBRAC.get("u0.out.actor_qs"), "their values")
+    loss, metrics = agent.losses(batch, noise)["actor"]
+    check(loss, REBRAC.get("u0.out.info.actor/total_loss"), "the actor's loss")
+    imitation = agent.config.alpha * metrics["actor/bc_loss"]
+    check(imitation, REBRAC.get("u0.out.info.actor/bc_loss"), "imitation")
+
+
+@pytest.mark.parametrize("update", range(3))
+def test_target_networks_of_rebrac_move_where_the_recording_says(update):
+    agent = REBRAC.make()
+    for _ in range(update):
+        agent.update_targets()
+    before = [p.clone() for p in agent.target_actor.parameters()]
+    agent.update_targets()
+    moved = not all(map(torch.equal, agent.target_actor.parameters(), before))
+    assert moved == REBRAC.get(f"u{update}.in.full_update").item()
 
 
 def test_parts_of_bam():

@@ -11,6 +11,7 @@ from applications.rl.agents.layers import gelu, gelu_and_slope
 from applications.rl.agents.networks import (
     LOG_STD_RANGE,
     Critics,
+    DeterministicActor,
     FlowActor,
     OneStepActor,
     TanhGaussianActor,
@@ -178,6 +179,18 @@ def test_value_network():
     copy_parameters(network.mlp, single)
     s = randn(B, OBS)
     torch.testing.assert_close(network(s), single(s)[:, 0])
+
+
+def test_deterministic_actor_is_bounded_and_starts_near_zero():
+    torch.manual_seed(0)
+    actor = DeterministicActor(40, 60, hidden=(80, 90)).double()
+    first, last = actor.mlp.layers[0].weight.abs(), actor.mlp.layers[-1].weight.abs()
+    assert 0.95 * math.sqrt(6 / 120) < first.max() <= math.sqrt(6 / 120)
+    bound = math.sqrt(3 * 0.01 / ((90 + 60) / 2))  # variance scaling by the mean of both widths
+    assert 0.95 * bound < last.max() <= bound + 1e-7
+    s = randn(B, 40)
+    torch.testing.assert_close(actor(s), torch.tanh(actor.mlp(s)))
+    assert actor(1e6 * s).abs().max() == 1
 
 
 def test_log_prob_is_that_of_torch_distributions():

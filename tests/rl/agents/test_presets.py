@@ -57,25 +57,30 @@ def test_every_domain_of_the_table():
             assert name == "bc" or config.rho == (0.0 if "humanoid" in domain else 0.5)
 
 
-# Agents with a Gaussian actor: fedit scale; dsrl scale
+# Agents with a Gaussian actor: fedit scale; dsrl scale; rebrac α, noise
 GAUSSIAN = {
-    "puzzle-3x3": (0.2, 1),
-    "scene": (0.2, 0.4),
-    "cube-double": (0.2, 1),
-    "antmaze-large": (0.2, 0.8),
-    "humanoidmaze-medium": (0.5, 0.6),
-    "cube-triple": (0.3, 1.4),
-    "cube-quadruple": (0.4, 1.4),
-    "puzzle-4x4": (0.8, 1),
-    "antmaze-giant": (0.3, 1.2),
-    "humanoidmaze-large": (0.1, 0.8),
+    "puzzle-3x3": (0.2, 1, 0.1, 0),
+    "scene": (0.2, 0.4, 0.03, 0),
+    "cube-double": (0.2, 1, 0.01, 0),
+    "antmaze-large": (0.2, 0.8, 0.01, 0),
+    "humanoidmaze-medium": (0.5, 0.6, 0.01, 0),
+    "cube-triple": (0.3, 1.4, 0.01, 0.2),
+    "cube-quadruple": (0.4, 1.4, 0.01, 0.2),
+    "puzzle-4x4": (0.8, 1, 0.01, 0.2),
+    "antmaze-giant": (0.3, 1.2, 0.01, 0),
+    "humanoidmaze-large": (0.1, 0.8, 0.01, 0.1),
 }
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_domain_of_the_table_of_gaussian_actors(domain):
     configs = {name: preset(name, task(domain)) for name in AGENTS}
-    found = (configs["fedit"].edit_scale, configs["dsrl"].latent_scale)
+    found = (
+        configs["fedit"].edit_scale,
+        configs["dsrl"].latent_scale,
+        configs["rebrac"].alpha,
+        configs["rebrac"].action_noise,
+    )
     assert found == GAUSSIAN[domain]
 
 

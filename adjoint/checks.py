@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from adjoint.arguments import Arguments
 from adjoint.micro_batches import rows_of
 from adjoint.models.trainable import check_base_is_apart, trainable
-from adjoint.rewards.reward import check_reward
+from adjoint.rewards.reward import check_dependence, check_reward
 from adjoint.trajectory_source import CondSampler
 from flows.field import Cond, VelocityField, check_velocity
 from flows.sampling import sample
 from flows.training import distributed
+
+SLOPE_GAP = 0.5
+"""Difference from the slopes -1 and +1 beyond which a base is warned of."""
 
 FEW = 64
 """States at which a base is checked."""
@@ -62,15 +66,19 @@ def checked_model(
 
     Raises:
         TypeError, ValueError: base, reward or model return the wrong type or shape, or a field is
-            not finite; the reward is not differentiable; the base changes with the weights of the
+            not finite; the reward is not differentiable, or not a function of each sample alone;
+            the base changes with the weights of the
             model; no weight is trained; or a base without parameters needs a model.
     """
     check_field(arguments.base, x, cond, "base")
     x, cond = x[:FEWER], rows_of(cond, slice(FEWER))
     ends = sample(arguments.base, x, grid=10, method="euler", cond=cond)
+    check_direction(arguments.base, x, ends, cond)
     if bool(torch.isfinite(ends).all()):
         some = slice(arguments.config.reward_batch or FEWER)
-        check_reward(arguments.reward, ends[some], rows_of(cond, some), finite=False)
+        few, given = ends[some], rows_of(cond, some)
+        found = check_reward(arguments.reward, few, given, finite=False)
+        check_dependence(arguments.reward, few, given, *found)
     if model is None:
         model = trainable(
             base, arguments.shape, arguments.config.seed, cond=cond, dtype=arguments.dtype
@@ -83,6 +91,39 @@ def checked_model(
     if not isinstance(arguments.base, nn.Module):  # modules are copies by now
         check_base_is_apart(arguments.base, model, x, cond)
     return model
+
+
+@torch.no_grad()
+def check_direction(base: VelocityField, noise: Tensor, data: Tensor, cond: Cond | None) -> None:
+    """Warn of a base whose velocity has not the slopes of a flow from noise to data.
+
+    For independent noise, v(x, 0) = E[X_1] - x and v(x, 1) = x, so that the slope of v in x, the
+    regression of v on x with the mean taken out, is -1 at pure noise and +1 at data, whatever the
+    data are.
+
+    Arguments:
+        base: velocity field.
+        noise, data: states (B, *) at t = 0 and t = 1.
+        cond: their conditions.
+
+    Warns:
+        UserWarning: sign, direction or scale of the slopes are others.
+    """
+    if not bool(torch.isfinite(data).all()):
+        return
+    found = []
+    for states, time in ((noise, 0.0), (data, 1.0)):
+        v = base(states, torch.tensor(time).to(states), cond).float()
+        x = states.float() - states.float().mean(0)
+        found.append(float(((v - v.mean(0)) * x).sum() / x.square().sum().clamp_min(1e-12)))
+    if abs(found[0] + 1) > SLOPE_GAP or abs(found[1] - 1) > SLOPE_GAP:
+        warnings.warn(
+            f"base: its velocity changes with x by {found[0]:+.2f} at t = 0 and {found[1]:+.2f} at "
+            "t = 1, where a flow from independent noise at t = 0 to data at t = 1 has -1 and +1 "
+            "whatever its data: the sign, the direction of time or a scale is wrong, the network "
+            "is not trained, or its noise is not independent of its data",
+            stacklevel=3,
+        )
 
 
 def draw_conditions(cond_sampler: CondSampler, n: int, generator: torch.Generator) -> Cond:

@@ -34,6 +34,8 @@ from flows.training.callbacks import Callback, default_callbacks, describe_stop
 from flows.weights import fingerprint
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def tilt(
     base: VelocityField,
     reward: ValueFunction,
@@ -60,7 +62,8 @@ def tilt(
     Started by ``torchrun``, the processes do this together (`flows.training.distributed`): the
     numbers of ``config`` are totals, of which each takes its share, the first process writes the
     checkpoint, and every one returns the same weights and the certificate of all trajectories.
-    Every process must make the same call.
+    Every process must make the same call.  Gradients are recorded whatever the mode of the caller,
+    under `torch.no_grad` too.
 
     Arguments:
         base: velocity field on the canonical path.  A module is copied (but for the weights that

@@ -18,12 +18,40 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
+HOOKS = {
+    "_diffusers_hook": "diffusers (layerwise casting or group offloading)",
+    "_hf_hook": "accelerate (cpu offloading)",
+}
+"""Attributes of modules with hooks, and what makes them."""
+
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def copy_sharing(module: Module, shared: Iterable[Tensor]) -> Module:
-    """Return a deep copy of ``module`` that shares the tensors ``shared`` with it."""
+    """Return a deep copy of ``module`` that shares the tensors ``shared`` with it.
+
+    Raises:
+        ValueError: a part of it has hooks of diffusers or accelerate, which do not survive a copy.
+    """
+    refuse_hooks(module)
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Refuse a module whose layers are cast or moved by hooks: a copy's hooks act on the original.
+
+    Raises:
+        ValueError: naming the part and the hooks.
+    """
+    for name, part in module.named_modules():
+        for attribute, maker in HOOKS.items():
+            hook = getattr(part, attribute, None)
+            if hook is not None and getattr(hook, "hooks", True):  # a registry may be empty
+                raise ValueError(
+                    f"the part {name or type(part).__name__!r} has hooks of {maker}, which do not "
+                    "survive the copy that a tilt makes: remove them, and give the module on its "
+                    "device and in the dtype to compute in"
+                )
 
 
 def frozen_weights(module: nn.Module) -> dict[str, Tensor]:

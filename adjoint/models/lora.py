@@ -33,11 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from flows.field import Cond
+from flows.pretrained.adapter import Pretrained
+from flows.pretrained.convention import is_class
 from flows.training.checkpoint import CheckpointError, replacing
 from flows.weights import copy_sharing
 
 ADAPTER = "default"
 """What peft calls the only adapter."""
+
+UNETS = ("UNet2DConditionModel", "UNet2DModel", "UNet3DConditionModel", "UNetMotionModel")
+"""Classes of diffusers that are the ``unet`` of a pipeline; others are its ``transformer``."""
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that can be adapted."""
@@ -102,8 +107,12 @@ def lora(
         ) from error
     if not isinstance(field, nn.Module):
         raise TypeError(f"field must be a module, got {type(field).__name__}")
-    if _adapters(field):
-        raise ValueError("field has adapters already: fold them in by merge, or pass its base")
+    present = sorted({name for layer in _adapters(field).values() for name in layer.scaling})
+    if present:
+        raise ValueError(
+            f"field must have no adapters, got {present}: fold them in first, by merge, or in a "
+            "pipeline by pipe.fuse_lora(); pipe.unload_lora_weights()"
+        )
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     alpha = float(rank) if alpha is None else alpha
@@ -168,7 +177,7 @@ def _find_layers(field: nn.Module, targets: Sequence[str] | None = None) -> list
 
 def adapter_scales(model: nn.Module) -> str | None:
     """Return the factors alpha / rank of the adapters as text; None if there are none."""
-    scales = sorted({float(layer.scaling[ADAPTER]) for layer in _adapters(model).values()})
+    scales = sorted({float(s) for m in _adapters(model).values() for s in m.scaling.values()})
     return ", ".join(map(repr, scales)) or None
 
 
@@ -187,7 +196,8 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         owner, _, rest = name.rpartition(".base_layer.")
         if owner in layers:
-            change = layers[owner].get_delta_weight(ADAPTER).detach() if rest == "weight" else 0
+            adapters = layers[owner].active_adapters if rest == "weight" else ()
+            change = sum(layers[owner].get_delta_weight(name).detach() for name in adapters)
             merged[f"{owner}.{rest}"] = (value + change).to(value.dtype)
         elif not any(name.startswith(f"{layer}.lora_") for layer in layers):
             merged[name] = value
@@ -198,6 +208,9 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
     """Write the adapters of ``model`` to a safetensors file, atomically.
 
     Names are those of peft's own files, with the scale alpha / rank of each layer in the metadata.
+    Of a network of diffusers, or a field made of one, it is a file that its pipeline reads by
+    ``pipe.load_lora_weights``: names begin with the network's place in the pipeline, and the
+    matrices B are multiplied by the scale, which diffusers takes to be 1.
 
     Raises:
         ValueError: ``model`` has no adapters.
@@ -205,8 +218,11 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
     """
     from safetensors.torch import save
 
-    weights, scales = _weights(model)
-    plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    weights, scales, prefix = _file_layout(model)
+    plain = {}
+    for name, weight in weights.items():
+        factor = _folded_scale(name, scales) if prefix else 1.0
+        plain[prefix + name] = (factor * weight.detach().cpu()).contiguous()
     with replacing(path, "path") as file:
         file.write(save(plain, metadata={"format": "pt", **scales}))
 
@@ -222,7 +238,7 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    weights, scales = _weights(model)
+    weights, scales, prefix = _file_layout(model)
     try:
         with safe_open(str(path), framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -230,6 +246,7 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     expected = {name: tuple(weight.shape) for name, weight in weights.items()} | scales
+    found = {name.removeprefix(prefix): weight for name, weight in found.items()}
     given = {name: tuple(weight.shape) for name, weight in found.items()}
     given |= {name: value for name, value in metadata.items() if name != "format"}
     for name in sorted({*expected, *given}):
@@ -240,7 +257,8 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
             )
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(found[name])
+            factor = _folded_scale(name, scales) if prefix else 1.0
+            weight.copy_(found[name] / factor)
 
 
 def prepare_dropout(model: nn.Module) -> None:
@@ -254,6 +272,24 @@ def prepare_dropout(model: nn.Module) -> None:
 def _adapters(model: nn.Module) -> dict[str, Any]:
     """Return the layers of ``model`` with an adapter, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+
+
+def _file_layout(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Return weights and scales, see `_weights`, and the place of the network in its pipeline.
+
+    The place is "transformer." or "unet." for a network of diffusers, else "".
+    """
+    network = model.network if isinstance(model, Pretrained) else model
+    weights, scales = _weights(network)
+    if not is_class(network, ("ModelMixin",), "diffusers"):
+        return (*_weights(model), "")
+    return weights, scales, "unet." if is_class(network, UNETS) else "transformer."
+
+
+def _folded_scale(name: str, scales: dict[str, str]) -> float:
+    """Return the factor of the weight ``name`` in a file: the scale of its layer for matrices B."""
+    layer, _, part = name.rpartition(".lora_")
+    return float(scales[f"{layer}.scale"]) if part.startswith("B") else 1.0
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from flows.field import Cond, Residual, VelocityField
 from flows.networks.mlp import MLPVelocity
+from flows.weights import copy_sharing
 
 NARROWEST, WIDEST = 128, 1024
 """Bounds of the width of the network that is trained on a base without parameters."""
@@ -32,7 +31,7 @@ def trainable(
         ValueError: a base without parameters whose samples or conditions are not vectors.
     """
     if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
-        clone = copy.deepcopy(base)
+        clone = copy_sharing(base, ())
         if not any(p.requires_grad for p in clone.parameters()):
             clone.requires_grad_(True)
         return clone

@@ -63,6 +63,7 @@ def load(
     constants: Mapping[str, object] | None = None,
     expanded: Cond | None = None,
     conditions: Collection[str] = (),
+    ignored: Collection[str] = (),
     t_range: tuple[float, float] = (0.0, 1.0),
     quiet: bool = False,
 ) -> Pretrained:
@@ -75,7 +76,7 @@ def load(
             flow_matching, a matcher of torchcfm, a scheduler of diffusers, an SDE of score_sde.
         convention: a name of `CONVENTIONS` or a `Convention` of your own, for classes that are not
             recognised; by default found by class.
-        constants, expanded, conditions, t_range: see `Pretrained`.
+        constants, expanded, conditions, ignored, t_range: see `Pretrained`.
         quiet: print nothing.
 
     Raises:
@@ -97,6 +98,7 @@ def load(
         constants=constants,
         expanded=expanded,
         conditions=conditions,
+        ignored=ignored,
         t_range=t_range,
     )
     if not quiet:

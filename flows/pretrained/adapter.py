@@ -10,7 +10,8 @@ Arguments of a network beside state and time keep their own names, and come from
 places: ``cond``, the conditions of a call, (B, *) each; ``expanded``, one condition for all
 samples, (1, *) each, repeated to the batch (a prompt, a guidance scale); ``constants``, passed as
 they are (position ids, shapes, keyword dictionaries).  A name it does not take is an error, also
-where its own ``**kwargs`` would swallow it.
+where its own ``**kwargs`` would swallow it; conditions that only the reward reads are named by
+``ignored``.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Network(nn.Module):
         constants: Mapping[str, object],
         expanded: Cond,
         conditions: Collection[str],
+        ignored: Collection[str],
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.ignored = network, frozenset(ignored)
         self.convention = convention
         self.takes, self.needs, self.swallows = _arguments(network, convention, conditions)
         for name, value in expanded.items():
@@ -49,6 +51,9 @@ class Network(nn.Module):
                 raise ValueError(f"expanded[{name!r}] must be a tensor (1, *), got {got}")
         self._check_names(constants, "constants")
         self._check_names(expanded, "expanded")
+        both = sorted(self.ignored & (self.takes | set(convention.own)))
+        if both:
+            raise ValueError(f"ignored must not name arguments of {self._class}, got {both}")
         twice = sorted(set(constants) & set(expanded))
         if twice:
             raise ValueError(f"constants and expanded must not share names, got {twice}")
@@ -74,6 +79,7 @@ class Network(nn.Module):
 
     def _extras(self, x: Tensor, dtype: torch.dtype, cond: Cond) -> dict[str, object]:
         """Return the arguments of the network beside state and time."""
+        cond = {name: value for name, value in cond.items() if name not in self.ignored}
         self._check_names(cond, "cond")
         given = {*self.plain, *self.fixed, *self.repeated}
         twice = sorted(given & set(cond))
@@ -90,7 +96,8 @@ class Network(nn.Module):
                 raise TypeError(f"cond[{name!r}] must be a tensor, got {type(value).__name__}")
         check_cond(cond, x)
         repeated = {name: getattr(self, f"extra_{name}") for name in self.repeated}
-        repeated = {name: v.expand(len(x), *v.shape[1:]) for name, v in repeated.items()}
+        # Contiguous: some networks reshape their arguments by `view`.
+        repeated = {n: v.expand(len(x), *v.shape[1:]).contiguous() for n, v in repeated.items()}
         varying = {
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in {**repeated, **cond}.items()
@@ -102,9 +109,11 @@ class Network(nn.Module):
         unknown = sorted(set(names) - self.takes)
         if unknown:
             hint = "; its **kwargs would swallow any name: list those it knows with conditions="
+            aside = f"; conditions for the reward alone are named by load(..., ignored={unknown})"
             raise ValueError(
                 f"{where} names {unknown}, which {self._class} does not take: "
                 f"it takes {sorted(self.takes) or 'none'}{hint if self.swallows else ''}"
+                f"{aside if where == 'cond' else ''}"
             )
 
     @property
@@ -126,6 +135,7 @@ class Pretrained(OnCanonicalPath):
         constants: arguments that are always passed as they are; see the module docstring.
         expanded: conditions (1, *) for all samples, repeated to the batch.
         conditions: names that the ``**kwargs`` of the network understands.
+        ignored: names of conditions that the network does not see, such as those of the reward.
         t_range: canonical times outside which the network must not be called.
 
     Raises:
@@ -142,11 +152,12 @@ class Pretrained(OnCanonicalPath):
         constants: Mapping[str, object] | None = None,
         expanded: Cond | None = None,
         conditions: Collection[str] = (),
+        ignored: Collection[str] = (),
         t_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
-        model = Network(network, convention, constants or {}, expanded or {}, conditions)
+        model = Network(network, convention, constants or {}, expanded or {}, conditions, ignored)
         super().__init__(model, convention.schedule, convention.prediction, t_range=t_range)
         self.convention = convention
 
@@ -204,7 +215,8 @@ def _arguments(
             f"conditions names: it takes {sorted(named)}"
         )
     takes = {*named, *convention.extra, *conditions} - {*convention.own}
-    needs = {n for n, p in named.items() if p.default is p.empty} - {*convention.own}
+    needs = {n for n, p in named.items() if p.default is p.empty} | takes & {*convention.needs}
+    needs -= {*convention.own}
     return takes, needs, swallows
 
 

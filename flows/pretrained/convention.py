@@ -41,6 +41,7 @@ class Convention:
         prediction: of `flows.path.PREDICTIONS`.
         own: arguments of the network that ``call`` fills in; no condition may have these names.
         extra: names that ``call`` understands beside those in the network's signature.
+        needs: arguments that the network fails without, though its signature has defaults for them.
         cast: whether states and floating conditions are cast to the network's dtype; off for
             networks that cast themselves.
         note: a remark that `load` prints.
@@ -52,6 +53,7 @@ class Convention:
     prediction: str = "velocity"
     own: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     cast: bool = True
     note: str = ""
 

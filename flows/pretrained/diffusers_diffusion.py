@@ -40,6 +40,10 @@ PREDICTIONS = {"epsilon": "noise", "sample": "clean", "v_prediction": "v_predict
 ADDED = ("text_embeds", "time_ids")
 """Arguments that Stable Diffusion XL takes inside ``added_cond_kwargs``; here plain conditions."""
 TERMINAL = 2.0**-24
+ROUNDING = 2e-3
+"""Distance from a whole step below which a fraction is taken for rounding in single precision."""
+ZERO_SNR = 1e-6
+"""Largest ᾱ at which a schedule is taken for one that ends at pure noise."""
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
@@ -68,6 +72,13 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
             f"{', '.join(PREDICTIONS)}: {type(unwrapped(network)).__name__} itself does not say "
             f"what it predicts; got {type(scheduler).__name__} with prediction_type {kind!r}"
         )
+    if kind == "epsilon" and float(torch.as_tensor(alphas_cumprod).min()) <= ZERO_SNR:
+        raise ValueError(
+            "scheduler must not end at pure noise (zero terminal SNR) where prediction_type is "
+            "'epsilon': the noise does not determine the data there; give the scheduler that the "
+            "network was trained with, of prediction_type 'v_prediction', say, or without "
+            "rescale_betas_zero_snr"
+        )
     x_name, second = leading(network, 2, "state and timestep")
     known = parameters(network)
     t_name = "timestep" if "timestep" in known else second
@@ -76,6 +87,7 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
         own = (*own, "return_dict")
     added = getattr(getattr(unwrapped(network), "config", None), "addition_embed_type", None)
     extra = ADDED if added == "text_time" else ()
+    classes = getattr(getattr(unwrapped(network), "config", None), "class_embed_type", None)
     if extra:
         own = (*own, "added_cond_kwargs")
     return Convention(
@@ -85,6 +97,7 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
         PREDICTIONS[kind],
         own=own,
         extra=extra,
+        needs=(*extra, *(("class_labels",) if classes is not None else ())),
     )
 
 
@@ -116,6 +129,15 @@ def grid(scheduler: object) -> Tensor:
     return grids.from_times(alpha / (alpha + sigma))
 
 
+def whole_steps(k: Tensor) -> Tensor:
+    """Return steps with those that are whole but for rounding made whole.
+
+    A network that looks its step up by ``k.long()`` would otherwise take 979 for 979.9999.
+    """
+    whole = k.round()
+    return torch.where((k - whole).abs() < ROUNDING, whole, k)
+
+
 def _call(
     network: nn.Module,
     x: Tensor,
@@ -132,5 +154,5 @@ def _call(
         rest["added_cond_kwargs"] = added
     if options:
         rest["return_dict"] = False
-    out = network(**{x_name: x, t_name: t}, **rest)
+    out = network(**{x_name: x, t_name: whole_steps(t)}, **rest)
     return first_half(out if isinstance(out, Tensor) else out[0], x)

@@ -10,6 +10,9 @@ for the others.  A scheduler's shift changes the grid only, see `grid`.  States 
 pipeline calls latents: packed tokens (B, N, C) for FLUX and QwenImage, (B, C, H, W) for the others.
 Times stay in the state's dtype: bfloat16 cannot tell 999 from 1000.
 
+Captions of Z-Image have no mask: a batch (B, L, D) of different lengths is padded by rows of zeros
+at the end, which are cut off again.
+
 Distilled guidance ("guidance" of FLUX) is an argument of the network, ``expanded={"guidance":
 torch.tensor([3.5])}``, and not classifier-free guidance.  Position ids and shapes are constants.
 """
@@ -34,13 +37,37 @@ REVERSED = {
 """Classes whose time is ``scale · (1 - t)``, and that scale."""
 FORWARD = ("Lumina2Transformer2DModel",)
 LISTS = ("ZImageTransformer2DModel",)
-OWN = ("hidden_states", "timestep", "return_dict")
+NEEDS = {
+    "SD3Transformer2DModel": ("encoder_hidden_states", "pooled_projections"),
+    "FluxTransformer2DModel": ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids"),
+    "QwenImageTransformer2DModel": ("encoder_hidden_states", "img_shapes"),
+}
+"""Arguments that a class fails without, though its signature has the default None for them."""
+DIFFUSION = (
+    "CogVideoXTransformer3DModel",
+    "CogView3PlusTransformer2DModel",
+    "ConsisIDTransformer3DModel",
+    "DiTTransformer2DModel",
+    "DualTransformer2DModel",
+    "EasyAnimateTransformer3DModel",
+    "HunyuanDiT2DModel",
+    "LatteTransformer3DModel",
+    "PixArtTransformer2DModel",
+    "StableAudioDiTModel",
+    "Transformer2DModel",
+)
+"""Transformers of diffusers that are no flows and need a scheduler with ``alphas_cumprod``."""
 
 
 def recognises(network: nn.Module, scheduler: object) -> bool:
     """Tell whether network or scheduler is a flow transformer of diffusers."""
     known = (*REVERSED, *FORWARD, *LISTS)
-    return is_class(network, known, "diffusers") or _of_a_flow(scheduler)
+    if is_class(network, known, "diffusers") or _of_a_flow(scheduler):
+        return True
+    # Nearly all other transformers of diffusers are flows too, and no table of betas fits them.
+    name = type(unwrapped(network)).__name__
+    of_diffusers = is_class(network, ("ModelMixin",), "diffusers")
+    return of_diffusers and "Transformer" in name and not is_class(network, DIFFUSION)
 
 
 def convention(network: nn.Module, scheduler: object = None) -> Convention:
@@ -50,7 +77,8 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
         ValueError: a class that is not known, whose direction of time cannot be told; or a
             scheduler that is none of a flow, as of a network distilled to another path.
     """
-    if scheduler is not None and not _of_a_flow(scheduler):
+    known = is_class(network, (*REVERSED, *FORWARD, *LISTS))
+    if known and scheduler is not None and not _of_a_flow(scheduler):
         raise ValueError(
             f"scheduler must be one of a flow (FlowMatch..., or of prediction_type "
             f"'flow_prediction') for a {type(unwrapped(network)).__name__}, "
@@ -63,13 +91,14 @@ def convention(network: nn.Module, scheduler: object = None) -> Convention:
     if is_class(network, FORWARD):
         return forward_flow(network)
     if is_class(network, LISTS):
-        own = ("x", "t", "return_dict")
+        own: tuple[str, ...] = ("x", "t", "return_dict")
         return Convention("diffusers flow, forward time, lists of samples", _lists, own=own)
     raise ValueError(
         f"network must be one of {', '.join((*REVERSED, *FORWARD, *LISTS))}, whose direction of "
         f"time is known, got {type(unwrapped(network)).__name__}; look at its pipeline and give "
         "convention=reversed_flow(network, scale) or forward_flow(network) of "
-        "flows.pretrained.diffusers_flow"
+        "flows.pretrained.diffusers_flow, or, if it is no flow but predicts the noise, say, "
+        "convention='diffusers_diffusion' and its scheduler"
     )
 
 
@@ -83,7 +112,8 @@ def reversed_flow(network: nn.Module, scale: float = 1000.0) -> Convention:
     call = partial(_timestep, sign=-1.0, scale=scale, x_name=x_name)
     time = "1 - t" if scale == 1 else f"{scale:g} (1 - t)"
     name = f"diffusers flow, reversed time: v = -network(x, {time})"
-    return Convention(name, call, own=(x_name, "timestep", "return_dict"))
+    own = (x_name, "timestep", "return_dict")
+    return Convention(name, call, own=own, needs=_needs(network), note=_distilled(network))
 
 
 def forward_flow(network: nn.Module) -> Convention:
@@ -91,7 +121,8 @@ def forward_flow(network: nn.Module) -> Convention:
     (x_name,) = leading(network, 1, "the state first")
     call = partial(_timestep, sign=1.0, scale=1.0, x_name=x_name)
     name = "diffusers flow, forward time: v = network(x, t)"
-    return Convention(name, call, own=(x_name, "timestep", "return_dict"))
+    own = (x_name, "timestep", "return_dict")
+    return Convention(name, call, own=own, needs=_needs(network), note=_distilled(network))
 
 
 def grid(scheduler: object) -> Tensor:
@@ -113,6 +144,22 @@ def grid(scheduler: object) -> Tensor:
 def first_half(out: Tensor, x: Tensor) -> Tensor:
     """Return ``out`` without its second half, a variance, if it has twice the channels of ``x``."""
     return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
+
+
+def _needs(network: nn.Module) -> tuple[str, ...]:
+    """Return the arguments that the network fails without, whatever defaults it has for them."""
+    names = next((names for cls, names in NEEDS.items() if is_class(network, (cls,))), ())
+    return (*names, "guidance") if _distilled(network) else names
+
+
+def _distilled(network: nn.Module) -> str:
+    """Return a remark on a network that was distilled from a guided one; '' for others."""
+    if not getattr(getattr(unwrapped(network), "config", None), "guidance_embeds", False):
+        return ""
+    return (
+        "distilled from guidance: its ODE is no flow of independent noise, so that its chain and "
+        "the tilt follow another distribution than its samples"
+    )
 
 
 def _of_a_flow(scheduler: object) -> bool:
@@ -138,8 +185,14 @@ def _timestep(
 def _lists(network: nn.Module, x: Tensor, t: Tensor, extras: Extras) -> Tensor:
     """Call Z-Image, which takes lists of (C, 1, H, W) and of captions (L, D)."""
     lists = {
-        name: list(value.unbind()) if isinstance(value, Tensor) else value
+        name: captions(value) if isinstance(value, Tensor) else value
         for name, value in extras.items()
     }
     out = network(x=list(x.unsqueeze(2).unbind()), t=t, return_dict=False, **lists)[0]
     return torch.stack(list(out)).squeeze(2)
+
+
+def captions(padded: Tensor) -> list[Tensor]:
+    """Return captions (L_i, D) of different length from (B, L, D) padded by rows of zeros."""
+    lengths = (padded != 0).any(2).to(torch.int64).cumsum(1).argmax(1) + 1
+    return [caption[:n] for caption, n in zip(padded.unbind(), lengths.tolist(), strict=True)]

@@ -83,7 +83,10 @@ FIELDS = {
     "Pretrained": (
         lambda: load(fakes.SD3Transformer2DModel(), quiet=True),
         torch.randn(4, 2, 1, 2, generator=GENERATOR, dtype=F64),
-        {"encoder_hidden_states": torch.randn(4, fakes.DIM, generator=GENERATOR, dtype=F64)},
+        {
+            "encoder_hidden_states": torch.randn(4, fakes.DIM, generator=GENERATOR, dtype=F64),
+            "pooled_projections": torch.zeros(4, 2, dtype=F64),
+        },
     ),
 }
 """By name: a function that makes the field, states, and conditions."""

@@ -1,6 +1,7 @@
 """``tilt`` given bad input: one clear error each, before any training, and no harm done."""
 
 import math
+import re
 import warnings
 from dataclasses import fields, replace
 
@@ -48,6 +49,10 @@ class Untouched(Shift):
         (lambda x, c: (x.sum(1) * 0).sqrt(), ValueError, "gradient is not finite"),
         (lambda x: x.sum(1), TypeError, "two arguments"),
         ("digits", TypeError, "reward must be a callable"),
+        (lambda x, c: x[:, 0] - x[:, 0].mean(), ValueError, "not depend on the other samples"),
+        (lambda x, c: x[:, 0].softmax(0), ValueError, "not depend on the other samples"),
+        (lambda x, c: x[:, 0] * torch.rand(len(x)), ValueError, "second call .*dropout"),
+        (lambda x, c: (8 * x[:, 0]).round() + 0 * x[:, 1], ValueError, "gradient of 0"),
     ],
 )
 def test_bad_rewards_are_refused_before_training(reward, error, match):
@@ -260,7 +265,7 @@ class Poison:
 def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
     path, log = tmp_path / "c.pt", tmp_path / "log.csv"
     config = with_options(iterations=30, checkpoint_every=4)
-    poison = Poison(4 + 22)  # four evaluations are the checks before training
+    poison = Poison(5 + 22)  # five evaluations are the checks before training
     match = r"loss is nan in iteration 23; the last good checkpoint is .*c.pt \(iteration 20\)"
     with pytest.raises(TrainingDiverged, match=match):
         run(config, reward=poison, checkpoint=path, callbacks=[CSVLogger(log, every=1)])
@@ -271,6 +276,45 @@ def test_nan_in_training_stops_it_and_keeps_the_last_good_checkpoint(tmp_path):
     resumed = run(config, checkpoint=path, resume=True, callbacks=[CSVLogger(log, every=1)])
     assert torch.equal(resumed.field.w, run(config).field.w)  # as if nothing had happened
     assert len(log.read_text().splitlines()) == 1 + 30
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tilt_records_gradients_in_any_mode_of_the_caller(mode):
+    config = with_options(iterations=3, certificate_samples=0)
+    model = Shift()
+    with mode():
+        found = run(config, model=model)
+    assert torch.equal(found.field.w, run(config).field.w)
+
+
+@pytest.mark.parametrize(
+    ("call", "slopes"),
+    [
+        (lambda x, t, cond=None: -BASE(x, t), r"\+1\.\d\d at t = 0 and -1\.00 at"),
+        (lambda x, t, cond=None: -BASE(x, 1 - t), None),
+        (lambda x, t, cond=None: BASE(x, 1 - t), r"\+1\.00 at t = 0 and -1\.\d\d at"),
+        (lambda x, t, cond=None: 3 * BASE(x, t), r"-3\.\d\d at t = 0 and \+3\.00 at"),
+        (BASE, None),
+    ],
+    ids=["sign", "sign and direction", "direction", "scale", "right"],
+)
+def test_a_base_with_other_slopes_than_those_of_a_flow_is_warned_of(call, slopes):
+    """The time-reversed flow between two Gaussians is itself a flow, between others."""
+    few = with_options(iterations=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tilt(call, Slope(), shape=(2,), config=few, model=Shift(), dtype=torch.float64)
+    found = [str(w.message) for w in caught if "velocity changes with x" in str(w.message)]
+    assert len(found) == (slopes is not None)
+    if slopes is not None:
+        assert re.search(slopes, found[0])
+
+
+def test_modules_whose_hooks_do_not_survive_a_copy_are_refused():
+    base = MLPVelocity(2, hidden=(8,))
+    base.last._hf_hook = object()
+    with pytest.raises(ValueError, match="the part 'last' has hooks of accelerate"):
+        tilt(base, Slope(), shape=(2,), config=FAST)
 
 
 def finished(tmp_path, **options):
@@ -285,7 +329,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     path, config = finished(tmp_path)
     reward = Slope()
     found = run(config, reward=reward, checkpoint=path, resume=True, identity={"base": "gaussian"})
-    assert reward.sizes == [4] + [4096] * 3  # the checks before training
+    assert reward.sizes == [4, 2] + [4096] * 3  # the checks before training
     assert torch.equal(found.field.w, checkpoints.load(path)["module"]["w"])
 
 

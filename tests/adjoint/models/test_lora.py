@@ -394,7 +394,7 @@ def test_dropout_of_adapters_is_for_training_only(trained):
         (Images, {"targets": ("out_proj",)}, "called as such, got 'attention.out_proj'"),
         (Images, {"targets": ("depthwise",)}, "got 'depthwise', a Conv2d"),
         (lambda: nn.BatchNorm1d(2), {}, "no linear layer or ungrouped convolution"),
-        (lambda: lora(network())[0], {}, "field has adapters already"),
+        (lambda: lora(network())[0], {}, "field must have no adapters, got .*unload_lora_weights"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(make, options, match):

@@ -66,13 +66,22 @@ CASES = {
     "torchcfm_cosine": Case(
         fakes.UNetModel, {"path": fakes.cosine}, {"scheduler": TRIGONOMETRIC}, "y"
     ),
-    "sd3": Case(fakes.SD3Transformer2DModel, {}, {}, "encoder_hidden_states", cond_shape=(2, 2)),
+    "sd3": Case(
+        fakes.SD3Transformer2DModel,
+        {},
+        {"expanded": {"pooled_projections": torch.zeros(1, 2)}},
+        "encoder_hidden_states",
+        cond_shape=(2, 2),
+    ),
     "flux": Case(
         fakes.FluxTransformer2DModel,
         {},
         {
             "constants": {"img_ids": torch.zeros(5, 3), "txt_ids": torch.zeros(2, 3)},
-            "expanded": {"guidance": torch.tensor([3.5])},
+            "expanded": {
+                "guidance": torch.tensor([3.5]),
+                "pooled_projections": torch.zeros(1, 2),
+            },
         },
         "encoder_hidden_states",
         shape=(2, 2),

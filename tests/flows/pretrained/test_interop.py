@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_pipelines as tiny
 from torch import nn
 
-from adjoint import TiltConfig, tilt
+from adjoint import TiltConfig, load_adapters, lora, save_adapters, tilt
 from flows.field import Guided
 from flows.pretrained import diffusers_diffusion, diffusers_flow, load
 from flows.sampling import sample
@@ -246,6 +246,27 @@ class TestStableDiffusion3:
         ours = self.ours(tilted, pipe)
         assert difference(ours, self.theirs(pipe)) < TOLERANCE
         assert difference(ours, before) > 1e-3
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("part", ["field", "network"])
+    def test_the_pipeline_reads_saved_adapters_with_their_scale(self, diffusers, part, tmp_path):
+        pytest.importorskip("peft")
+        path, pipe = tmp_path / "adapters.safetensors", tiny.stable_diffusion_3(diffusers)
+        model, _ = lora(load(pipe, quiet=True), rank=2, alpha=6)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        before = self.theirs(pipe)  # sets the scheduler's steps too
+        ours = self.ours(model, pipe)
+        save_adapters(model if part == "field" else model.network, path)
+        again, _ = lora(load(pipe, quiet=True), rank=2, alpha=6, seed=1)
+        load_adapters(again, path)
+        assert difference(self.ours(again, pipe), ours) < TOLERANCE
+        pipe.load_lora_weights(path)
+        assert difference(self.theirs(pipe), ours) < TOLERANCE
+        assert difference(before, ours) > 1e-3
+        with pytest.raises(ValueError, match=r"got \['default_0'\]: fold them in first"):
+            lora(load(pipe, quiet=True))
 
     def test_guidance_is_that_of_the_pipeline(self, diffusers):
         pipe = tiny.stable_diffusion_3(diffusers)

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torch import nn
 from adjoint import TiltConfig, tilt
 from flows import MLPVelocity, OnCanonicalPath
 from flows.field import Guided, frozen
-from flows.pretrained import CONVENTIONS, Convention, Pretrained, load
+from flows.pretrained import (
+    CONVENTIONS,
+    Convention,
+    Pretrained,
+    diffusers_diffusion,
+    diffusers_flow,
+    load,
+)
 from flows.pretrained.azula import Inverted
 from flows.pretrained.diffusers_flow import forward_flow, reversed_flow
 from flows.pretrained.edm import convention as edm
@@ -86,7 +94,7 @@ class TestChoice:
                 return self._orig_mod(*args, **kwargs)
 
         network = fakes.SD3Transformer2DModel()
-        cond = {"encoder_hidden_states": LABEL}
+        cond = {"encoder_hidden_states": LABEL, **POOLED}
         for wrap in (nn.DataParallel, OptimizedModule):
             field = load(wrap(network), quiet=True)
             assert list(field.parameters()) == [network.scale]
@@ -118,7 +126,7 @@ class TestChoice:
         sd3, lumina = fakes.SD3Transformer2DModel(), fakes.Lumina2Transformer2DModel()
         cond = {"encoder_hidden_states": LABEL}
         ours = load(sd3, convention=reversed_flow(sd3, 1000.0))
-        assert torch.equal(ours(X, T, cond), load(sd3)(X, T, cond))
+        assert torch.equal(ours(X, T, cond | POOLED), load(sd3)(X, T, cond | POOLED))
         ours, cond = load(lumina, convention=forward_flow(lumina)), {**cond, **MASK}
         assert torch.equal(ours(X, T, cond), load(lumina)(X, T, cond))
 
@@ -128,7 +136,80 @@ class TestChoice:
         assert (field.t_min, field.t_max) == pytest.approx((0.1, 1 / 1.1))
 
 
+class TestArguments:
+    """Arguments beside state and time: named where they lack, apart from those of a reward."""
+
+    def test_conditions_of_the_reward_alone_are_not_the_networks(self):
+        cond = {"label": LABEL, "prompt": torch.arange(6)}
+        with pytest.raises(ValueError, match=r"\['prompt'\], which .* ignored=\['prompt'\]"):
+            flow()(X, T, cond)
+        given = flow(ignored=("prompt",))(X, T, cond)
+        assert torch.equal(given, flow()(X, T, {"label": LABEL}))
+        with pytest.raises(ValueError, match=r"must not name arguments .* \['label'\]"):
+            flow(ignored=("label",))
+
+    @pytest.mark.parametrize("missing", ["pooled_projections", "encoder_hidden_states"])
+    def test_arguments_that_only_seem_to_have_a_default_are_asked_for(self, missing):
+        cond = {"encoder_hidden_states": LABEL, **POOLED}
+        field = load(fakes.SD3Transformer2DModel(), quiet=True)
+        field(X, T, cond)
+        del cond[missing]
+        with pytest.raises(ValueError, match=rf"SD3Transformer2DModel needs \['{missing}'\]"):
+            field(X, T, cond)
+
+    def test_a_distilled_network_asks_for_its_guidance_and_is_noted(self, capsys):
+        network = fakes.FluxTransformer2DModel()
+        network.config = SimpleNamespace(guidance_embeds=True)
+        field = load(
+            network, constants={"img_ids": torch.zeros(5, 3), "txt_ids": torch.zeros(2, 3)}
+        )
+        assert "distilled from guidance" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=r"needs \['guidance'\]"):
+            field(X.flatten(2), T, {"encoder_hidden_states": LABEL, **POOLED})
+
+    def test_what_is_expanded_can_be_viewed_in_another_shape(self):
+        class Views(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one = nn.Parameter(torch.ones(()))
+
+            def forward(self, x, t, tokens):
+                return self.one * tokens.view(-1, 2).sum() * x
+
+        field = load(
+            Views(), scheduler=CONDOT, expanded={"tokens": torch.ones(1, 3, 2)}, quiet=True
+        )
+        x = torch.ones(4, 2)
+        torch.testing.assert_close(field(x, torch.tensor(0.5)), 24 * x)
+
+    def test_captions_padded_by_rows_of_zeros_are_cut(self):
+        padded = torch.zeros(3, 4, 2, dtype=F64)
+        padded[0, :2], padded[1, :4], padded[2, 1] = 1.0, 2.0, 3.0
+        assert [len(c) for c in diffusers_flow.captions(padded)] == [2, 4, 2]
+
+    def test_steps_that_are_whole_but_for_rounding_are_whole(self):
+        k = torch.tensor([979.9999, 980.0001, 0.5, 979.99])
+        assert diffusers_diffusion.whole_steps(k).tolist() == [980.0, 980.0, 0.5, k[3].item()]
+
+    def test_the_noise_says_nothing_at_zero_terminal_snr(self):
+        table = torch.linspace(0.99, 0, 10, dtype=F64)
+        unet = fakes.UNet2DModel(kind="noise")
+        with pytest.raises(ValueError, match="zero terminal SNR"):
+            load(unet, scheduler=fakes.diffusers_scheduler("epsilon", table), quiet=True)
+        load(unet, scheduler=fakes.diffusers_scheduler("v_prediction", table), quiet=True)
+
+    @pytest.mark.parametrize("scheduler", [None, "epsilon"])
+    def test_a_transformer_that_is_not_known_is_not_taken_for_a_diffusion(self, scheduler):
+        class WanTransformer3DModel(fakes.ModelMixin):
+            pass
+
+        scheduler = scheduler and fakes.diffusers_scheduler(scheduler)
+        with pytest.raises(ValueError, match="give convention=reversed_flow"):
+            load(WanTransformer3DModel(), scheduler=scheduler)
+
+
 MASK = {"encoder_attention_mask": torch.ones(6, 2)}
+POOLED = {"pooled_projections": torch.zeros(6, 2)}
 
 
 class TestRefusals:

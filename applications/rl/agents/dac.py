@@ -67,7 +67,7 @@ class DAC(Agent):
 
     config: DACConfig
     config_class = DACConfig
-    color = "#d9a066"
+    color = "#b05cc6"
     page = "docs/agents/dac.md"
     published = by_domain(alpha=(1, 1, 3, 0.3, 1, 0.3, 1, 1, 0.3, 0.3))
 

@@ -197,9 +197,13 @@ def test_shards_take_turns_and_a_resumed_run_finds_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_policy_learns_what_its_data_do_not_do(tmp_path):
-    """Half of the bandit's data have a reward below 0; cloning keeps that half, QAM leaves it."""
+    """Half of the bandit's data have a reward below 0; cloning keeps that half, others leave it."""
     found = {}
-    for name, changes in (("bc", {}), ("qam", {"inverse_temperature": 10.0})):
+    for name, changes in (
+        ("bc", {}),
+        ("qam", {"inverse_temperature": 10.0}),
+        ("rql", {"alpha": 0.1, "target_policy_rate": 0.05}),
+    ):
         config = TrainConfig(
             task="bandit",
             agent=name,
@@ -213,8 +217,9 @@ def test_a_policy_learns_what_its_data_do_not_do(tmp_path):
         (run,) = train(config, environment=Bandit, dataset=bandit_data())
         found[name] = evaluate(run.agent, Bandit, episodes=100, seed=1, environments=8)
     assert 0.35 < found["bc"].success < 0.65
-    assert found["qam"].success > 0.9
-    assert found["qam"].mean_return > found["bc"].mean_return + 0.4
+    for name in ("qam", "rql"):
+        assert found[name].success > 0.9, name
+        assert found[name].mean_return > found["bc"].mean_return + 0.4, name
 
 
 # --- what a run leaves ----------------------------------------------------------------------------

@@ -40,6 +40,8 @@ _FILES = {
     "agents.qsm": "QSM QSMConfig",
     "agents.dac": "DAC DACConfig",
     "agents.rebrac": "ReBRAC ReBRACConfig",
+    "agents.trqam": "TRQAM TRQAMConfig",
+    "agents.sqam": "SQAM SQAMConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions EntropyOptions MatchingOptions "
@@ -106,6 +108,8 @@ if TYPE_CHECKING:
     from applications.rl.agents.qsm import QSM, QSMConfig
     from applications.rl.agents.dac import DAC, DACConfig
     from applications.rl.agents.rebrac import ReBRAC, ReBRACConfig
+    from applications.rl.agents.trqam import TRQAM, TRQAMConfig
+    from applications.rl.agents.sqam import SQAM, SQAMConfig
 
     # An agent of one's own
     from applications.rl.agents.base import Agent, Shapes, Uniform

@@ -15,9 +15,12 @@ SHARED = (AgentConfig, BestOfOptions, CriticOptions)
 DOCS = Path(__file__).parents[2] / "docs" / "agents"
 
 
+EXTENDED = {"qam-e": ["qam"], "qam-f": ["qam"], "trqam": ["qam"], "sqam": ["trqam", "qam"]}
+
+
 def pages(name):
-    """The overview, the agent's page, and that of the agent it extends."""
-    names = ["README", name, *(["qam"] if name.startswith("qam-") else [])]
+    """The overview, the agent's page, and those of the agents it extends."""
+    names = ["README", name, *EXTENDED.get(name, [])]
     return "\n".join((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in names)
 
 
@@ -46,6 +49,7 @@ def test_defaults_of_an_agents_own_options_are_those_said(name):
     for option in own:
         value = getattr(config, option)
         word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+        word = "none" if word is None else word
         expected = word if isinstance(word, str) else f"{word:g}".replace("-", "−")
         assert expected in said[option], option
 

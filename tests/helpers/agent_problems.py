@@ -21,6 +21,8 @@ OPTIONS = {
     "fawac": {"inverse_temperature": 2.0},
     "fbrac": {"alpha": 0.3},
     "rebrac": {"alpha": 0.3, "noise_clip": 0.25},
+    "trqam": {"kl_budget": 0.7, "discount": 0.99},
+    "sqam": {"value_penalty": 0.4, "discount": 0.99},
     "rql": {"alpha": 3.0, "expectile": 0.8},
     "qsm": {"inverse_temperature": 3.0, "alpha": 2.0, "time_features": 6},
     "dac": {"alpha": 2.0, "time_features": 6},

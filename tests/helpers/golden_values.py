@@ -312,6 +312,7 @@ FAWAC = Case(
 FBRAC = Case(
     "golden_fbrac", "default", "fbrac", SMALL | {"alpha": 100.0}, CRITICS | {"actor_flow": "policy"}
 )
+TRQAM = Case("golden_trqam", "default", "trqam", SMALL)
 
 
 CASES = (
@@ -330,4 +331,5 @@ CASES = (
     QSM,
     DAC,
     REBRAC,
+    TRQAM,
 )

@@ -65,6 +65,8 @@ CASES = [
     ("fawac", {}),
     ("fbrac", {"best_of_n": 2}),
     ("rql", {}),
+    ("trqam", {}),
+    ("sqam", {}),
     ("fedit", {"best_of_n": 2}),
     ("dsrl", {}),
     ("qsm", {}),

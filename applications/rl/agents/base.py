@@ -32,6 +32,7 @@ from applications.rl.agents.losses import Metrics, Term
 from applications.rl.agents.networks import Critics, FlowActor, OneStepActor
 from applications.rl.agents.options import AgentConfig, require
 from applications.rl.agents.rollouts import Noise
+from applications.rl.agents.running_state import RunningState
 
 if TYPE_CHECKING:
     from applications.rl.data.replay import Batch
@@ -253,6 +254,17 @@ class Agent(nn.Module, ABC):
             steps = torch._foreach_sub(followed[rate], parameters)
             torch._foreach_mul_(steps, rate * due.to(parameters[0].dtype))
             torch._foreach_add_(parameters, steps)
+
+    @final
+    @torch.no_grad()
+    def follow(self, metrics: Metrics) -> None:
+        """Let the agent's running states (`RunningState`) follow the metrics of an update.
+
+        Training calls it after each loss.
+        """
+        for module in self.children():
+            if isinstance(module, RunningState):
+                module.follow(metrics)
 
     @final
     def critics(self, members: int) -> Critics:

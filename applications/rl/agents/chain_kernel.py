@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from adjoint import Kernel, Scheme, make_kernel, own_time_kernel, table_fingerprint
 from applications.common.kernels import load_scheme
 from applications.common.objects import is_reference
-from applications.rl.agents.options import AgentConfig
+from applications.rl.agents.bridge import make_bridge
+from applications.rl.agents.options import Adjoint, AgentConfig, require
 from flows import Cond, VelocityField, interpolate, uniform
 
 RATE = 0.01
@@ -120,23 +121,33 @@ def _scheme(kernel: str) -> Scheme:
 
 
 class ChainKernel(nn.Module):
-    """The kernel of an agent's chain in K equal steps.
+    """The kernel of an agent's chain in K equal steps, or the bridge of its scalar adjoint.
 
     Arguments:
         scheme: name of the scheme, of `applications.rl.agents.options.AGENT_KERNELS`, or
             ``module:Name``.
         steps: K.
+        adjoint: "scalar" for a bridge (`applications.rl.agents.bridge`).
 
     Attributes:
         error: `DenoiserError` for ``moment_matched``, else None.
+
+    Raises:
+        ValueError: a scheme that an agent cannot have, or one beside the scalar adjoint.
     """
 
-    def __init__(self, scheme: str, steps: int) -> None:
+    def __init__(self, scheme: str, steps: int, adjoint: Adjoint = "lean") -> None:
         super().__init__()
         grid = uniform(steps)
+        if adjoint == "scalar":
+            expected = "euler_published, the default, where adjoint is 'scalar', which has no chain"
+            require(scheme == "euler_published", "kernel", scheme, expected)
         matched = scheme == "moment_matched"
         self.error = DenoiserError(grid) if matched else None
-        self._kernel = own_time_kernel(grid) if matched else make_kernel(_scheme(scheme), grid)
+        if adjoint == "scalar":
+            self._kernel: Kernel = make_bridge(steps)
+        else:
+            self._kernel = own_time_kernel(grid) if matched else make_kernel(_scheme(scheme), grid)
 
     def on(self, device: torch.device) -> Kernel:
         """Return the kernel on a device, to which its constants are sent once."""

@@ -7,6 +7,7 @@ the last valid next observation s', and the weight w = 0 if it crosses the end o
 over the critics.
 
     critic_loss      mean over critics and batch of w (Q_i(s, A) - y)²
+    value penalty    c [mean Q_i(s, clip x_K) - mean Q_i(s, A)]
     td_target        y = R + γ^h m [mean Q̄(s', a') - ρ sd Q̄(s', a')]
     behaviour_loss   mean_B [w mean_d (b(x_t, t | s) - (A - x_0))²],   x_t = (1 - t) x_0 + t A
     matching_loss    mean_B Σ_k ‖(2/σ_k) (f - b̄)(s, x_k, t_k) + σ_k a_k‖²  (the published kernel)
@@ -33,10 +34,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adjoint import Adjoint, Reward, adjoint_matching_loss, lean_adjoint, velocity_along
+from adjoint import (
+    Adjoint,
+    Reward,
+    adjoint_matching_loss,
+    lean_adjoint,
+    scalar_adjoint,
+    velocity_along,
+)
+from applications.rl.agents.bridge import Bridge
 from applications.rl.agents.networks import Critics, OneStepActor
 from applications.rl.agents.options import MatchingOptions
 from applications.rl.agents.rollouts import Noise, PolicyChain, PolicyFlow, condition
+from applications.rl.agents.trust_region import TrustRegion
 from flows import Cond, VelocityField, flow_matching_loss
 
 if TYPE_CHECKING:
@@ -96,6 +106,32 @@ def critic_loss(
     """
     values = critic(observations, actions)
     return critic_term(values, (values - target).square(), valid)
+
+
+def penalised_critic_term(
+    critic: Critics,
+    observations: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    policy_actions: Tensor,
+    value_penalty: float,
+) -> Term:
+    """Compute `critic_loss` plus the value penalty, by one evaluation of the critics.
+
+    The penalty lowers the critics at the policy's actions and raises them at the data's; windows
+    are not weighted in it.
+
+    Arguments:
+        critic, observations, actions, target, valid: as in `critic_loss`.
+        policy_actions: (B, chunk_dim) in [-1, 1], constants.
+        value_penalty: weight c of the penalty.
+    """
+    rows = torch.cat([observations, observations])
+    values, at_policy = critic(rows, torch.cat([actions, policy_actions])).chunk(2, dim=1)
+    gap = at_policy.mean() - values.mean()
+    loss, metrics = critic_term(values, (values - target).square(), valid)
+    return loss + value_penalty * gap, {**metrics, "critic/value_gap": gap.detach()}
 
 
 def critic_term(values: Tensor, errors: Tensor, valid: Tensor) -> Term:
@@ -158,14 +194,23 @@ def tilt_reward(critic: Critics, target_critic: Critics, options: MatchingOption
 def chain_adjoint(
     flow: PolicyFlow, chain: PolicyChain, observations: Tensor, reward: Reward
 ) -> Adjoint:
-    """Return the lean adjoint along the chain of a policy, at observations (B, observation_dim)."""
+    """Return the adjoint along a policy's chain or bridge, at observations (B, observation_dim).
+
+    It is the lean one along a chain and the scalar one along a `Bridge`.
+    """
     cond = condition(observations)
     _, gradient, _ = reward.value_and_gradient(chain.xs[-1], cond)
+    if isinstance(chain.kernel, Bridge):
+        return scalar_adjoint(flow.reference, chain.kernel, chain.xs, -gradient, cond)
     return lean_adjoint(flow.reference, chain.kernel, chain.xs, -gradient, cond)
 
 
 def matching_loss(
-    flow: PolicyFlow, chain: PolicyChain, observations: Tensor, reward: Reward
+    flow: PolicyFlow,
+    chain: PolicyChain,
+    observations: Tensor,
+    reward: Reward,
+    trust_region: TrustRegion | None = None,
 ) -> Term:
     """Compute the adjoint-matching error of a policy flow along its chain.
 
@@ -174,16 +219,23 @@ def matching_loss(
         chain: states of the policy, constants.
         observations: (B, observation_dim) of the chain.
         reward: the reward toward which the behaviour is tilted, see `tilt_reward`.
+        trust_region: the temperature of the tilt, and the metrics of its dual ascent; None for
+            the temperature 1.
     """
+    kernel = chain.kernel
     adjoint = chain_adjoint(flow, chain, observations, reward)
-    times = chain.kernel.t[:-1]
-    v = velocity_along(flow.velocity, chain.xs[:-1], times, condition(observations))
-    loss, metrics = adjoint_matching_loss(v, adjoint, chain.kernel)
+    v = velocity_along(flow.velocity, chain.xs[:-1], kernel.t[:-1], condition(observations))
+    tempered, dual = kernel, {}
+    if trust_region is not None:
+        tempered = trust_region.tempered(kernel)
+        dual = trust_region.metrics(kernel, v - adjoint.v_base)
+    loss, metrics = adjoint_matching_loss(v, adjoint, tempered)
     return loss, {
         "actor/matching_loss": loss.detach(),
         "actor/adjoint_norm": metrics["adjoint_norm"],
         "actor/control_norm": metrics["control_norm"],
         "actor/q_gradient": adjoint.values[-1].norm(dim=1).mean(),
+        **dual,
     }
 
 
@@ -196,8 +248,11 @@ def tilt_terms(
     actions: Tensor,
     target: Tensor,
     noise: Noise,
+    *,
+    value_penalty: float = 0.0,
+    trust_region: TrustRegion | None = None,
 ) -> dict[str, Term]:
-    """Compute the three losses of an agent that tilts its behaviour flow by adjoint matching.
+    """Compute the losses of an agent that tilts its behaviour flow by adjoint matching.
 
     Arguments:
         critic: the online critics.
@@ -208,14 +263,22 @@ def tilt_terms(
         actions: chunks of the data (B, chunk_dim).
         target: y (B,), see `td_target`.
         noise: ``bc_x0`` and ``bc_t``, see `behaviour_loss`.
+        value_penalty: weight of the penalty of the critics at the clipped ends of the chain; 0 is
+            none, see `penalised_critic_term`.
+        trust_region: of the policy, see `matching_loss`.
 
     Returns: ``critic``, ``behaviour`` and ``matching``.
     """
     s, w = batch.observations, batch.valid
+    if value_penalty:
+        ends = chain.xs[-1].clamp(-1, 1)
+        of_critic = penalised_critic_term(critic, s, actions, target, w, ends, value_penalty)
+    else:
+        of_critic = critic_loss(critic, s, actions, target, w)
     return {
-        "critic": critic_loss(critic, s, actions, target, w),
+        "critic": of_critic,
         "behaviour": behaviour_loss(flow.behaviour, s, actions, w, noise),
-        "matching": matching_loss(flow, chain, s, reward),
+        "matching": matching_loss(flow, chain, s, reward, trust_region),
     }
 
 

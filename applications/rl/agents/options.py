@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 from adjoint import KERNELS
 from applications.common.objects import is_reference
 from applications.rl.agents.rollouts import Solver
 
+Adjoint = Literal["lean", "scalar"]
 AGENT_KERNELS = tuple(name for name in KERNELS if name != "covariance_matched")
 """Schemes of an agent's chain: ``covariance_matched`` costs a product per dimension and step."""
 
@@ -57,6 +58,7 @@ def one_of(*names: str) -> Range:
 
 FINITE = Range("finite", math.isfinite)
 ONLY_EULER = Range("euler, for a diffusion has no ODE", lambda value: value == "euler")
+BUDGET = Range("None, or positive and finite", lambda nats: nats is None or 0 < nats < math.inf)
 
 
 def checked_option(default: Any, allowed: Range) -> Any:
@@ -209,3 +211,12 @@ class MatchingOptions(TiltOptions):
     """Take the critics' gradient at the action clipped to [-1, 1]."""
     target_gradient: bool = True
     """Take the gradient of the target critics rather than of the critics."""
+    kl_budget: float | None = checked_option(None, BUDGET)
+    """Trust region: path KL in nats per action at which a multiplier holds the policy, which is
+    then the tilt by exp(τ Q/Λ) with Λ adapted; None turns it off."""
+    value_penalty: float = checked_option(0.0, at_least(0.0))
+    """Weight of the critics' penalty: their mean at the policy's actions minus that at the data."""
+    adjoint: Adjoint = checked_option("lean", one_of("lean", "scalar"))  # noqa: RUF009 — a field
+    """Adjoint: "lean", exact, along the chain, or "scalar", cheaper and not exact, at states on
+    straight lines to the ends of the policy's ODE; that has weights of its own, and takes no other
+    kernel than the default."""

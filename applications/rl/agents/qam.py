@@ -56,6 +56,7 @@ from applications.rl.agents.rollouts import (
     first_ranked,
     flow_action,
 )
+from applications.rl.agents.trust_region import trust_region
 from flows import frozen
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class QAM(Agent):
         critic, target_critic: `Critics`.
         behaviour, target_behaviour, policy: `FlowActor`; the second is None if it is not used.
         kernel: `ChainKernel` of the memoryless chain.
+        trust_region: `TrustRegion` of a ``kl_budget``, or None.
     """
 
     config: QAMConfig
@@ -93,7 +95,8 @@ class QAM(Agent):
         self.behaviour = self.flow_actor()
         self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
         self.policy = self.flow_actor()
-        self.kernel = ChainKernel(config.kernel, config.flow_steps)
+        self.kernel = ChainKernel(config.kernel, config.flow_steps, config.adjoint)
+        self.trust_region = trust_region(config)
 
     def noise_shapes(self, batch_size: int) -> Shapes:
         """Declare the noises of the next actions, of the behaviour loss and of the other losses."""
@@ -117,7 +120,18 @@ class QAM(Agent):
         self.kernel.measure(flow.reference, x0, actions, batch.valid, condition(s))
         next_actions, chain, _ = self.rollouts(batch, noise)
         y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
-        return tilt_terms(self.critic, flow, self.reward, chain, batch, actions, y, noise)
+        return tilt_terms(
+            self.critic,
+            flow,
+            self.reward,
+            chain,
+            batch,
+            actions,
+            y,
+            noise,
+            value_penalty=config.value_penalty,
+            trust_region=self.trust_region,
+        )
 
     @property
     def flow(self) -> PolicyFlow:

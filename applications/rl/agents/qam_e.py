@@ -57,6 +57,7 @@ from applications.rl.agents.rollouts import (
     first_ranked,
     flow_action,
 )
+from applications.rl.agents.trust_region import trust_region
 from flows import frozen
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class QAME(Agent):
         critic, target_critic: `Critics`.
         behaviour, target_behaviour, policy: `FlowActor`; the second is None if it is not used.
         kernel: `ChainKernel` of the memoryless chain.
+        trust_region: `TrustRegion` of a ``kl_budget``, or None.
         editor: `TanhGaussianActor` on [s, u], or None where the scale is 0.
         log_alpha: logarithm of the temperature of its entropy, a scalar.
     """
@@ -102,7 +104,8 @@ class QAME(Agent):
         self.behaviour = self.flow_actor()
         self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
         self.policy = self.flow_actor()
-        self.kernel = ChainKernel(config.kernel, config.flow_steps)
+        self.kernel = ChainKernel(config.kernel, config.flow_steps, config.adjoint)
+        self.trust_region = trust_region(config)
         self.editor: TanhGaussianActor | None = None
         if config.edit_scale:
             self.editor = TanhGaussianActor(
@@ -137,7 +140,18 @@ class QAME(Agent):
         self.kernel.measure(flow.reference, x0, actions, batch.valid, condition(s))
         next_actions, chain, flow_actions = self.rollouts(batch, noise)
         y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
-        terms = tilt_terms(self.critic, flow, self.reward, chain, batch, actions, y, noise)
+        terms = tilt_terms(
+            self.critic,
+            flow,
+            self.reward,
+            chain,
+            batch,
+            actions,
+            y,
+            noise,
+            value_penalty=config.value_penalty,
+            trust_region=self.trust_region,
+        )
         if self.editor is not None:
             assert flow_actions is not None
             terms["edit"] = edit_loss(

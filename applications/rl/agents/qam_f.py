@@ -49,6 +49,7 @@ from applications.rl.agents.rollouts import (
     first_ranked,
     flow_action,
 )
+from applications.rl.agents.trust_region import trust_region
 from flows import frozen
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class QAMF(Agent):
         critic, target_critic: `Critics`.
         behaviour, target_behaviour, policy: `FlowActor`; the second is None if it is not used.
         kernel: `ChainKernel` of the memoryless chain.
+        trust_region: `TrustRegion` of a ``kl_budget``, or None.
         one_step: `OneStepActor`, or None where α = 0.
     """
 
@@ -93,7 +95,8 @@ class QAMF(Agent):
         self.behaviour = self.flow_actor()
         self.target_behaviour = frozen(self.behaviour) if config.target_behaviour else None
         self.policy = self.flow_actor()
-        self.kernel = ChainKernel(config.kernel, config.flow_steps)
+        self.kernel = ChainKernel(config.kernel, config.flow_steps, config.adjoint)
+        self.trust_region = trust_region(config)
         self.one_step: OneStepActor | None = self.one_step_actor() if config.alpha else None
 
     def noise_shapes(self, batch_size: int) -> Shapes:
@@ -119,7 +122,18 @@ class QAMF(Agent):
         self.kernel.measure(flow.reference, x0, actions, batch.valid, condition(s))
         next_actions, chain, flow_actions = self.rollouts(batch, noise)
         y = td_target(self.target_critic, batch, next_actions, config.window_discount, config.rho)
-        terms = tilt_terms(self.critic, flow, self.reward, chain, batch, actions, y, noise)
+        terms = tilt_terms(
+            self.critic,
+            flow,
+            self.reward,
+            chain,
+            batch,
+            actions,
+            y,
+            noise,
+            value_penalty=config.value_penalty,
+            trust_region=self.trust_region,
+        )
         if self.one_step is not None:
             assert flow_actions is not None
             z = noise["extra_base_noise"]

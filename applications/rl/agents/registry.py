@@ -32,6 +32,8 @@ from applications.rl.agents.qam_f import QAMF
 from applications.rl.agents.qsm import QSM
 from applications.rl.agents.rebrac import ReBRAC
 from applications.rl.agents.rql import RQL
+from applications.rl.agents.sqam import SQAM
+from applications.rl.agents.trqam import TRQAM
 
 AGENTS: dict[str, type[Agent]] = {
     "bc": BC,
@@ -43,6 +45,8 @@ AGENTS: dict[str, type[Agent]] = {
     "bam": BAM,
     "fawac": FAWAC,
     "fbrac": FBRAC,
+    "trqam": TRQAM,
+    "sqam": SQAM,
     "rql": RQL,
     "fedit": FEdit,
     "dsrl": DSRL,

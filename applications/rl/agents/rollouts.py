@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adjoint import Kernel, rollout
+from applications.rl.agents.bridge import Bridge
 from flows import Cond, VelocityField
 
 Noise = Mapping[str, Tensor]
@@ -29,7 +30,7 @@ Solver = Literal["euler", "ab2"]
 
 @dataclass(frozen=True)
 class PolicyChain:
-    """States ``xs`` (K+1, B, chunk_dim) of a policy's memoryless chain, and its ``kernel``."""
+    """States ``xs`` (K+1, B, chunk_dim) of a policy's chain or bridge, and its ``kernel``."""
 
     kernel: Kernel
     xs: Tensor
@@ -80,6 +81,17 @@ class FlowODE:
         self.cond, self.x, self.k = condition(observations), x, 0
         self.steps, self.solver = steps, solver
         self._previous: Tensor | None = None
+
+    def joined(self, observations: Tensor, x: Tensor) -> FlowODE:
+        """Return this ODE and that from ``x`` at ``observations``, in later rows, at their start.
+
+        Raises:
+            ValueError: steps have been taken already.
+        """
+        if self.k:
+            raise ValueError(f"an ODE must be joined at its start, got {self.k} steps taken")
+        rows = torch.cat([self.cond["observation"], observations])
+        return FlowODE(rows, torch.cat([self.x, x]), self.steps, self.solver)
 
     def advance(self, v: Tensor) -> None:
         """Take a step, given the velocity (B, d) at ``x`` and time k / K."""
@@ -238,6 +250,9 @@ def chain_and_actions(
 ) -> tuple[PolicyChain, Tensor]:
     """Run the chain of a policy and its ODE, with one evaluation of f for both at each time.
 
+    A `Bridge` has no chain: its states are made from the ends of the policy's ODE from ``sde_x0``,
+    not clipped, with the noise ``sde_eps``.
+
     Arguments:
         flow: the policy.
         kernel: of K steps.
@@ -248,6 +263,10 @@ def chain_and_actions(
     Returns: the chain, and the actions of the ODE.
     """
     cond, x0, eps = condition(observations), noise["sde_x0"], noise["sde_eps"]
+    if isinstance(kernel, Bridge):
+        both = ode.joined(observations, x0)
+        actions = both.finish(flow.acting_velocity)[: -len(x0)]
+        return PolicyChain(kernel, kernel.states(both.x[-len(x0) :], eps)), actions
     xs = rollout(flow.shared_velocity(ode), flow.reference, kernel, x0, eps, cond).xs
     # A noiseless last step follows the reference, and leaves that of the ODE to be taken.
     return PolicyChain(kernel, xs), ode.finish(flow.acting_velocity)

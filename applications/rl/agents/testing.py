@@ -301,7 +301,9 @@ def _nothing_waits_for_the_device(case: _Case) -> None:
         noise[name] = torch.empty(tuple(shape), dtype=torch.float64, device="meta")
     batch = Batch(*(part.to("meta") for part in case.batch()))
     try:  # tensors of this device have no values that could be read
-        agent.loss(batch, noise)[0].backward()
+        loss, metrics = agent.loss(batch, noise)
+        loss.backward()
+        agent.follow(metrics)
         agent.update_targets()
     except (RuntimeError, NotImplementedError) as error:
         raise AssertionError(f"an update reads values of tensors on the host: {error}") from error

@@ -92,8 +92,11 @@ class AgentLoss(SplitLoss):
     def evaluate(
         self, module: nn.Module, inputs: tuple[Batch, Noise]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the agent's loss on a batch and its noise, and metrics."""
-        return cast(Agent, module).loss(*inputs)
+        """Return the agent's loss on a batch and its noise, and metrics; its state follows them."""
+        agent = cast(Agent, module)
+        loss, metrics = agent.loss(*inputs)
+        agent.follow(metrics)
+        return loss, metrics
 
     def updates_without_host(self) -> int:
         """Count the updates to come that do not need the host (`flows.training.update_graph`)."""

@@ -83,7 +83,7 @@ def test_chunks_are_time_major(name):
 
 @AGENT
 def test_single_actions_are_learned_with_returns_over_the_horizon(name):
-    agent, data = make(name, action_chunking=False), batch()
+    agent, data = make(name, action_chunking=False, value_penalty=0.0), batch()
     loss, _ = agent.loss(data, noise(agent))
     assert loss.isfinite()
     if name not in ("bc", "ifql", "rql", "rebrac"):  # targets of other actions
@@ -329,6 +329,9 @@ BAD = [
     ("qam-e", "edit_scale", -0.1),
     ("qam-e", "target_entropy", float("inf")),
     ("qam-f", "alpha", float("nan")),
+    ("qam", "kl_budget", 0.0),
+    ("qam", "value_penalty", -1.0),
+    ("qam", "adjoint", "full"),
     ("bam", "inverse_temperature", float("nan")),
     ("fedit", "edit_scale", 0.0),
     ("dsrl", "latent_scale", 0.0),
@@ -355,7 +358,7 @@ def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, op
 
 @pytest.mark.parametrize(
     ("name", "clip"),
-    [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam", "qsm", "dac")]
+    [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam", "qsm", "dac", "trqam", "sqam")]
     + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rebrac", "rql", "fawac", "fbrac")],
 )
 def test_published_optimiser_settings_are_the_defaults(name, clip):

@@ -16,6 +16,9 @@ VARIANTS = [
     ("qam", {"residual": True, "best_of_n": 3, "target_behaviour": False, "solver": "ab2"}),
     ("qam-e", {"edit_scale": 0.0}),
     ("qam-f", {"alpha": 0.0, "action_chunking": False}),
+    ("qam", {"kl_budget": 1.0, "value_penalty": 0.2, "kernel": "moment_matched", "best_of_n": 2}),
+    ("qam-e", {"kl_budget": 1.0, "value_penalty": 0.2, "adjoint": "scalar", "residual": True}),
+    ("qam-f", {"kl_budget": 1.0, "value_penalty": 0.2, "adjoint": "scalar"}),
     ("bam", {"target_behaviour": False}),
     ("fql", {"best_of_n": 2, "actor_layer_norm": True, "observation_scale": 2.0}),
 ]

@@ -1,7 +1,7 @@
 """The agents compute what the published implementation computes, number for number.
 
-Everything goes through what training uses: `Agent.loss`, `Agent.update_targets` and `Agent.act`,
-driven by `flows.training.trainer.Trainer`, alone or together with others by
+Everything goes through what training uses: `Agent.loss`, `Agent.follow`, `Agent.update_targets` and
+`Agent.act`, driven by `flows.training.trainer.Trainer`, alone or together with others by
 `flows.training.stacked.StackedTrainers`; only the noise is the recorded one.  Tolerances are rtol
 1e-5 and atol 1e-6, the latter in units of the tensor's largest entry where that exceeds 1: the
 smallest entries of a gradient are sums of terms a million times larger, so float32 rounds them by
@@ -31,6 +31,7 @@ from helpers.golden_values import (
     QSM,
     REBRAC,
     RESIDUAL,
+    TRQAM,
     ours,
 )
 
@@ -75,6 +76,10 @@ LOSSES = {  # published metric -> ours
     "info.value/value_loss": "value/loss",
     "info.critic/value_loss": "value/loss",
     "info.value/v_mean": "value/v_mean",
+    "info.actor/path_kl": "actor/path_kl",
+    "info.dual/kl_budget": "actor/kl_budget",
+    "state.kl_ema": "actor/path_kl_average",
+    "state.lam": "actor/multiplier",
 }
 """IFQL's actor loss is compared below: the name stands for something else elsewhere."""
 
@@ -98,7 +103,9 @@ class Replayed(SplitLoss):
         return self.case.batch(update), self.case.noise(update)
 
     def evaluate(self, agent, inputs):
-        return agent.loss(*inputs)
+        loss, metrics = agent.loss(*inputs)
+        agent.follow(metrics)
+        return loss, metrics
 
     def before_update(self, agent):
         agent.update_targets()
@@ -181,7 +188,7 @@ def test_every_parameter_of_the_agent_is_compared(case):
     assert compared == published
 
 
-@pytest.mark.parametrize("case", [QAM, ALT, RESIDUAL, QAM_F, QAM_E], ids=str)
+@pytest.mark.parametrize("case", [QAM, ALT, RESIDUAL, QAM_F, QAM_E, TRQAM], ids=str)
 def test_trajectory_and_adjoint(case):
     agent, batch, noise = case.make(), case.batch(0), case.noise(0)
     chain = agent.rollouts(batch, noise).chain
@@ -209,7 +216,8 @@ def test_next_actions_and_values(case):
     check(chunks, case.get("u0.out.next_actions"), "next actions")
     values = agent.target_critic(batch.next_observations, chunks)
     check(values, case.get("u0.out.next_qs"), "values of the next actions")
-    discount = 0.99**3
+    discount = agent.config.discount**3
+    assert agent.config.discount == (0.995 if case is TRQAM else 0.99)
     next_value = pessimistic(case.get("u0.out.next_qs"), agent.config.rho)
     expected = batch.rewards + discount * batch.masks * next_value
     config = agent.config

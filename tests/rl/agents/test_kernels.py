@@ -237,4 +237,4 @@ def test_own_time_kernel_is_a_function_of_tensors():
 
 def test_kernels_are_options_of_the_adjoint_matching_agents_only():
     with_kernel = {n for n in OPTIONS if hasattr(make(n).config, "kernel")}
-    assert with_kernel == {"qam", "qam-e", "qam-f"}
+    assert with_kernel == {"qam", "qam-e", "qam-f", "trqam", "sqam"}

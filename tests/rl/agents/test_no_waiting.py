@@ -14,7 +14,9 @@ from applications.rl.agents import AGENTS, make_agent
 from applications.rl.data.replay import Batch, Replay
 
 KERNELS = ("euler_published", "euler_consistent", "ancestral_pair", "ancestral", "moment_matched")
-AGENTS_AND_KERNELS = [(name, {}) for name in AGENTS] + [("qam", {"kernel": k}) for k in KERNELS]
+AGENTS_AND_KERNELS = [(name, {}) for name in AGENTS] + [
+    ("qam", {"kernel": k, **o}) for k in KERNELS for o in ({}, {"kl_budget": 1.0})
+]
 OBS, ACT, B = 4, 2, 8
 
 
@@ -40,7 +42,7 @@ def randn(*shape):
 
 
 def ids(pair):
-    return "-".join([pair[0], *pair[1].values()])
+    return "-".join([pair[0], *map(str, pair[1].values())])
 
 
 @pytest.mark.parametrize("pair", AGENTS_AND_KERNELS, ids=ids)
@@ -57,6 +59,7 @@ def test_an_update(pair):
     with Transfers() as transfers:
         loss, metrics = agent.loss(batch, noise)
         loss.backward()
+        agent.follow(metrics)
         agent.update_targets()
     assert {m.device.type for m in metrics.values()} == {"meta"}
     assert transfers.seen == []

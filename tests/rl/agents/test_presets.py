@@ -57,6 +57,32 @@ def test_every_domain_of_the_table():
             assert name == "bc" or config.rho == (0.0 if "humanoid" in domain else 0.5)
 
 
+# trqam ε, γ; sqam c, γ
+TRUST_REGIONS = {
+    "puzzle-3x3": (1, 0.995, 0.3, 0.995),
+    "scene": (1, 0.995, 0.3, 0.995),
+    "cube-double": (1, 0.995, 0, 0.995),
+    "antmaze-large": (1, 0.995, 0.3, 0.995),
+    "humanoidmaze-medium": (1, 0.999, 0.3, 0.999),
+    "cube-triple": (0.5, 0.995, 0.3, 0.995),
+    "cube-quadruple": (1, 0.995, 0.3, 0.995),
+    "puzzle-4x4": (2, 0.995, 0.3, 0.995),
+    "antmaze-giant": (1, 0.995, 0.3, 0.995),
+    "humanoidmaze-large": (1, 0.999, 0.3, 0.999),
+}
+
+
+def test_every_domain_of_the_trust_regions():
+    assert set(TRUST_REGIONS) == set(DOMAINS)
+    for domain, row in TRUST_REGIONS.items():
+        trqam, sqam = (preset(name, task(domain)) for name in ("trqam", "sqam"))
+        found = (trqam.kl_budget, trqam.discount, sqam.value_penalty, sqam.discount)
+        assert found == row, domain
+        assert (sqam.kl_budget, sqam.adjoint, trqam.adjoint) == (0.5, "scalar", "lean")
+        assert trqam.value_penalty == 0
+        assert trqam.inverse_temperature == sqam.inverse_temperature == 1
+
+
 # Agents with a Gaussian actor: fedit scale; dsrl scale; rebrac α, noise
 GAUSSIAN = {
     "puzzle-3x3": (0.2, 1, 0.1, 0),

@@ -56,7 +56,7 @@ def log_signal(fraction: Fraction) -> Fraction:
 
 
 class NoisePredictor(nn.Module):
-    """Prediction ε_θ(x, t | s) of the noise in a noised chunk of actions.
+    """Predicts the noise ε_θ(x, t | s) in a noised chunk of actions.
 
     The time enters by learnt frequencies f, as cos(2π f t) and sin(2π f t), and a perceptron of its
     own.

@@ -108,7 +108,7 @@ class Critics(nn.Module):
 
 
 class TimedCritics(nn.Module):
-    """Ensemble of critics Q_i(s, x, t) of actions x that a flow has denoised up to time t.
+    """Evaluates critics Q_i(s, x, t) of actions x that a flow has denoised up to time t.
 
     Arguments:
         observation_dim: size of s.

@@ -102,15 +102,17 @@ def _train(config: ReproduceConfig, number: int, piece: Piece, times: Times) -> 
     plan, name = estimate(config), config.task(number)
     if piece.left < plan.start + plan.closing:
         return False
+    training = config.training(number)
     clock = Clock(
         piece,
         reserve=plan.closing,
         times=times,
         part=name,
         every=config.every,
+        unit=training.cuda_graphs or 1,
         facts=facts_of(config),
     )
-    runs = train(config.training(number), callbacks=[clock])
+    runs = train(training, callbacks=[clock])
     times.add(name, piece.now() - clock.began)
     return all(run.stopped is None for run in runs)
 

@@ -89,7 +89,9 @@ def verdict(
         a line of text.
     """
     if differences:
-        found = f"the last success was {np.mean(success[max(success)]):.1%}" if success else "none"
+        found = (
+            f"last success {np.mean(success[max(success)]):.1%}" if success else "no evaluation yet"
+        )
         return f"TRIAL of the pipeline, no reproduction ({'; '.join(differences)}); {found}"
     steps = [] if curve is None else [step for step in success if step in curve.steps]
     if curve is None or not steps:

@@ -21,7 +21,7 @@ PUBLISHED_EPISODES = 50
 EVERY = 50_000
 """Updates between two points of the published curves."""
 GRAPH = 10
-"""Updates in a CUDA graph; trainings stop at multiples of it."""
+"""Updates in a CUDA graph."""
 QUICK_STEPS, QUICK_EVERY, QUICK_TRANSITIONS = 40, 20, 2000
 RECORD = RESULTS / "reproduce.json"
 

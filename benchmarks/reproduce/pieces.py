@@ -21,7 +21,7 @@ import torch
 
 from applications.common.errors import RunError
 from applications.rl.data.manifest import versions
-from benchmarks.reproduce.config import GRAPH, ReproduceConfig
+from benchmarks.reproduce.config import ReproduceConfig
 from flows import Callback
 from flows.training import StopTraining, Training, write_json
 from flows.training.callbacks import Metrics
@@ -81,7 +81,7 @@ class Clock(Callback):
     """Notes when the evaluations of a training are due, and stops it when the time is over.
 
     One clock serves all stacked seeds: the first that finds the time over sets the update, the next
-    multiple of `GRAPH`, at which all of them stop.
+    multiple of ``unit``, at which all of them stop.
 
     Arguments:
         piece: the time that is left.
@@ -89,6 +89,7 @@ class Clock(Callback):
         times: where seconds are noted.
         part: name of the training in ``times``.
         every: updates between two evaluations.
+        unit: updates that are made at once.
         facts: facts of this call, noted with the seconds.
     """
 
@@ -100,10 +101,11 @@ class Clock(Callback):
         times: Times,
         part: str,
         every: int,
+        unit: int,
         facts: Mapping[str, Any],
     ) -> None:
         self.piece, self.reserve, self.times, self.part = piece, reserve, times, part
-        self.every, self.facts = every, facts
+        self.every, self.unit, self.facts = every, unit, facts
         self.began, self.before = piece.now(), times.spent(part)
         self.stop_at: int | None = None
 
@@ -113,7 +115,7 @@ class Clock(Callback):
             seconds = round(self.before + self.piece.now() - self.began, 1)
             self.times.note(self.part, iteration, {"seconds": seconds, **self.facts})
         if self.stop_at is None and self.piece.left < self.reserve:
-            self.stop_at = (iteration // GRAPH + 1) * GRAPH
+            self.stop_at = (iteration // self.unit + 1) * self.unit
         if self.stop_at is not None and iteration >= self.stop_at:
             raise StopTraining("the minutes of this call are over; the same command continues")
 

@@ -196,7 +196,9 @@ def test_all_stacked_seeds_stop_at_one_update(tmp_path):
     seconds = 0.0
     piece = Piece(1, lambda: seconds)
     times = Times(tmp_path / "times.json")
-    clock = Clock(piece, reserve=10, times=times, part="a", every=50, facts={"device": "d"})
+    clock = Clock(
+        piece, reserve=10, times=times, part="a", every=50, unit=10, facts={"device": "d"}
+    )
     for iteration in range(1, 98):
         clock.on_step(None, iteration, {})  # the first seed at 97: there is time
     seconds = 50.5
@@ -252,7 +254,7 @@ def test_pieces_give_the_rows_of_one_piece(tmp_path, monkeypatch, capsys):
     assert [(row["seed"], row["step"]) for row in rows] == [(0, 20), (1, 20)]
     assert "not finished" in capsys.readouterr().out
     last = split.training(1).run_folder(1) / "evaluation.csv"
-    assert [line.split(",")[0] for line in last.read_text().split()[1:]] == ["20", "30"]
+    assert [line.split(",")[0] for line in last.read_text().split()[1:]] == ["20", "26"]
     rows = reproduce.main(split, now=lambda: advance.now)
     assert "not finished" not in capsys.readouterr().out
 

@@ -9,6 +9,7 @@ loop of one's own), and the pure functions `rollout`, `lean_adjoint`, `adjoint_m
 from adjoint.tilt import tilt
 from adjoint.config import RefineLoss, TiltConfig
 from adjoint.tilted import Tilted
+from adjoint.anneal import Annealed, Stage, anneal
 from adjoint.cost import Cost, estimate_cost
 from adjoint.certificate import Certificate
 from adjoint.judgement import Judgement
@@ -60,6 +61,9 @@ __all__ = [
     "TiltConfig",
     "RefineLoss",
     "Tilted",
+    "anneal",
+    "Annealed",
+    "Stage",
     "Cost",
     "estimate_cost",
     "Certificate",

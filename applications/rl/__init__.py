@@ -34,6 +34,9 @@ _FILES = {
     "agents.bam": "BAM BAMConfig",
     "agents.fawac": "FAWAC FAWACConfig",
     "agents.fbrac": "FBRAC FBRACConfig",
+    "agents.cgql": "CGQL CGQLConfig",
+    "agents.cgql_mse": "CGQLMSE CGQLMSEConfig",
+    "agents.cgql_linex": "CGQLLinex CGQLLinexConfig",
     "agents.rql": "RQL RQLConfig",
     "agents.fedit": "FEdit FEditConfig",
     "agents.dsrl": "DSRL DSRLConfig",
@@ -102,6 +105,9 @@ if TYPE_CHECKING:
     from applications.rl.agents.bam import BAM, BAMConfig
     from applications.rl.agents.fawac import FAWAC, FAWACConfig
     from applications.rl.agents.fbrac import FBRAC, FBRACConfig
+    from applications.rl.agents.cgql import CGQL, CGQLConfig
+    from applications.rl.agents.cgql_mse import CGQLMSE, CGQLMSEConfig
+    from applications.rl.agents.cgql_linex import CGQLLinex, CGQLLinexConfig
     from applications.rl.agents.rql import RQL, RQLConfig
     from applications.rl.agents.fedit import FEdit, FEditConfig
     from applications.rl.agents.dsrl import DSRL, DSRLConfig

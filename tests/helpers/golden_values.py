@@ -24,6 +24,7 @@ from applications.rl.agents.networks import (
     FlowActor,
     OneStepActor,
     TanhGaussianActor,
+    TimedCritics,
 )
 
 OBSERVATION_DIM, ACTION_DIM = 6, 2
@@ -153,14 +154,20 @@ def leaves(published: str, module) -> Iterator[tuple[str, nn.Parameter]]:
         yield from of_mlp(f"{published}/MLP_0", module.time)
         yield from of_mlp(f"{published}/MLP_1", module.mlp)
     elif isinstance(module, Critics):
-        for i, (weight, bias) in enumerate(zip(module.weights, module.biases, strict=True)):
-            yield f"{published}/value_net/Dense_{i}/kernel", weight
-            yield f"{published}/value_net/Dense_{i}/bias", bias
-        for i, (scale, shift) in enumerate(zip(module.scales, module.shifts, strict=True)):
-            yield f"{published}/value_net/LayerNorm_{i}/scale", scale
-            yield f"{published}/value_net/LayerNorm_{i}/bias", shift
+        yield from of_critics(f"{published}/value_net", module)
+    elif isinstance(module, TimedCritics):
+        yield from of_critics(f"{published}/mlp", module.critics)
     else:
         yield from of_mlp(f"{published}/value_net", module.mlp)
+
+
+def of_critics(prefix: str, critics: Critics) -> Iterator[tuple[str, nn.Parameter]]:
+    for i, (weight, bias) in enumerate(zip(critics.weights, critics.biases, strict=True)):
+        yield f"{prefix}/Dense_{i}/kernel", weight
+        yield f"{prefix}/Dense_{i}/bias", bias
+    for i, (scale, shift) in enumerate(zip(critics.scales, critics.shifts, strict=True)):
+        yield f"{prefix}/LayerNorm_{i}/scale", scale
+        yield f"{prefix}/LayerNorm_{i}/bias", shift
 
 
 def of_mlp(prefix: str, mlp: MLP) -> Iterator[tuple[str, nn.Parameter]]:
@@ -314,6 +321,20 @@ FBRAC = Case(
 )
 TRQAM = Case("golden_trqam", "default", "trqam", SMALL)
 
+CGQL, CGQL_MSE, CGQL_LINEX = (
+    Case(
+        f"golden_cgql_{name}",
+        name,
+        agent,
+        SMALL | {"inverse_temperature": 1.0, "guidance": 0.1} | options,
+        CRITICS | {"actor": "behaviour", "target_actor": "target_behaviour"},
+    )
+    for name, agent, options in (
+        ("simple", "cgql", {}),
+        ("mse", "cgql-mse", {"noisy_weight": 0.001}),
+        ("linex", "cgql-linex", {"noisy_weight": 0.001}),
+    )
+)
 
 CASES = (
     QAM,
@@ -332,4 +353,7 @@ CASES = (
     DAC,
     REBRAC,
     TRQAM,
+    CGQL,
+    CGQL_MSE,
+    CGQL_LINEX,
 )

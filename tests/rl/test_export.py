@@ -64,6 +64,8 @@ CASES = [
     ("bam", {}),
     ("fawac", {}),
     ("fbrac", {"best_of_n": 2}),
+    ("cgql", {"best_of_n": 2}),
+    ("cgql-linex", {}),
     ("rql", {}),
     ("trqam", {}),
     ("sqam", {}),

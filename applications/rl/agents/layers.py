@@ -86,6 +86,20 @@ def stacked_linear(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     return product + bias.to(product.dtype)
 
 
+def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise x (..., n) as a layer norm does; return it and the scale (..., 1) of x in it."""
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    scale = (variance + LAYER_NORM_EPS).rsqrt()
+    return (x - mean) * scale, scale
+
+
+def pull_normalised(cotangent: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+    """Pull a cotangent (..., n) back through `normalised`, which gave ``own`` and ``scale``."""
+    mean = cotangent.mean(-1, keepdim=True)
+    along = (cotangent * own).mean(-1, keepdim=True)
+    return scale * (cotangent - mean - own * along)
+
+
 class MLP(nn.Module):
     """Perceptron that maps (..., sizes[0]) to (..., sizes[-1]), with a linear output.
 
@@ -142,9 +156,7 @@ class MLP(nn.Module):
                 x, slope = gelu_and_slope(layer(x))
                 slopes.append(slope)
                 if gains:
-                    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-                    scale = (variance + LAYER_NORM_EPS).rsqrt()
-                    normed.append(((x - mean) * scale, scale))
+                    normed.append(normalised(x))
                     x = torch.addcmul(shifts[i], normed[i][0], gains[i])
 
         def pull(k: int, cotangent: Tensor) -> Tensor:
@@ -152,10 +164,7 @@ class MLP(nn.Module):
                 if i < self.hidden:
                     if gains:
                         own, scale = (column[k] for column in normed[i])
-                        cotangent = cotangent * gains[i]
-                        mean = cotangent.mean(-1, keepdim=True)
-                        along = (cotangent * own).mean(-1, keepdim=True)
-                        cotangent = scale * (cotangent - mean - own * along)
+                        cotangent = pull_normalised(cotangent * gains[i], own, scale)
                     cotangent = cotangent * slopes[i][k]
                 product = partial(torch.matmul, other=weights[i])
                 last = i == self.hidden

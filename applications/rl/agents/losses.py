@@ -43,7 +43,7 @@ from adjoint import (
     velocity_along,
 )
 from applications.rl.agents.bridge import Bridge
-from applications.rl.agents.networks import Critics, OneStepActor
+from applications.rl.agents.networks import Critics, OneStepActor, TimedCritics
 from applications.rl.agents.options import MatchingOptions
 from applications.rl.agents.rollouts import Noise, PolicyChain, PolicyFlow, condition
 from applications.rl.agents.trust_region import TrustRegion
@@ -77,7 +77,11 @@ def bootstrap(batch: Batch, next_value: Tensor, discount: float) -> Tensor:
 
 @torch.no_grad()
 def td_target(
-    target_critic: Critics, batch: Batch, next_actions: Tensor, discount: float, rho: float
+    target_critic: Critics | TimedCritics,
+    batch: Batch,
+    next_actions: Tensor,
+    discount: float,
+    rho: float,
 ) -> Tensor:
     """Return the temporal-difference target y (B,), without gradient.
 
@@ -93,7 +97,11 @@ def td_target(
 
 
 def critic_loss(
-    critic: Critics, observations: Tensor, actions: Tensor, target: Tensor, valid: Tensor
+    critic: Critics | TimedCritics,
+    observations: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    valid: Tensor,
 ) -> Term:
     """Compute the squared temporal-difference error of the critics.
 

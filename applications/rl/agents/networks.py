@@ -33,7 +33,10 @@ from applications.rl.agents.layers import (
     MLP,
     check_widths,
     gelu,
+    gelu_and_slope,
     in_full,
+    normalised,
+    pull_normalised,
     stacked_linear,
 )
 from flows import Cond
@@ -106,6 +109,28 @@ class Critics(nn.Module):
                     x = torch.addcmul(held(self.shifts[i]), x, held(self.scales[i]))
         return x.squeeze(-1)
 
+    @torch.no_grad()
+    def action_gradient(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Compute ∇_a mean_i Q_i(s, a), (B, chunk_dim); arguments as for a call.
+
+        It is by hand, layer by layer, so that a policy that follows it can be exported: a program
+        of `torch.export` holds no automatic differentiation.
+        """
+        x = torch.cat([observations, actions], dim=-1).expand(self.members, -1, -1)
+        slopes, normed = [], []
+        for i in range(len(self.weights) - 1):
+            x, slope = gelu_and_slope(stacked_linear(self.weights[i], self.biases[i], x))
+            slopes.append(slope)
+            if len(self.scales):
+                normed.append(normalised(x))
+                x = torch.addcmul(self.shifts[i], normed[i][0], self.scales[i])
+        cotangent = self.weights[-1].mT / self.members
+        for i in reversed(range(len(slopes))):
+            if len(self.scales):
+                cotangent = pull_normalised(cotangent * self.scales[i], *normed[i])
+            cotangent = torch.bmm(cotangent * slopes[i], self.weights[i].mT)
+        return cotangent.sum(0)[:, observations.shape[1] :]
+
 
 class TimedCritics(nn.Module):
     """Evaluates critics Q_i(s, x, t) of actions x that a flow has denoised up to time t.
@@ -138,11 +163,21 @@ class TimedCritics(nn.Module):
 
         At t = 1 the actions are those that are executed.  Other arguments as for `Critics`.
         """
+        timed = self._timed(actions, t)
+        return self.critics(observations, timed, stop_weight_gradient=stop_weight_gradient)
+
+    def action_gradient(
+        self, observations: Tensor, actions: Tensor, t: Tensor | float = 1.0
+    ) -> Tensor:
+        """Compute ∇_x mean_i Q_i(s, x, t), (B, chunk_dim); arguments as for a call."""
+        gradient = self.critics.action_gradient(observations, self._timed(actions, t))
+        return gradient[:, : actions.shape[1]]
+
+    def _timed(self, actions: Tensor, t: Tensor | float) -> Tensor:
+        """Return actions with their times as a last column."""
         if not isinstance(t, Tensor):
             t = actions.new_full((), t)
-        time = t.reshape(-1, 1).expand(actions.shape[0], 1)
-        timed = torch.cat([actions, time], dim=1)
-        return self.critics(observations, timed, stop_weight_gradient=stop_weight_gradient)
+        return torch.cat([actions, t.reshape(-1, 1).expand(actions.shape[0], 1)], dim=1)
 
 
 class FlowActor(nn.Module):

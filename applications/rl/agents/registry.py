@@ -18,6 +18,9 @@ import torch
 from applications.rl.agents.bam import BAM
 from applications.rl.agents.base import Agent
 from applications.rl.agents.bc import BC
+from applications.rl.agents.cgql import CGQL
+from applications.rl.agents.cgql_linex import CGQLLinex
+from applications.rl.agents.cgql_mse import CGQLMSE
 from applications.rl.agents.dac import DAC
 from applications.rl.agents.dsrl import DSRL
 from applications.rl.agents.fawac import FAWAC
@@ -47,6 +50,9 @@ AGENTS: dict[str, type[Agent]] = {
     "fbrac": FBRAC,
     "trqam": TRQAM,
     "sqam": SQAM,
+    "cgql": CGQL,
+    "cgql-mse": CGQLMSE,
+    "cgql-linex": CGQLLinex,
     "rql": RQL,
     "fedit": FEdit,
     "dsrl": DSRL,

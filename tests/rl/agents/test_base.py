@@ -339,6 +339,8 @@ BAD = [
     ("fbrac", "alpha", 0.0),
     ("rebrac", "target_every", 0),
     ("rebrac", "noise_clip", -0.1),
+    ("cgql", "guidance", -0.1),
+    ("cgql-mse", "noisy_weight", -0.1),
     ("rql", "expectile", 0.0),
     ("rql", "target_policy_rate", 1.5),
     ("qsm", "inverse_temperature", 0.0),
@@ -359,7 +361,23 @@ def test_options_out_of_range_are_refused_by_name_value_and_expectation(name, op
 @pytest.mark.parametrize(
     ("name", "clip"),
     [(n, 1.0) for n in ("qam", "qam-e", "qam-f", "bam", "qsm", "dac", "trqam", "sqam")]
-    + [(n, 0.0) for n in ("bc", "fql", "ifql", "fedit", "dsrl", "rebrac", "rql", "fawac", "fbrac")],
+    + [
+        (n, 0.0)
+        for n in (
+            "bc",
+            "fql",
+            "ifql",
+            "fedit",
+            "dsrl",
+            "rebrac",
+            "rql",
+            "fawac",
+            "fbrac",
+            "cgql",
+            "cgql-mse",
+            "cgql-linex",
+        )
+    ],
 )
 def test_published_optimiser_settings_are_the_defaults(name, clip):
     config = AGENTS[name].config_class()

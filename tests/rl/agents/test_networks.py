@@ -15,6 +15,7 @@ from applications.rl.agents.networks import (
     FlowActor,
     OneStepActor,
     TanhGaussianActor,
+    TimedCritics,
     ValueNetwork,
     tanh_gaussian_log_prob,
 )
@@ -77,6 +78,25 @@ def test_fixed_critics_pass_gradients_to_the_actions_only():
     found, a.grad = a.grad, None
     critics(s, a).sum().backward()
     torch.testing.assert_close(found, a.grad)
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_the_gradient_by_hand_is_that_of_autograd(layer_norm):
+    critics = shaken(Critics(OBS, ACT, hidden=(8, 9), members=4, layer_norm=layer_norm))
+    s, a = randn(B, OBS, seed=1), 2 * randn(B, ACT, seed=2)
+    a.requires_grad_(True)
+    (expected,) = torch.autograd.grad(critics(s, a).mean(0).sum(), a)
+    torch.testing.assert_close(critics.action_gradient(s, a), expected, rtol=1e-12, atol=1e-13)
+    assert not critics.action_gradient(s, a).requires_grad
+
+
+def test_the_gradient_of_timed_critics_has_no_part_for_the_time():
+    critics = shaken(TimedCritics(OBS, ACT, hidden=(8, 9), members=4))
+    s, a, t = randn(B, OBS, seed=1), randn(B, ACT, seed=2).requires_grad_(True), randn(B, seed=3)
+    for time in (t, torch.tensor(0.3), 1.0):
+        (expected,) = torch.autograd.grad(critics(s, a, time).mean(0).sum(), a)
+        found = critics.action_gradient(s, a, time)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 def members():

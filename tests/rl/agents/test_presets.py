@@ -83,6 +83,30 @@ def test_every_domain_of_the_trust_regions():
         assert trqam.inverse_temperature == sqam.inverse_temperature == 1
 
 
+# Agents that are guided, at τ = 10: cgql ϑ; cgql-mse ϑ, c; cgql-linex ϑ, c
+GUIDED = {
+    "puzzle-3x3": (0.1, 0.1, 0.1, 0.1, 0.001),
+    "scene": (0.1, 0.1, 0.1, 0.1, 0.1),
+    "cube-double": (0.01, 0.01, 0.001, 0.01, 0.001),
+    "antmaze-large": (0.1, 0.1, 0.1, 0.1, 0.001),
+    "humanoidmaze-medium": (0.01, 0.1, 0.1, 0.1, 0.1),
+    "cube-triple": (0.1, 0.1, 0.001, 0.1, 0.001),
+    "cube-quadruple": (0.1, 0.01, 0.1, 0.01, 0.1),
+    "puzzle-4x4": (0.1, 1, 0.001, 1, 0.001),
+    "antmaze-giant": (0.1, 0.1, 0.001, 0.1, 0.001),
+    "humanoidmaze-large": (0.01, 0.1, 0.1, 0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_domain_of_the_table_of_guided_agents(domain):
+    mse, linex = (preset(f"cgql-{loss}", task(domain)) for loss in ("mse", "linex"))
+    simple = preset("cgql", task(domain))
+    found = (simple.guidance, mse.guidance, mse.noisy_weight, linex.guidance, linex.noisy_weight)
+    assert found == GUIDED[domain]
+    assert {config.inverse_temperature for config in (simple, mse, linex)} == {10.0}
+
+
 # Agents with a Gaussian actor: fedit scale; dsrl scale; rebrac α, noise
 GAUSSIAN = {
     "puzzle-3x3": (0.2, 1, 0.1, 0),

@@ -45,6 +45,7 @@ _FILES = {
     "agents.rebrac": "ReBRAC ReBRACConfig",
     "agents.trqam": "TRQAM TRQAMConfig",
     "agents.sqam": "SQAM SQAMConfig",
+    "agents.rlpd": "RLPD RLPDConfig",
     # An agent of one's own
     "agents.base": "Agent Shapes Uniform",
     "agents.options": "AgentConfig BestOfOptions CriticOptions EntropyOptions MatchingOptions "
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from applications.rl.agents.rebrac import ReBRAC, ReBRACConfig
     from applications.rl.agents.trqam import TRQAM, TRQAMConfig
     from applications.rl.agents.sqam import SQAM, SQAMConfig
+    from applications.rl.agents.rlpd import RLPD, RLPDConfig
 
     # An agent of one's own
     from applications.rl.agents.base import Agent, Shapes, Uniform

@@ -20,6 +20,7 @@ OPTIONS = {
     "dsrl": {"latent_scale": 0.8},
     "fawac": {"inverse_temperature": 2.0},
     "fbrac": {"alpha": 0.3},
+    "rlpd": {"bc_alpha": 0.4},
     "rebrac": {"alpha": 0.3, "noise_clip": 0.25},
     "trqam": {"kl_budget": 0.7, "discount": 0.99},
     "sqam": {"value_penalty": 0.4, "discount": 0.99},

@@ -74,6 +74,7 @@ CASES = [
     ("qsm", {}),
     ("dac", {"action_chunking": False}),
     ("rebrac", {}),
+    ("rlpd", {}),
 ]
 
 

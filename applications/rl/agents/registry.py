@@ -34,6 +34,7 @@ from applications.rl.agents.qam_e import QAME
 from applications.rl.agents.qam_f import QAMF
 from applications.rl.agents.qsm import QSM
 from applications.rl.agents.rebrac import ReBRAC
+from applications.rl.agents.rlpd import RLPD
 from applications.rl.agents.rql import RQL
 from applications.rl.agents.sqam import SQAM
 from applications.rl.agents.trqam import TRQAM
@@ -59,6 +60,7 @@ AGENTS: dict[str, type[Agent]] = {
     "qsm": QSM,
     "dac": DAC,
     "rebrac": ReBRAC,
+    "rlpd": RLPD,
 }
 """The agents that have a short name."""
 

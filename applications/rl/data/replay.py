@@ -187,7 +187,13 @@ class Replay:
         self.online = min(self.online + 1, self.capacity)
 
     def sample(
-        self, batch_size: int, *, horizon: int, discount: float, generator: torch.Generator
+        self,
+        batch_size: int,
+        *,
+        horizon: int,
+        discount: float,
+        generator: torch.Generator,
+        balanced: bool = False,
     ) -> Batch:
         """Draw ``batch_size`` windows of ``horizon`` rows, uniformly with replacement.
 
@@ -198,6 +204,8 @@ class Replay:
             horizon: number h of rows in a window.
             discount: γ, per row.
             generator: generator on the device of the replay.
+            balanced: draw one half of the windows from the offline rows and the other half, and an
+                odd one, from the online rows, in random order.
 
         Raises:
             ValueError: there are fewer rows than the horizon, or horizon or batch size is below 1.
@@ -206,13 +214,24 @@ class Replay:
             raise ValueError(
                 f"horizon and batch_size must be at least 1, got {horizon} and {batch_size}"
             )
-        if len(self) < horizon:
-            raise ValueError(
-                f"horizon must be at most the number of rows, {len(self)}, got {horizon}"
+        rows = min(self.offline, self.online) if balanced else len(self)
+        if rows < horizon:
+            kind = "offline and of online rows" if balanced else "rows"
+            raise ValueError(f"horizon must be at most the number of {kind}, {rows}, got {horizon}")
+
+        def draw(count: int, rows: int) -> Tensor:
+            return torch.randint(
+                rows - horizon + 1, (count,), generator=generator, device=self.device
             )
-        starts = torch.randint(
-            len(self) - horizon + 1, (batch_size,), generator=generator, device=self.device
-        )
+
+        if balanced:
+            half = batch_size // 2
+            online = self.offline + draw(batch_size - half, self.online)
+            starts = torch.cat([draw(half, self.offline), online])
+            order = torch.randperm(batch_size, generator=generator, device=self.device)
+            starts = starts[order]
+        else:
+            starts = draw(batch_size, rows)
         return self.windows(starts, horizon=horizon, discount=discount)
 
     def windows(self, starts: Tensor, *, horizon: int, discount: float) -> Batch:

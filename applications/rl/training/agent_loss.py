@@ -28,6 +28,7 @@ class AgentLoss(SplitLoss):
         phases: the offline and the online phase.
         batch_size: number of windows in a batch.
         collector: takes the environment steps of the online phase.
+        balanced: draw one half of each online batch from the data, the other from what came online.
         before_sampling: called with the number of each update before its batch is drawn.
         compiled: compile ``evaluate``.
 
@@ -45,6 +46,7 @@ class AgentLoss(SplitLoss):
         *,
         batch_size: int = 256,
         collector: OnlineCollector | None = None,
+        balanced: bool = False,
         before_sampling: Callable[[int], None] | None = None,
         compiled: bool = False,
     ) -> None:
@@ -55,7 +57,7 @@ class AgentLoss(SplitLoss):
             )
         self.replay, self.phases, self.batch_size = replay, phases, batch_size
         self.collector, self.before_sampling = collector, before_sampling
-        self.compiled = compiled
+        self.balanced, self.compiled = balanced, compiled
         self.updates = 0
 
     def host_step(self, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -86,6 +88,7 @@ class AgentLoss(SplitLoss):
             horizon=agent.config.horizon,
             discount=agent.config.discount,
             generator=generator,
+            balanced=self.balanced and self.phases.online(self.updates) > 0,
         )
         return batch, agent.draw_noise(self.batch_size, generator)
 

@@ -54,6 +54,10 @@ class TrainConfig(RefusesOldNames):
     """Online step from which there is one update per environment step."""
     batch_size: int = 256
     """Windows in a batch."""
+    balanced_sampling: bool = False
+    """Online, draw one half of each batch from the data and the other from the online transitions,
+    and act at random before start_training, as RLPD does; otherwise all transitions are drawn
+    alike, and the agent acts from the first step."""
     use_data: bool = True
     """Learn from the task's data; --no-use-data learns from online transitions alone."""
     data: Path | None = None
@@ -151,6 +155,8 @@ class TrainConfig(RefusesOldNames):
             raise ValueError("resume and overwrite must not both be given")
         if not self.phases.updates:
             raise ValueError("offline_steps and online_steps must not both be 0")
+        if not self.use_data and self.balanced_sampling:
+            raise ValueError("balanced_sampling must be off where no data are used, got True")
         if not self.use_data and self.offline_steps:
             raise ValueError(
                 f"offline_steps must be 0 where no data are used, got {self.offline_steps}"

@@ -24,6 +24,7 @@ class OnlineCollector:
     Arguments:
         episodes: the episodes in which the agent acts.
         replay: a replay with room for the transitions to come.
+        random_steps: number of first steps in which actions are random, uniform in [-1, 1].
 
     Attributes:
         steps: number of environment steps taken.
@@ -31,8 +32,8 @@ class OnlineCollector:
         last: return, length and success of the latest episode that ended, empty before.
     """
 
-    def __init__(self, episodes: Episodes, replay: Replay) -> None:
-        self.episodes, self.replay = episodes, replay
+    def __init__(self, episodes: Episodes, replay: Replay, *, random_steps: int = 0) -> None:
+        self.episodes, self.replay, self.random_steps = episodes, replay, random_steps
         self.steps = 0
         self.ended = 0
         self.last: dict[str, float] = {}
@@ -41,7 +42,10 @@ class OnlineCollector:
 
     def step(self, agent: Agent, generator: torch.Generator) -> None:
         """Take one environment step; a new chunk is drawn where the last one is used up."""
-        if not self._queue:
+        if self.steps < self.random_steps:
+            uniform = torch.rand(agent.action_dim, generator=generator, device=generator.device)
+            self._queue = [(2 * uniform - 1).cpu().numpy()]
+        elif not self._queue:
             observation = torch.from_numpy(self.episodes.observation)[None]
             chunk = agent.act(observation.to(generator.device), generator)[0]
             self._queue = list(chunk.cpu().numpy())

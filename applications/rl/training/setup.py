@@ -93,6 +93,7 @@ class TrainingSetup:
                 "transitions": 0 if self.first is None else len(self.first),
                 "data": self.digest,
                 "shard_every": self.config.shard_every,
+                **({"balanced_sampling": True} if self.config.balanced_sampling else {}),
                 **kernel_identity(self.options),
                 **self._behaviour_facts(seed),
             },
@@ -194,6 +195,15 @@ def resolve(
         raise ValueError(
             f"start_training must be at least the horizon, {options.horizon}, where no data are "
             f"used, got {config.start_training}"
+        )
+    if (
+        config.balanced_sampling
+        and config.online_steps > 0
+        and (config.start_training < options.horizon)
+    ):
+        raise ValueError(
+            f"start_training must be at least the horizon, {options.horizon}, where half of "
+            f"a batch is of online transitions, got {config.start_training}"
         )
     behaviours = find_behaviours(config)
     spaces = None if first is None else Spaces(first.observation_dim, first.action_dim)

@@ -287,11 +287,16 @@ class SeedRun:
                 behaviour.check(options, config.task, spaces)
             hand_over(behaviour, agent, config)
         replay = setup.make_replay(spaces)
+        collector = None
+        if episodes is not None:
+            random_steps = config.start_training - 1 if config.balanced_sampling else 0
+            collector = OnlineCollector(episodes, replay, random_steps=random_steps)
         loss = AgentLoss(
             replay,
             config.phases,
             batch_size=config.batch_size,
-            collector=None if episodes is None else OnlineCollector(episodes, replay),
+            collector=collector,
+            balanced=config.balanced_sampling,
             before_sampling=setup.rotation(replay),
             compiled=config.compile,
         )

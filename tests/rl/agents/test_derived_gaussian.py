@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.agent_problems import batch, make, noise
 from helpers.formulas import (
     D,
     behaviour_term,
@@ -67,10 +68,43 @@ def rebrac(agent, data, eps):
     return critic - weight * q.mean() + config.alpha * (w * ((mu - A) ** 2).sum(1)).mean()
 
 
-REFERENCES = {"fedit": fedit, "dsrl": dsrl, "rebrac": rebrac}
+def rlpd(agent, data, eps):
+    config, s, A = agent.config, data.observations, data.actions.reshape(-1, D)
+    e, _ = gaussian(agent.actor, data.next_observations, eps["next_action_noise"])
+    critic = critic_term(agent, data, policy_value(agent, data, e))
+
+    e, log_p = gaussian(agent.actor, s, eps["actor_noise"])
+    q = lower(critics(agent.critic, s, e, constant=True), config.rho)
+    mean, log_std = agent.actor(s)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    squashed = torch.distributions.TransformedDistribution(
+        normal, torch.distributions.TanhTransform()
+    )
+    imitation = -(data.valid * squashed.log_prob(A).sum(1)).mean()
+    return critic - q.mean() + temperature_term(agent, log_p) + config.bc_alpha * imitation
+
+
+REFERENCES = {"fedit": fedit, "dsrl": dsrl, "rebrac": rebrac, "rlpd": rlpd}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", REFERENCES)
 def test_loss_and_gradient_are_those_of_the_formulas(name, seed):
     check_formula(name, REFERENCES[name], seed)
+
+
+def test_without_its_weight_there_is_no_imitation():
+    agent, data = make("rlpd", bc_alpha=0.0), batch()
+    assert agent.losses(data, noise(agent)).keys() == {"critic", "actor", "entropy"}
+
+
+def test_actions_at_the_bounds_are_imitated_with_finite_gradients():
+    agent = make("rlpd", dtype=torch.float32)
+    data = batch(dtype=torch.float32)
+    data = data._replace(actions=data.actions.sign())
+    loss, metrics = agent.losses(data, noise(agent))["imitation"]
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in agent.actor.parameters())
+    inside = data._replace(actions=data.actions * (1 - 1e-5))
+    same = agent.losses(inside, noise(agent))["imitation"][1]["actor/bc_loss"]
+    torch.testing.assert_close(metrics["actor/bc_loss"], same)

@@ -107,18 +107,18 @@ def test_every_domain_of_the_table_of_guided_agents(domain):
     assert {config.inverse_temperature for config in (simple, mse, linex)} == {10.0}
 
 
-# Agents with a Gaussian actor: fedit scale; dsrl scale; rebrac α, noise
+# Agents with a Gaussian actor: fedit scale; dsrl scale; rebrac α, noise; rlpd imitation
 GAUSSIAN = {
-    "puzzle-3x3": (0.2, 1, 0.1, 0),
-    "scene": (0.2, 0.4, 0.03, 0),
-    "cube-double": (0.2, 1, 0.01, 0),
-    "antmaze-large": (0.2, 0.8, 0.01, 0),
-    "humanoidmaze-medium": (0.5, 0.6, 0.01, 0),
-    "cube-triple": (0.3, 1.4, 0.01, 0.2),
-    "cube-quadruple": (0.4, 1.4, 0.01, 0.2),
-    "puzzle-4x4": (0.8, 1, 0.01, 0.2),
-    "antmaze-giant": (0.3, 1.2, 0.01, 0),
-    "humanoidmaze-large": (0.1, 0.8, 0.01, 0.1),
+    "puzzle-3x3": (0.2, 1, 0.1, 0, 0.01),
+    "scene": (0.2, 0.4, 0.03, 0, 0.3),
+    "cube-double": (0.2, 1, 0.01, 0, 0.1),
+    "antmaze-large": (0.2, 0.8, 0.01, 0, 0),
+    "humanoidmaze-medium": (0.5, 0.6, 0.01, 0, 0.03),
+    "cube-triple": (0.3, 1.4, 0.01, 0.2, 0),
+    "cube-quadruple": (0.4, 1.4, 0.01, 0.2, 0),
+    "puzzle-4x4": (0.8, 1, 0.01, 0.2, 0),
+    "antmaze-giant": (0.3, 1.2, 0.01, 0, 0.01),
+    "humanoidmaze-large": (0.1, 0.8, 0.01, 0.1, 0),
 }
 
 
@@ -130,6 +130,7 @@ def test_every_domain_of_the_table_of_gaussian_actors(domain):
         configs["dsrl"].latent_scale,
         configs["rebrac"].alpha,
         configs["rebrac"].action_noise,
+        configs["rlpd"].bc_alpha,
     )
     assert found == GAUSSIAN[domain]
 

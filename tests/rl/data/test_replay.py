@@ -171,6 +171,34 @@ def test_starts_are_uniform_and_reproducible():
     assert ((counts[:10] - 2000).square() / 2000).sum() < 27.9  # chi-squared, 9 degrees: p = 0.001
 
 
+def test_one_half_of_a_balanced_batch_is_of_the_data_and_the_other_came_online():
+    data, online = random_rows(12, 0), random_rows(9, 1, p_end=0)
+    data.observations[:, 0], online.observations[:, 0] = np.arange(12), 100 + np.arange(9)
+    replay = Replay.from_dataset(data, capacity=7)
+    for j in range(9):  # wrapped: rows 102 to 108 are left
+        replay.add(*online.row(j))
+
+    def firsts(batch_size, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        batch = replay.sample(
+            batch_size, horizon=3, discount=0.9, generator=generator, balanced=True
+        )
+        return batch.observations[:, 0].long()
+
+    found = firsts(20_000)
+    counts = found.bincount(minlength=109)
+    assert counts[:10].sum() == counts[102:107].sum() == 10_000
+    assert ((counts[:10] - 1000).square() / 1000).sum() < 27.9  # chi-squared: p = 0.001
+    assert ((counts[102:107] - 2000).square() / 2000).sum() < 18.5
+    assert abs((found[:10_000] < 100).sum() - 5000) < 200  # in random order
+    assert sorted((firsts(5) < 100).tolist()) == [False] * 3 + [True] * 2
+    assert torch.equal(firsts(50), firsts(50))
+    few = Replay.from_dataset(data, capacity=7)
+    few.add(*online.row(0))
+    with pytest.raises(ValueError, match=r"number of offline and of online rows, 1, got 3"):
+        few.sample(4, horizon=3, discount=0.9, generator=torch.Generator(), balanced=True)
+
+
 def test_state_holds_only_what_came_online_and_shares_nothing():
     rows = random_rows(20, 0)
     replay = Replay.from_dataset(rows, capacity=8)

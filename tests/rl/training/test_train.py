@@ -526,6 +526,7 @@ def test_an_environment_of_other_spaces_is_refused_before_any_file_changes(tmp_p
         ({"offline_steps": 0}, "must not both be 0"),
         ({"online_steps": 10, "start_training": 20}, "online_steps must be 0 or at least"),
         ({"use_data": False}, "offline_steps must be 0 where no data are used, got 150"),
+        ({"use_data": False, "balanced_sampling": True}, "balanced_sampling must be off where no"),
     ],
 )
 def test_options_are_checked(tmp_path, changes, message):
@@ -549,6 +550,9 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     online = {"offline_steps": 0, "online_steps": 9, "start_training": 2, "use_data": False}
     with pytest.raises(ValueError, match="start_training must be at least the horizon, 3"):
         train(configuration(tmp_path, online), environment=Corridor)
+    halves = configuration(tmp_path, online | {"use_data": True}, balanced_sampling=True)
+    with pytest.raises(ValueError, match=r"at least the horizon, 3, where half of a batch .* 2"):
+        train(halves, environment=Corridor, dataset=corridor_data())
     replay = Replay.from_dataset(corridor_data())
     with pytest.raises(ValueError, match=r"collector and a replay of .* online_steps is 1, got"):
         AgentLoss(replay, Phases(1, 1), collector=None)

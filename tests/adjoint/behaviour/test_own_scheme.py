@@ -141,7 +141,7 @@ class Asking(Scheme):
 def test_a_scheme_gets_the_moments_that_it_needs():
     scheme = Asking()
     run(with_options(kernel=scheme, iterations=1))
-    _, moments = scheme.given  # for a Gaussian, before the base is measured
+    *_, moments = scheme.given  # before that for a Gaussian, for which nothing is measured
     assert moments.mmse.shape == (5,)
     torch.testing.assert_close(
         moments.covariance, S2 * torch.eye(2, dtype=torch.float64), rtol=0, atol=0.03

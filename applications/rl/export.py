@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from applications.common.errors import RunError
+from applications.common.run_folder import read_config
 from applications.rl.agents.base import Agent
 from applications.rl.run_folder import load_agent
 from flows.training import ensure_writable, replacing, write_json
@@ -157,6 +158,7 @@ def run_export(config: ExportConfig) -> Exported:
             "shape": ["batch", agent.chunk_length, agent.action_dim],
             "dtype": "float32",
             "range": [-1, 1],
+            "environment": action_units(own),
         },
         "device": config.device,
         "torch": str(torch.__version__),
@@ -172,6 +174,20 @@ def run_export(config: ExportConfig) -> Exported:
     return Exported(path, facts)
 
 
+def action_units(folder: Path) -> dict[str, Any]:
+    """Say how the actions of an environment follow from those of a policy.
+
+    Arguments:
+        folder: folder of the run, whose config.json knows the bounds of the actions.
+
+    Returns:
+        the bounds, None where the run did not record them, and the formula.
+    """
+    config = read_config(folder)
+    bounds = {name: config.get(f"action_{name}") for name in ("low", "high")}
+    return {**bounds, "formula": "low + (action + 1) / 2 * (high - low)"}
+
+
 def show_export(config: ExportConfig) -> None:
     """Export a policy and print its facts, as the command ``export``."""
     exported = run_export(config)
@@ -185,6 +201,9 @@ def show_export(config: ExportConfig) -> None:
         f"  {'latency':<12} {facts['latency_ms']:.2f} ms at batch 1 on {facts['device']}, "
         f"{facts['threads']} threads; the agent {facts['agent_latency_ms']:.2f} ms"
     )
+    units = facts["actions"]["environment"]
+    if units["low"] is not None:
+        print(f"  {'units':<12} -1 and 1 are {units['low']} and {units['high']} in the environment")
     print(
         f"wrote {exported.path}\nwrote {exported.path.with_suffix('.json')}\n\nTo run it there:\n"
     )

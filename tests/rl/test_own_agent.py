@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 from helpers import own_agent
@@ -115,19 +116,20 @@ def test_a_checkpoint_of_an_agent_that_is_not_imported_is_refused(tmp_path, monk
 
 
 def test_in_a_sweep(tmp_path):
+    gymnasium.register("Corridor-v0", Corridor, max_episode_steps=12)
     data = corridor_data()
     names = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
     np.savez(tmp_path / "data.npz", **{name: getattr(data, name) for name in names})
     plan = make_plan(
         TrainConfig(task="", resume=True, data=tmp_path / "data.npz", **BRIEF),
-        tasks=["gym:Pendulum-v1"],
+        tasks=["gym:Corridor-v0"],
         agents=[NAME, "bc"],
         seeds=[0],
         seeds_per_job=1,
         folder=tmp_path,
     )
     assert worker.work(plan.jobs[0], "one", worker.train_task) == {}
-    folder = tmp_path / "gym-Pendulum-v1" / "helpers.own_agent-Regression" / "seed0"
+    folder = tmp_path / "gym-Corridor-v0" / "helpers.own_agent-Regression" / "seed0"
     assert load_agent(folder).name == NAME
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,15 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from applications.common.errors import RunError
 from applications.rl.data.download import obtain
 from applications.rl.data.manifest import DataError, verify
+from applications.rl.data.minari_data import minari_arrays
 from applications.rl.data.npz import read_arrays, transitions
-from applications.rl.data.own_data import minari_arrays, npz_arrays
+from applications.rl.data.own_data import npz_arrays
 from applications.rl.data.relabel import positions, task_rewards
-from applications.rl.environments.tasks import Task, make_environment
+from applications.rl.data.trajectories import ROUNDING
+from applications.rl.environments.tasks import Task, find_task, make_environment
 from applications.rl.environments.wrappers import Standard
 
 CLIP = 1.0 - 1e-5
@@ -56,6 +60,8 @@ class Dataset:
         terminals: (N,); 1 at the last transition of each trajectory.
         source: file or name that the data come from.
         versions: versions of the packages that made the data, as far as a manifest says.
+        action_low, action_high: (d_a,), bounds of the actions in the units in which they were
+            recorded, where the data say them.
     """
 
     observations: NDArray[np.float32]
@@ -66,6 +72,8 @@ class Dataset:
     next_observations: NDArray[np.float32]
     source: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    action_low: NDArray[np.float32] | None = None
+    action_high: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -183,10 +191,10 @@ def load_file(task: Task, path: Path) -> Dataset:
             environment.
         FileNotFoundError: there is no such file.
     """
-    env = _environment(task)
     if task.kind == "minari":
-        data = load_minari(task.dataset_name)
-    elif task.kind == "gym":
+        return load_minari(task.dataset_name)
+    env = task_environment(task)
+    if task.kind == "gym":
         data = load_npz(path)
     else:
         made_by = verify(path)
@@ -203,13 +211,15 @@ def load_npz(path: Path) -> Dataset:
     With ``next_observations`` each row is a transition, and terminals mark the last transition of
     each trajectory.  Without, the layout is OGBench's: the row with terminal 1 is the state that a
     trajectory ends in, and its action and reward are ignored.  ``masks`` is 0 where an episode
-    truly ended.  Without ``masks``, every terminal counts as a true end, so give it if a time limit
-    cuts episodes.  A line on the standard error stream says what was assumed in place of either.
+    truly ended.  Without ``masks``, every terminal counts as a true end, and time limits are those
+    that ``timeouts``, ``truncations`` or ``episode_terminals`` mark; see
+    `applications.rl.data.own_data`.  A trajectory also ends at a row whose next observation is not
+    that of the next row.  A line on the standard error stream says all that was assumed.
 
     Arguments:
-        path: the file.  Actions must be in [−1, 1]: rescale them as
-            `applications.rl.environments.wrappers.Standard` does, by the bounds of the
-            environment's actions.
+        path: the file.  Actions must be in [−1, 1], as fractions of the environment's bounds
+            (`applications.rl.environments.wrappers.Standard`), or between ``action_low`` and
+            ``action_high`` (d_a,), if the file has these.
 
     Raises:
         DataError: the file is damaged or does not hold these arrays.
@@ -228,32 +238,73 @@ def load_minari(name: str) -> Dataset:
 
     Raises:
         DataError: the package or the dataset is missing, its spaces are not boxes of one
-            dimension, or its arrays fail `applications.rl.data.npz.check_arrays`.
+            dimension, or its arrays fail `applications.rl.data.npz.check_arrays`; or its spaces are
+            not those of its environment, where this can be made (see `check_spaces`).
     """
-    return _dataset(minari_arrays(name), f"minari:{name}", {})
+    data = _dataset(minari_arrays(name), f"minari:{name}", {})
+    try:
+        env = task_environment(find_task(data.source))
+    except (ValueError, RunError, ImportError):  # without its environment data are of use too
+        return data
+    check_spaces(data, env)
+    return data
 
 
 def check_spaces(data: Dataset, env: gymnasium.Env) -> None:
-    """Check that the spaces of ``env`` have the sizes of the observations and actions in ``data``.
+    """Check that ``data`` belong to ``env``: sizes of the spaces, and units of the actions.
+
+    A warning says where the actions seem to be in the units of ``env`` instead of [−1, 1], and
+    where they were recorded in narrower bounds than those of ``env``, as behind a wrapper.
 
     Raises:
-        DataError: a size differs.
+        DataError: a size differs, or actions were recorded in wider bounds than those of ``env``,
+            which would clip them or take them for smaller ones.
     """
+    known = getattr(env.spec, "id", None) or env
     for name, found, space in (
         ("observations", data.observation_dim, env.observation_space),
         ("actions", data.action_dim, env.action_space),
     ):
         if space.shape != (found,):
-            known = getattr(env.spec, "id", None) or env
             raise DataError(
                 f"{data.source}: {name} have {found} components, but those of the environment "
                 f"{known} have the shape {space.shape}"
             )
+    if isinstance(env, Standard):
+        _check_units(data, env.action_low, env.action_high, f"the environment {known}")
+
+
+def _check_units(data: Dataset, low: NDArray[Any], high: NDArray[Any], whose: str) -> None:
+    """Compare the units of the actions in ``data`` with bounds (d_a,); see `check_spaces`."""
+    bounds = f"the bounds of {whose} are {low} and {high}"
+    if data.action_low is None or data.action_high is None:
+        inside = (data.actions.min(0) >= low) & (data.actions.max(0) <= high)
+        if inside.all() and ((low > -1.0) | (high < 1.0)).any():
+            warnings.warn(
+                f"{data.source}: actions look unscaled: all are in [{data.actions.min():.3g}, "
+                f"{data.actions.max():.3g}], and {bounds}; they are taken as fractions of these; "
+                "if they are not, save action_low and action_high beside them",
+                stacklevel=3,
+            )
+        return
+    recorded = f"actions were recorded in {data.action_low} to {data.action_high}, but {bounds}"
+    wider = (data.action_low < low - ROUNDING) | (data.action_high > high + ROUNDING)
+    if wider.any():
+        raise DataError(
+            f"{data.source}: {recorded}, so that an action would not be what it was; name the "
+            "environment that takes them, or convert them to its units"
+        )
+    if not np.allclose([data.action_low, data.action_high], [low, high], atol=ROUNDING):
+        warnings.warn(
+            f"{data.source}: {recorded}; as behind a wrapper that rescales, -1 and 1 are taken as "
+            "the bounds of both",
+            stacklevel=3,
+        )
 
 
 @functools.lru_cache(maxsize=2)
-def _environment(task: Task) -> Standard:
-    """Return the environment that data are checked against, made once: it takes seconds."""
+def task_environment(task: Task) -> Standard:
+    """Return the environment that data of a task are checked against; it takes seconds, once."""
     return make_environment(task)
 
 
@@ -269,6 +320,8 @@ def _dataset(
         next_observations=arrays["next_observations"],
         source=source,
         versions=made_by,
+        action_low=arrays.get("action_low"),
+        action_high=arrays.get("action_high"),
     )
 
 

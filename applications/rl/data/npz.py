@@ -27,13 +27,27 @@ Arrays = dict[str, NDArray[Any]]
 
 ACTION_TOLERANCE = 1e-5
 """Largest distance of an action from [−1, 1] that counts as rounding."""
-_FLAGS = ("terminals", "masks")
+_FLAGS = ("terminals", "masks", "timeouts", "truncations", "episode_terminals")
 _WHOLE = "button_states"
 _MATRICES = ("observations", "next_observations", "actions", "qpos", "qvel", "button_states")
 
 
-def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Arrays:
+def read_arrays(path: Path, required: Sequence[str]) -> Arrays:
     """Read named arrays of an npz file, checked, as float32 (``button_states`` as int64).
+
+    Arguments:
+        path: the file.
+        required: names of arrays that the file must hold.
+
+    Raises:
+        DataError: as `open_arrays`, or an array fails `check_arrays`.
+        FileNotFoundError: there is no such file.
+    """
+    return check_arrays(open_arrays(path, required), str(path))
+
+
+def open_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Arrays:
+    """Read named arrays of an npz file as they are.
 
     Arguments:
         path: the file.
@@ -41,8 +55,8 @@ def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = (
         optional: names of arrays that are read where the file holds them.
 
     Raises:
-        DataError: the file is truncated, damaged or not npz; holds pickled objects; lacks an
-            array; or an array fails `check_arrays`.
+        DataError: the file is truncated, damaged or not npz; holds pickled objects; or lacks an
+            array.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -58,8 +72,7 @@ def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = (
         if missing:
             raise DataError(f"{path} lacks {', '.join(missing)}; it has {', '.join(archive.files)}")
         names = [*required, *(name for name in optional if name in archive)]
-        arrays = {name: _read(archive, name, path) for name in names}
-    return check_arrays(arrays, str(path))
+        return {name: _read(archive, name, path) for name in names}
 
 
 def _read(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> NDArray[Any]:
@@ -98,9 +111,9 @@ def _check(name: str, array: NDArray[Any], rows: int, source: str) -> NDArray[An
     if array.ndim != dimensions or len(array) != rows:
         expected = f"({rows}, d)" if dimensions == 2 else f"({rows},)"
         raise DataError(f"{source}: {name} has the shape {array.shape}, expected {expected}")
-    kinds = "fiub" if dimensions == 1 or name == _WHOLE else "f"
+    kinds = "fiub" if dimensions == 1 or name == _WHOLE else "fi" if "obs" in name else "f"
     if array.dtype.kind not in kinds:
-        expected = "floating point" if kinds == "f" else "numbers"
+        expected = "numbers" if "u" in kinds else "floating point"
         raise DataError(f"{source}: {name} has the type {array.dtype}, expected {expected}")
     if name == _WHOLE:
         return array.astype(np.int64, copy=False)
@@ -113,7 +126,8 @@ def _check(name: str, array: NDArray[Any], rows: int, source: str) -> NDArray[An
         row = int((np.abs(array) > 1.0 + ACTION_TOLERANCE).any(1).argmax())
         raise DataError(
             f"{source}: actions must be in [-1, 1], got {array[row]} in row {row}; rescale them by "
-            "2 * (action - low) / (high - low) - 1, with the bounds of the environment's actions"
+            "2 * (action - low) / (high - low) - 1, with the bounds of the environment's actions, "
+            "or save these bounds beside them as action_low and action_high"
         )
     if name in _FLAGS and not np.isin(array, (0.0, 1.0)).all():
         row = int((~np.isin(array, (0.0, 1.0))).argmax())

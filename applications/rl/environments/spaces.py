@@ -1,10 +1,60 @@
-"""Sizes of observations and actions, which environment, data and agent must share."""
+"""Spaces of observations and actions: which are supported, and sizes that all sides must share."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
 import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+OTHER_SPACES = {
+    "Dict": "flatten them by gymnasium.wrappers.FlattenObservation in an environment of your own, "
+    "and the data likewise",
+    "Discrete": "an environment of your own can take one number per choice and play the largest",
+    "Box": "flatten them by gymnasium.wrappers.FlattenObservation in an environment of your own, "
+    "and the data likewise; images need an encoder to vectors there",
+}
+"""The way round for spaces that are not supported, by the name of their class."""
+OTHER_SPACES |= {"Tuple": OTHER_SPACES["Dict"], "MultiDiscrete": OTHER_SPACES["Discrete"]}
+
+
+def vector_space(space: gymnasium.Space, name: str) -> Box:
+    """Return ``space`` if it is a box of vectors.
+
+    Arguments:
+        space: space of observations or actions.
+        name: its name, for the message.
+
+    Raises:
+        ValueError: it is of another kind; the message says the way round.
+    """
+    images = space.dtype == np.uint8
+    if isinstance(space, Box) and len(space.shape) == 1 and not images:
+        return space
+    kind = type(space).__name__
+    what = "images are not supported" if images else f"{kind} is not supported"
+    if isinstance(space, Box) and not images:
+        what = f"arrays of {len(space.shape)} dimensions are not supported"
+    advice = OTHER_SPACES.get(kind, "convert them to vectors in an environment of your own")
+    raise ValueError(
+        f"{name} must be a box of one dimension of floating point, got {space}: {what}; {advice}"
+    )
+
+
+def bounded_vector_space(space: gymnasium.Space, name: str) -> Box:
+    """Return ``space`` if it is a bounded box of vectors.
+
+    Raises:
+        ValueError: it is of another kind, or without bounds; the message says the way round.
+    """
+    box = vector_space(space, name)
+    if not box.is_bounded():
+        raise ValueError(
+            f"{name} must be bounded, got {box}: actions are learned in [-1, 1]; wrap the "
+            "environment by gymnasium.wrappers.RescaleAction or a class with bounds of its own"
+        )
+    return box
 
 
 class Spaces(NamedTuple):

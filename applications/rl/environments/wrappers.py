@@ -16,6 +16,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
 from applications.rl.environments.reproducible import Reproducible
+from applications.rl.environments.spaces import bounded_vector_space, vector_space
 
 Observation = NDArray[np.float32]
 
@@ -29,6 +30,8 @@ class Standard(gymnasium.Wrapper):
 
     Attributes:
         observation_dim, action_dim: sizes of an observation and an action.
+        action_low, action_high: (action_dim,), bounds of the actions in the units of ``env``, to
+            which −1 and 1 are mapped.
 
     Raises:
         ValueError: the spaces are of another kind.
@@ -37,15 +40,13 @@ class Standard(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, *, sparse: bool = False) -> None:
         super().__init__(Reproducible(env))
         self.sparse = sparse
-        outer = _box(env.observation_space, "observation_space")
+        outer = vector_space(env.observation_space, "observation_space")
         self.observation_space = Box(-np.inf, np.inf, outer.shape, np.float32)
-        actions = _box(env.action_space, "action_space")
-        if not actions.is_bounded():
-            raise ValueError(f"action_space must be bounded, got {actions}")
+        actions = bounded_vector_space(env.action_space, "action_space")
         self.action_space = Box(-1.0, 1.0, actions.shape, np.float32)
         self.observation_dim, self.action_dim = outer.shape[0], actions.shape[0]
-        self._low, self._high = actions.low, actions.high
-        self._rescales = bool((self._low != -1.0).any() or (self._high != 1.0).any())
+        self.action_low, self.action_high = actions.low, actions.high
+        self._rescales = bool((actions.low != -1.0).any() or (actions.high != 1.0).any())
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -76,7 +77,8 @@ class Standard(gymnasium.Wrapper):
             raise ValueError(f"action must not contain NaN, got {action}")
         action = np.clip(action, -1.0, 1.0)
         if self._rescales:
-            action = self._low + 0.5 * (action + 1.0) * (self._high - self._low)
+            low, high = self.action_low, self.action_high
+            action = low + 0.5 * (action + 1.0) * (high - low)
         return action
 
 
@@ -87,11 +89,3 @@ def standardise(env: gymnasium.Env) -> Standard:
         ValueError: its spaces are not boxes of one dimension.
     """
     return env if isinstance(env, Standard) else Standard(env)
-
-
-def _box(space: gymnasium.Space, name: str) -> Box:
-    if not isinstance(space, Box) or len(space.shape) != 1:
-        raise ValueError(f"{name} must be a box of one dimension, got {space}")
-    if space.dtype == np.uint8:
-        raise ValueError(f"{name} must be of floating point, got {space}: images are not supported")
-    return space

@@ -35,6 +35,7 @@ from applications.rl.environments.workers import (
     RemoteEnvironment,
     Watch,
 )
+from applications.rl.environments.wrappers import Standard
 from applications.rl.evaluation.statistics import wilson_interval
 
 BLOCK = 16
@@ -130,6 +131,12 @@ class EpisodeEvaluator:
     def spaces(self) -> Spaces:
         """Sizes of the environments' observations and actions."""
         return self._environments[0].spaces
+
+    @property
+    def environment(self) -> Standard | None:
+        """One of the environments, None where all are in worker processes."""
+        first = self._environments[0]
+        return first.environment if isinstance(first, LocalEnvironment) else None
 
     def __call__(
         self,

@@ -62,8 +62,9 @@ class TrainConfig(RefusesOldNames):
     """Learn from the task's data; --no-use-data learns from online transitions alone."""
     data: Path | None = None
     """Folder of the data, $OGBENCH_DATA or ~/.ogbench/data if not given; or an .npz file of your
-    own: observations, actions in [-1, 1], rewards, terminals (1 at the last row of an episode),
-    masks (0 where it truly ended; without, every terminal is a true end, also of a time limit) and
+    own: observations, actions in [-1, 1] or between action_low and action_high, rewards, terminals
+    (1 at the last row of an episode), masks (0 where it truly ended; without, every terminal is a
+    true end), timeouts, truncations or episode_terminals (ends that are only time limits) and
     next_observations (without, rows are states, and the last of an episode is only its end)."""
     shard_every: int = 1000
     """Updates on one shard before the next one takes its place, where the data come in shards."""

@@ -21,11 +21,24 @@ from applications.rl.agents import find_agent
 from applications.rl.agents.base import AgentConfig
 from applications.rl.agents.chain_kernel import kernel_identity
 from applications.rl.agents.presets import preset
-from applications.rl.data.dataset import Dataset, ShardedDataset, load_npz, load_shards
+from applications.rl.data.dataset import (
+    Dataset,
+    ShardedDataset,
+    check_spaces,
+    load_npz,
+    load_shards,
+    task_environment,
+)
 from applications.rl.data.manifest import versions
 from applications.rl.data.replay import Replay
+from applications.rl.data.trajectories import (
+    check_windows,
+    note_breaks,
+    windows_within_episodes,
+)
 from applications.rl.environments.spaces import Spaces
 from applications.rl.environments.tasks import find_task, make_environment
+from applications.rl.environments.wrappers import Standard
 from applications.rl.training.behaviour import Behaviour, check_behaviours, find_behaviours
 from applications.rl.training.config import TrainConfig
 from flows.training import checkpoint as checkpoints
@@ -47,6 +60,7 @@ class TrainingSetup:
         first: the first shard, or None.
         device: device of agent and replay.
         behaviours: the behaviour that the agent starts from, by seed; empty if none is given.
+        checked: the task's own environment, made to check the data, or None; it is not played.
     """
 
     config: TrainConfig
@@ -56,6 +70,7 @@ class TrainingSetup:
     first: Dataset | None
     device: torch.device
     behaviours: Mapping[int, Behaviour]
+    checked: Standard | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -66,6 +81,11 @@ class TrainingSetup:
         for name in ("observations", "actions", "rewards", "masks", "terminals"):
             digest.update(np.ascontiguousarray(getattr(self.first, name)).data)
         return digest.hexdigest()[:16]
+
+    def windows(self, data: Dataset) -> float:
+        """Return the fraction of the windows in ``data`` that lie within one episode."""
+        within = windows_within_episodes(data.terminals, self.options.horizon)
+        return within / (len(data) - self.options.horizon + 1)
 
     def make_replay(self, spaces: Spaces) -> Replay:
         """Make a replay of the first shard, with room for the online transitions."""
@@ -99,8 +119,17 @@ class TrainingSetup:
             },
         )
 
-    def describe(self, seed: int, spaces: Spaces) -> dict[str, Any]:
-        """Return the content of config.json, see `applications.rl.run_folder`."""
+    def describe(
+        self, seed: int, spaces: Spaces, environment: Standard | None = None
+    ) -> dict[str, Any]:
+        """Return the content of config.json, see `applications.rl.run_folder`.
+
+        Arguments:
+            seed: seed of the run.
+            spaces: sizes of observations and actions.
+            environment: an environment of the run, where one is open in this process.
+        """
+        known = environment or self.checked
         content = asdict(replace(self.config, options=self.options))
         for name in ("seeds", "resume", "overwrite", "folder"):
             del content[name]
@@ -114,11 +143,14 @@ class TrainingSetup:
             "threads": torch.get_num_threads(),
             **self._behaviour_facts(seed),
             **spaces._asdict(),
+            "action_low": None if known is None else known.action_low.tolist(),
+            "action_high": None if known is None else known.action_high.tolist(),
             "versions": checkpoints.versions() | versions(),
             "dataset": {
                 "source": None if first is None else first.source,
                 "transitions": 0 if first is None else len(first),
                 "shards": len(self.shards),
+                "windows_within_episodes": None if first is None else self.windows(first),
                 "versions": {} if first is None else dict(first.versions),
             },
         }
@@ -149,7 +181,7 @@ def resolve(
         ImportError: a package that the task needs is not installed.
     """
     expected = find_agent(config.agent).config_class
-    options = config.options
+    options, task = config.options, None
     if environment is None:
         task = find_task(config.task)
         environment = partial(make_environment, task)
@@ -186,11 +218,16 @@ def resolve(
             f"cuda_graphs must be 0 where the data are shards, which the host exchanges, got "
             f"{config.cuda_graphs}; --data names a folder that holds a single file"
         )
-    if first is not None and len(first) < options.horizon:
-        raise ValueError(
-            f"data must have at least horizon={options.horizon} rows, which a window takes, got "
-            f"{len(first)}"
-        )
+    checked = None
+    if first is not None:
+        check_windows(first.terminals, options.horizon)
+        if first is dataset:
+            note_breaks(
+                first.observations, first.next_observations, first.terminals, options.horizon
+            )
+        if task is not None:
+            checked = task_environment(task)
+            check_spaces(first, checked)
     if first is None and config.start_training < options.horizon:
         raise ValueError(
             f"start_training must be at least the horizon, {options.horizon}, where no data are "
@@ -208,7 +245,7 @@ def resolve(
     behaviours = find_behaviours(config)
     spaces = None if first is None else Spaces(first.observation_dim, first.action_dim)
     check_behaviours(behaviours, config, options, spaces)
-    return TrainingSetup(config, options, environment, shards, first, device, behaviours)
+    return TrainingSetup(config, options, environment, shards, first, device, behaviours, checked)
 
 
 def _check_folder(path: Path | None) -> None:

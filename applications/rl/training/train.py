@@ -35,6 +35,7 @@ from applications.rl.data.dataset import Dataset
 from applications.rl.environments.episodes import Episodes
 from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.spaces import Spaces, check_spaces, spaces_of
+from applications.rl.environments.wrappers import Standard
 from applications.rl.evaluation.background import BackgroundEvaluator
 from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from applications.rl.training.agent_loss import AgentLoss
@@ -227,6 +228,9 @@ class SeedRun:
     ) -> None:
         self.setup, self.seed, self.folder = setup, seed, setup.config.run_folder(seed)
         self.callbacks = callbacks
+        self.environment: Standard | None = None
+        if isinstance(evaluator, EpisodeEvaluator):
+            self.environment = evaluator.environment
         self.evaluations: Evaluations | None = None
         if evaluator is not None:
             self.evaluations = Evaluations.of_run(setup.config, seed, evaluator)
@@ -317,7 +321,12 @@ class SeedRun:
             ),
             callbacks=[
                 *training_callbacks(
-                    config, self.seed, setup.describe(self.seed, spaces), self.evaluations
+                    config,
+                    self.seed,
+                    setup.describe(
+                        self.seed, spaces, self.environment if episodes is None else episodes.env
+                    ),
+                    self.evaluations,
                 ),
                 *self.callbacks,
             ],

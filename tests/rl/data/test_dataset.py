@@ -343,7 +343,7 @@ def own(path, **changes):
         "actions": np.array([[0.0], [1.0], [-1.0]]),
         "rewards": np.array([0, 1, 2]),
         "terminals": np.array([False, True, False]),
-        "next_observations": np.ones((3, 2)),
+        "next_observations": np.array([[1.0, 2.0], [5.0, 5.0], [6.0, 6.0]]),
         **changes,
     }
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
@@ -362,10 +362,10 @@ def test_own_data_by_transition(tmp_path):
 
 def test_own_data_by_state(tmp_path):
     path = own(tmp_path / "own.npz", next_observations=None, masks=np.array([1.0, 0.0, 0.0]))
-    data = load_npz(path)  # the rows are s0, s1 (an end), s0'; the last leads nowhere
+    data = load_npz(path)  # the rows are s0, s1 (a true end), s0'; the last leads nowhere
     assert len(data) == 1
     np.testing.assert_array_equal(data.next_observations, [[1.0, 2.0]])
-    assert (data.rewards, data.masks, data.terminals) == (0.0, 1.0, 1.0)
+    assert (data.rewards, data.masks, data.terminals) == (0.0, 0.0, 1.0)
 
 
 def test_what_is_assumed_of_own_data_is_said_with_its_numbers(tmp_path, capsys):

@@ -56,6 +56,7 @@ _FILES = {
     "agents.losses": "Metrics Term behaviour_loss bootstrap critic_loss critic_term "
     "expectile_errors expectile_loss one_step_loss pessimistic td_target",
     "agents.losses_gaussian": "edit_loss entropy_loss",
+    "agents.running_state": "RunningState",
     "agents.domains": "by_domain",
     "agents.testing": "check_agent",
     # Tasks and their environments
@@ -166,6 +167,7 @@ if TYPE_CHECKING:
         td_target,
     )
     from applications.rl.agents.losses_gaussian import edit_loss, entropy_loss
+    from applications.rl.agents.running_state import RunningState
     from applications.rl.agents.domains import by_domain
     from applications.rl.agents.testing import check_agent
 

@@ -52,6 +52,10 @@ class Recorded(SplitLoss):
         """Return how many updates need no host: all of a launch."""
         return UPDATES
 
+    def follow(self, module: Any, metrics: dict[str, Tensor]) -> None:
+        """Let the agent's state follow the metrics."""
+        module.follow(metrics)
+
     def before_update(self, module: Any) -> None:
         """Move the target networks."""
         module.update_targets()

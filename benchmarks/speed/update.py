@@ -87,6 +87,10 @@ class FixedBatch(SplitLoss):
         """Return how many updates from the next on do not need the host."""
         return self.loss.updates_without_host()
 
+    def follow(self, module: nn.Module, metrics: dict[str, Tensor]) -> None:
+        """Let the agent's state follow the metrics."""
+        self.loss.follow(module, metrics)
+
     def before_update(self, module: nn.Module) -> None:
         """Move the target networks."""
         self.loss.before_update(module)

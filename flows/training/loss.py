@@ -30,7 +30,7 @@ Evaluated = tuple[Tensor, Metrics]
 LossFunction = Callable[[nn.Module, torch.Generator], Evaluated]
 """A function (module, generator) -> (scalar loss, scalar metrics); every `Loss` is one too."""
 
-HOOKS = ("before_update", "state_dict", "load_state_dict")
+HOOKS = ("follow", "before_update", "state_dict", "load_state_dict")
 
 
 class Loss(ABC):
@@ -50,6 +50,17 @@ class Loss(ABC):
         Arguments:
             module: the module in training.
             generator: source of all random numbers of the loss.
+        """
+
+    def follow(self, module: nn.Module, metrics: Metrics) -> None:  # noqa: B027  (a hook, not a duty)
+        """Run when the metrics of an update are known, before ``before_update``.
+
+        This is the moment to change, in place, buffers that follow from them, such as a dual
+        variable.  The loss itself must not change what its gradient depends on.
+
+        Arguments:
+            module: the module in training.
+            metrics: means over the losses of the update and over all processes, detached.
         """
 
     def before_update(self, module: nn.Module) -> None:  # noqa: B027  (a hook, not a duty)

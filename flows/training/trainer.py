@@ -9,9 +9,10 @@ Before the iteration ``restart``, where the trainer is given one, the average be
 Adam forgets its moments, and the schedules of the learning rate and the average start anew: a
 second training, say on another loss, from the result of the first.
 
-A loss that derives from `flows.training.loss.Loss` may have the hook ``before_update(module)``.  It
-runs when g is known, clipped and (on a CPU) found finite, while the weights are still theta: the
-moment to move networks that follow the weights, such as target networks.
+A loss that derives from `flows.training.loss.Loss` may have the hooks ``follow(module, metrics)``
+and ``before_update(module)``.  They run when g is known, clipped and (on a CPU) found finite, while
+the weights are still theta: the moment to change buffers that follow from the metrics, and to move
+networks that follow the weights, such as target networks.
 
 Divergence.  A loss or gradient norm that is not finite stops the training.  On a CPU it is seen
 before the weights change; elsewhere numbers are read only once in several iterations, so as not to
@@ -245,7 +246,7 @@ class Trainer:
         """End a step: update the weights by the gradients; return and raise as ``step`` does."""
         metrics = self.reduce_gradients()
         self._check_finite_later(metrics)
-        self.update_weights()
+        self.update_weights(metrics)
         self.iteration += 1
         return metrics
 
@@ -256,8 +257,9 @@ class Trainer:
         first = {"loss": means["loss"], "grad_norm": norm}
         return first | {name: mean for name, mean in means.items() if name not in first}
 
-    def update_weights(self) -> None:
-        """Call the hook of the loss, then move weights and average along the gradients."""
+    def update_weights(self, metrics: Metrics) -> None:
+        """Call the hooks of the loss, then move weights and average along the gradients."""
+        self.loss.follow(self.module, metrics)
         self.loss.before_update(self.module)
         self.optimizer.step(self.iteration)
 

@@ -136,8 +136,8 @@ class UpdateGraph:
             loss = cast(SplitLoss, self._trainers[0].loss)
             self._trainers[0].backward(lambda module, _: loss.evaluation(module, inputs[0]))
         results = [trainer.reduce_gradients() for trainer in self._trainers]
-        for trainer in self._trainers:
-            trainer.update_weights()
+        for trainer, metrics in zip(self._trainers, results, strict=True):
+            trainer.update_weights(metrics)
         return results
 
 

@@ -19,7 +19,7 @@ from flows.training import Loss, SplitLoss
 
 PACKAGES = (flows, adjoint, applications, benchmarks)
 HOOKS = {
-    Loss: {"before_update", "state_dict", "load_state_dict", "phase"},
+    Loss: {"follow", "before_update", "state_dict", "load_state_dict", "phase"},
     SplitLoss: {"host_step", "updates_without_host"},
     Callback: {"on_start", "on_step", "on_end"},
 }

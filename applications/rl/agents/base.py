@@ -260,7 +260,7 @@ class Agent(nn.Module, ABC):
     def follow(self, metrics: Metrics) -> None:
         """Let the agent's running states (`RunningState`) follow the metrics of an update.
 
-        Training calls it after each loss.
+        Training calls it once an update, before `update_targets`.
         """
         for module in self.children():
             if isinstance(module, RunningState):

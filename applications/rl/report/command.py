@@ -28,6 +28,7 @@ from applications.rl.report.published import (
 )
 from applications.rl.report.results import read_results
 from applications.rl.report.table import Line, curve_rows, format_table, table
+from applications.rl.report.trust_regions import trust_region_remarks
 from flows.training import ensure_writable, replacing
 
 
@@ -55,7 +56,7 @@ class Report:
 
     Attributes:
         lines: lines of the table.
-        remarks: runs that were left out or could not be compared, and why.
+        remarks: runs that were left out or could not be compared, and why; trust regions.
         files: the files written.
     """
 
@@ -77,7 +78,8 @@ def run_report(config: ReportConfig) -> Report:
     unknown = [m for m in config.methods if m.lower() not in map(str.lower, PUBLISHED)]
     if unknown:
         raise ValueError(f"methods must be among {', '.join(PUBLISHED)}, got {unknown[0]!r}")
-    groups, remarks = grouped(read_results(config.runs), config.by)
+    results = read_results(config.runs)
+    groups, remarks = grouped(results, config.by)
     known = sorted({group.task for group in groups})
     unknown = [task for task in config.tasks if task not in known]
     if unknown:
@@ -89,6 +91,9 @@ def run_report(config: ReportConfig) -> Report:
         for g in groups
         if g.task.startswith(("gym:", "minari:")) and not g.success.any()
     ]
+    remarks += trust_region_remarks(
+        [r for r in results if not config.tasks or r.settings["task"] in config.tasks]
+    )
     ensure_writable(config.folder / "table.csv", "folder")
     files = []
     for task in [t for t in known if not config.tasks or t in config.tasks]:

@@ -95,17 +95,18 @@ class AgentLoss(SplitLoss):
     def evaluate(
         self, module: nn.Module, inputs: tuple[Batch, Noise]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the agent's loss on a batch and its noise, and metrics; its state follows them."""
-        agent = cast(Agent, module)
-        loss, metrics = agent.loss(*inputs)
-        agent.follow(metrics)
-        return loss, metrics
+        """Return the agent's loss on a batch and its noise, and metrics."""
+        return cast(Agent, module).loss(*inputs)
 
     def updates_without_host(self) -> int:
         """Count the updates to come that do not need the host (`flows.training.update_graph`)."""
         if self.before_sampling is not None:
             return 0
         return max(0, self.phases.offline_steps - self.updates)
+
+    def follow(self, module: nn.Module, metrics: dict[str, Tensor]) -> None:
+        """Let the running states of the agent, such as a multiplier, follow the metrics."""
+        cast(Agent, module).follow(metrics)
 
     def before_update(self, module: nn.Module) -> None:
         """Move the target networks toward the weights of before the update."""

@@ -109,9 +109,10 @@ class Replayed(SplitLoss):
         return self.case.batch(update), self.case.noise(update)
 
     def evaluate(self, agent, inputs):
-        loss, metrics = agent.loss(*inputs)
+        return agent.loss(*inputs)
+
+    def follow(self, agent, metrics):
         agent.follow(metrics)
-        return loss, metrics
 
     def before_update(self, agent):
         agent.update_targets()

@@ -543,3 +543,20 @@ def test_curves_are_checked(tmp_path, curves, message):
     with pytest.raises(ValueError, match=message):
         learning_curves(tmp_path / "a.png", curves)
     assert not (tmp_path / "a.png").exists()
+
+
+def test_trust_regions_are_noted_with_their_last_numbers(tmp_path):
+    run = write_run(tmp_path / "one", agent="trqam", rates={1000: 0.5})
+    plain = write_run(tmp_path / "two", seed=1, rates={1000: 0.5})
+    (plain / "metrics.csv").write_text("iteration,loss\n1,2\n")
+    head = "iteration,actor/path_kl,actor/path_kl_average,actor/multiplier,actor/kl_budget\n"
+    lines = "10,0.3,0.2,0.99,1\n20,1.25,0.8,1.5,1\n30,9,9"  # the last is being written
+    (run / "metrics.csv").write_text(head + lines)
+    notes = [r for r in run_report(config(tmp_path, run, plain)).remarks if "budget" in r]
+    assert notes == [
+        f"trqam on {CUBE}, seed 0: path KL 0.8 nats per action (last 1.25) of a budget of 1, "
+        "multiplier 1.5"
+    ]
+    other = write_run(tmp_path / "three", task=MAZE, rates={1000: 0.5})
+    report = run_report(config(tmp_path, run, other, tasks=(MAZE,)))
+    assert not any("budget" in r for r in report.remarks)

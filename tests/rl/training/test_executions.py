@@ -97,7 +97,7 @@ def steps(name, members, compiled):
     return metrics, [trainer.module.state_dict() for trainer in trainers]
 
 
-@pytest.mark.parametrize(("name", "members"), [("qam", 1), ("bc", 2)])
+@pytest.mark.parametrize(("name", "members"), [("qam", 1), ("bc", 2), ("trqam", 2), ("sqam", 1)])
 @pytest.mark.slow
 def test_the_loss_is_compiled_where_asked_for(name, members, monkeypatch):
     compiled, torch_compile = [], torch.compile
@@ -113,3 +113,18 @@ def test_the_loss_is_compiled_where_asked_for(name, members, monkeypatch):
     assert compiled
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", ["trqam", "sqam"])
+@pytest.mark.slow
+def test_the_multiplier_follows_each_update(name):
+    """The state is that which the last update reports, alone and with seeds stacked."""
+    found = {}
+    for members in (1, 2):
+        metrics, states = steps(name, members, compiled=False)
+        for own, state in zip(metrics[-1], states, strict=True):
+            assert state["trust_region.multiplier"] == own["actor/multiplier"] < 1
+            assert state["trust_region.kl_average"] == own["actor/path_kl_average"]
+        found[members] = [each[0]["actor/multiplier"] for each in metrics]
+    assert found[1][0] != found[1][1]
+    torch.testing.assert_close(*found.values())

@@ -46,6 +46,9 @@ class Problem(SplitLoss):
     def evaluate(self, agent, inputs):
         return agent.loss(*inputs)
 
+    def follow(self, agent, metrics):
+        agent.follow(metrics)
+
     def before_update(self, agent):
         agent.update_targets()
 

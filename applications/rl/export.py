@@ -63,6 +63,9 @@ class ExportConfig:
     """Agent of your own that the run holds, as module:Name; its module is imported."""
     kernel: str | None = None
     """Kernel of your own that the agent has, as module:Name; its module is imported."""
+    behaviour: str | None = None
+    """Flow policy of your own that is the agent's behaviour, as module:Name; its module is
+    imported."""
     folder: Path | None = None
     """Folder to write policy.pt2 and policy.json to; the folder of the run if not given."""
     device: str = "cpu"
@@ -131,7 +134,8 @@ def run_export(config: ExportConfig) -> Exported:
     except (RuntimeError, AssertionError) as error:  # an unknown name, or no such hardware
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: cannot use {config.device!r}: {reason}") from None
-    trained = load_agent(config.run, config.device, agent=config.agent, kernel=config.kernel)
+    outside = {"agent": config.agent, "kernel": config.kernel, "behaviour": config.behaviour}
+    trained = load_agent(config.run, config.device, **outside)
     own = config.run if config.run.is_dir() else config.run.parent
     path = ensure_writable((config.folder or own) / "policy.pt2", "folder")
     policy = Policy(trained.agent)

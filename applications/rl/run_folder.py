@@ -25,10 +25,12 @@ import torch
 
 from applications.common import lock
 from applications.common import run_folder as common
+from applications.common.objects import is_reference
 from applications.common.run_folder import CONFIG, RunFiles, write_config
 from applications.rl.agents import AgentLike, UntrustedAgentError, find_agent, make_agent
 from applications.rl.agents.base import Agent, AgentConfig
 from applications.rl.agents.chain_kernel import own_kernel
+from applications.rl.agents.pretrained import PretrainedActor, put_in_place
 from applications.rl.environments.spaces import Spaces
 from applications.rl.training.config import TrainConfig
 from flows.training import CheckpointError, ensure_writable
@@ -40,6 +42,8 @@ METRICS = "metrics.csv"
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.pt"
 SNAPSHOT = "snapshot.pt"
+BEHAVIOUR_MODULE = "behaviour_module"
+"""Fact of a checkpoint that names a flow policy from outside this package, its behaviour."""
 TENSORBOARD = "tensorboard"
 WANDB = "wandb.txt"
 
@@ -147,6 +151,7 @@ def load_agent(
     *,
     agent: AgentLike | None = None,
     kernel: str | None = None,
+    behaviour: object = None,
 ) -> TrainedAgent:
     """Load the agent of a checkpoint file or of a run folder.
 
@@ -160,6 +165,8 @@ def load_agent(
         agent: the agent from outside this package that the checkpoint may hold, as ``module:Name``
             (its module is imported), as its class, or by options of it.
         kernel: the kernel from outside this package that the agent may have, as ``module:Name``.
+        behaviour: the flow policy from outside this package that is the agent's behaviour, as
+            ``module:Name`` or the object itself.
 
     Raises:
         FileNotFoundError: there is none; the message names runs in folders below.
@@ -181,6 +188,7 @@ def load_agent(
         config = _stored_agent(path, name, allowed).config_class(**options)
         _check_kernel(path, config, kernel)
         made = make_agent(config, identity["observation_dim"], identity["action_dim"])
+        _restore_behaviour(path, made, identity.get(BEHAVIOUR_MODULE), behaviour)
         made.load_state_dict(state["module"])
         trained = TrainedAgent(
             made.to(device), name, identity["task"], state["iteration"], identity
@@ -230,6 +238,28 @@ def _check_kernel(path: Path, config: AgentConfig, allowed: str | None) -> None:
             "imported unasked, for that runs its code; if you trust it, name it: "
             f"--kernel {named}, or in Python kernel={named!r}"
         )
+
+
+def _restore_behaviour(path: Path, agent: Agent, named: str | None, given: object) -> None:
+    """Make the behaviour of an agent that comes from outside this package again.
+
+    Raises:
+        CheckpointError: only the checkpoint names it, and its module is not imported.
+        ValueError: there is no such flow policy.
+    """
+    if named is None:
+        return
+    if given is None and not is_reference(named):
+        raise CheckpointError(
+            f"{path}: the behaviour is {named}: give it again, in Python as behaviour="
+        )
+    if given is None and named.partition(":")[0] not in sys.modules:
+        raise CheckpointError(
+            f"{path}: the behaviour {named!r} is not part of this package, and its module is not "
+            "imported unasked, for that runs its code; if you trust it, name it: "
+            f"--behaviour {named}, or in Python behaviour={named!r}"
+        )
+    put_in_place(agent, PretrainedActor(named if given is None else given))
 
 
 def full_disk_explained(folder: Path) -> AbstractContextManager[None]:

@@ -166,6 +166,12 @@ class Pretrained(OnCanonicalPath):
         """The pretrained module; its ``state_dict`` loads into the original pipeline."""
         return cast(Network, self.model).network
 
+    @property
+    def required(self) -> frozenset[str]:
+        """Return the names of the conditions that a call must give."""
+        model = cast(Network, self.model)
+        return frozenset(model.needs - {*model.plain, *model.fixed, *model.repeated})
+
     def prior_scale(self, t: float | None = None) -> float:
         """Return the standard deviation of X_t for data of mean 0 and variance 1.
 

@@ -114,7 +114,9 @@ def test_the_page_from_top_to_bottom(folder):
         else:
             (folder / kind).write_text(code)
         done.append(kind)
-    mine = {f"my_{name}.py" for name in ("reward", "callback", "target", "kernel", "agent")}
+    mine = {
+        f"my_{name}.py" for name in ("reward", "callback", "target", "kernel", "agent", "policy")
+    }
     assert mine <= set(done)
     assert (folder / "outputs").is_dir()
 

@@ -27,6 +27,7 @@ import torch
 
 from applications.common.errors import RunError
 from applications.rl.agents.base import Agent
+from applications.rl.agents.pretrained import PretrainedActor, put_in_place
 from applications.rl.environments.workers import WorkerProcess
 from applications.rl.evaluation.evaluator import EpisodeEvaluator, Evaluation
 from flows.training import prepare_process
@@ -96,11 +97,13 @@ class BackgroundEvaluator(WorkerProcess):
             RunError: the worker process could not start, or died.
         """
         made_of = (type(agent), agent.config, agent.observation_dim, agent.action_dim)
+        behaviour = getattr(agent, "behaviour", None)
+        source = behaviour.source if isinstance(behaviour, PretrainedActor) else None
         # `cpu` alone would leave a view of the storage that stacked seeds share.
         state = {name: value.cpu().clone() for name, value in agent.state_dict().items()}
         weights = io.BytesIO()
         torch.save(state, weights)
-        self.send((made_of, weights.getvalue(), episodes, seed))
+        self.send((made_of, source, weights.getvalue(), episodes, seed))
         self._pending.append(PendingEvaluation(self._collect))
         return self._pending[-1]
 
@@ -131,9 +134,11 @@ def _serve(
             connection.send((None, evaluator.spaces))
             threading.Thread(target=_read, args=(connection, requests), daemon=True).start()
             while True:
-                (kind, *arguments), weights, episodes, seed = requests.get()
+                (kind, *arguments), source, weights, episodes, seed = requests.get()
                 try:
                     agent = kind(*arguments)
+                    if source is not None:
+                        put_in_place(agent, PretrainedActor(source))
                     agent.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
                     answer = (None, evaluator(agent, episodes=episodes, seed=seed))
                 except Exception:  # in this evaluation; the next one may succeed

@@ -48,6 +48,9 @@ class EvaluateConfig:
     """Agent of your own that the runs hold, as module:Name; its module is imported."""
     kernel: str | None = None
     """Kernel of your own that the agent has, as module:Name; its module is imported."""
+    behaviour: str | None = None
+    """Flow policy of your own that is the agent's behaviour, as module:Name; its module is
+    imported."""
     episodes: int = 50
     """Episodes for each run."""
     seed: int = 0
@@ -93,7 +96,8 @@ def show_evaluate(config: EvaluateConfig) -> None:
     prepare_mujoco(render=config.gif is not None)
     device = choose_device(config.device)
     paths = [folder for path in config.runs for folder in run_folders(path) or [path]]
-    trained = [load_agent(path, device, agent=config.agent, kernel=config.kernel) for path in paths]
+    outside = {"agent": config.agent, "kernel": config.kernel, "behaviour": config.behaviour}
+    trained = [load_agent(path, device, **outside) for path in paths]
     if config.gif is not None:
         ensure_writable(config.gif, "gif")
         for run in trained:

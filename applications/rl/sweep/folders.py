@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 def settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that a finished run must share with the plan, as JSON reads them."""
-    shared = {k: v for k, v in asdict(config).items() if k not in (*EXECUTION_OPTIONS, "seeds")}
+    shared = {k: v for k, v in config.plain.items() if k not in (*EXECUTION_OPTIONS, "seeds")}
     return json.loads(json.dumps(shared, default=str))
 
 

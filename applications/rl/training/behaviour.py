@@ -6,6 +6,10 @@ observations take the place of those of the data, so that the flow sees what it 
 
 The checkpoint of the new run holds everything from its first update on.  A resume therefore reads
 no behaviour: the folder of the run recorded which one it was.
+
+Or ``behaviour`` is a flow policy from outside this package, ``module:Name`` or an object, which
+takes the place of the agent's own flow (`applications.rl.agents.pretrained`).  The checkpoint holds
+its weights, and its name, by which it is made again.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from applications.rl import run_folder
 from applications.rl.agents import make_agent
 from applications.rl.agents.base import Agent, AgentConfig
 from applications.rl.agents.behaviour import freeze, start_from
+from applications.rl.agents.pretrained import PretrainedActor, check_actor, describe, put_in_place
 from applications.rl.environments.spaces import Spaces
 from applications.rl.environments.tasks import find_task
 from applications.rl.training.config import TrainConfig
@@ -35,6 +40,8 @@ from flows.training import checkpoint as checkpoints
 NORMALISER = ("observation_mean", "observation_deviation")
 """Buffers of an agent by which its networks see observations."""
 
+BEHAVIOUR_MODULE = run_folder.BEHAVIOUR_MODULE
+
 SHARED = ("hidden", "actor_layer_norm", "action_chunking", "observation_scale")
 """Options that an agent must share with the behaviour that it starts from."""
 
@@ -43,8 +50,8 @@ class Behaviour(Protocol):
     """A behaviour flow that agents start from."""
 
     @property
-    def digest(self) -> str:
-        """Return 16 hexadecimal digits that identify its weights."""
+    def facts(self) -> dict[str, str]:
+        """Return the facts that tell which one it is, such as a digest of its weights."""
 
     def check(self, options: AgentConfig, task: str, spaces: Spaces | None) -> None:
         """Refuse an agent of other sizes, or on another environment."""
@@ -58,6 +65,11 @@ class Recorded:
     """The behaviour of a run that is resumed, whose checkpoint holds it."""
 
     digest: str
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return the digest of its weights."""
+        return {"behaviour_digest": self.digest}
 
     def check(self, options: AgentConfig, task: str, spaces: Spaces | None) -> None:
         """Leave the comparison to the checkpoint."""
@@ -104,6 +116,11 @@ class Stored:
             for name, value in module.items()
             if name.startswith("behaviour.")
         }
+        if BEHAVIOUR_MODULE in identity:
+            raise ValueError(
+                f"behaviour must name a run with a behaviour flow of this package, got {source!r}, "
+                f"whose behaviour is {identity[BEHAVIOUR_MODULE]}: name that"
+            )
         if not weights:
             raise ValueError(
                 f"behaviour must name a run with a behaviour flow, such as one of bc, got "
@@ -112,9 +129,9 @@ class Stored:
         return cls(source, identity, weights, normaliser)
 
     @cached_property
-    def digest(self) -> str:
+    def facts(self) -> dict[str, str]:
         """Return 16 hexadecimal digits that identify weights and normaliser."""
-        return fingerprint({**self.weights, **self.normaliser})
+        return {"behaviour_digest": fingerprint({**self.weights, **self.normaliser})}
 
     def check(self, options: AgentConfig, task: str, spaces: Spaces | None) -> None:
         """Refuse an agent whose behaviour flow is another network, or sees other numbers.
@@ -165,16 +182,62 @@ class Stored:
                 agent.get_buffer(name).copy_(value)
 
 
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """A flow policy from outside this package.
+
+    Attributes:
+        source: see `applications.rl.agents.pretrained.PretrainedActor`.
+    """
+
+    source: object
+
+    @cached_property
+    def actor(self) -> PretrainedActor:
+        """Return the policy, loaded once.
+
+        Raises:
+            ValueError: there is no such policy.
+        """
+        return PretrainedActor(self.source)
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """Return the name of the policy, and 16 hexadecimal digits that identify its weights."""
+        digest = fingerprint(self.actor.state_dict())
+        return {"behaviour_digest": digest, BEHAVIOUR_MODULE: describe(self.source)}
+
+    def check(self, options: AgentConfig, task: str, spaces: Spaces | None) -> None:
+        """Try the policy at the agent's sizes, where they are known.
+
+        Raises:
+            ValueError: see `applications.rl.agents.pretrained.check_actor`.
+        """
+        if spaces is not None:
+            chunk_dim = options.chunk_length * spaces.action_dim
+            check_actor(self.actor, spaces.observation_dim, chunk_dim)
+
+    def start(self, agent: Agent) -> None:
+        """Put the policy in the place of the agent's behaviour flow.
+
+        Raises:
+            ValueError: see `applications.rl.agents.pretrained.put_in_place`.
+        """
+        put_in_place(agent, self.actor)
+
+
 def find_behaviours(config: TrainConfig) -> dict[int, Behaviour]:
     """Find the behaviour of each seed; empty if the option is not given.
 
     Raises:
         FileNotFoundError, CheckpointError, ValueError: see `Stored.load`.
     """
+    if config.behaviour is not None and config.behaviour_run(0) is None:
+        return dict.fromkeys(config.seeds, Foreign(config.behaviour))
     found: dict[str, Stored] = {}
     result: dict[int, Behaviour] = {}
     for seed in config.seeds:
-        source = config.behaviour_of(seed)
+        source = config.behaviour_run(seed)
         if source is None:
             continue
         recorded = _recorded(config, seed)
@@ -191,7 +254,7 @@ def check_behaviours_exist(config: TrainConfig) -> None:
         FileNotFoundError: naming what is missing.
     """
     for seed in config.seeds:
-        source = config.behaviour_of(seed)
+        source = config.behaviour_run(seed)
         if source is not None and _recorded(config, seed) is None:
             run_folder.find_checkpoint(Path(source), "behaviour")
 

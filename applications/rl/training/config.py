@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from applications.common.objects import NAME_OR_OBJECT, is_reference
 from applications.rl.agents.options import AgentConfig
+from applications.rl.agents.pretrained import describe
 from applications.rl.agents.registry import agent_name
 from applications.rl.training.phases import Phases
 from applications.rl.training.seeds import SEEDS
@@ -68,10 +70,11 @@ class TrainConfig(RefusesOldNames):
     next_observations (without, rows are states, and the last of an episode is only its end)."""
     shard_every: int = 1000
     """Updates on one shard before the next one takes its place, where the data come in shards."""
-    behaviour: str | Path | None = None
-    """Run whose behaviour flow the agent starts from, such as a folder that `train --agent bc`
-    wrote: behaviour, target network and policy flow begin with its weights.  {task} and {seed} in
-    it stand for the folder of the task and the number of the seed."""
+    behaviour: Annotated[Any, NAME_OR_OBJECT] = None
+    """Behaviour flow that the agent starts from: the folder of a run, such as `train --agent bc`
+    wrote, in which {task} and {seed} stand for the folder of the task and the number of the seed;
+    or a flow policy of your own, as module:Name.  Behaviour, target network and policy flow begin
+    with its weights."""
     freeze_behaviour: bool = False
     """Keep the behaviour as it is, instead of fitting it to the data further."""
     eval_every: int = 50_000
@@ -145,12 +148,12 @@ class TrainConfig(RefusesOldNames):
                     f"{name} must be a multiple of cuda_graphs={self.cuda_graphs}, got "
                     f"{getattr(self, name)}"
                 )
-        if self.behaviour is not None:
+        if isinstance(self.behaviour, str | Path) and not is_reference(str(self.behaviour)):
             if not str(self.behaviour):
                 raise ValueError("behaviour must name the folder of a run, got ''")
             path = Path(self.behaviour).expanduser().absolute()
             object.__setattr__(self, "behaviour", str(path))
-        elif self.freeze_behaviour:
+        elif self.behaviour is None and self.freeze_behaviour:
             raise ValueError("freeze_behaviour must be off where no behaviour is given, got True")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
@@ -173,12 +176,24 @@ class TrainConfig(RefusesOldNames):
         """Folder that holds a folder for each seed."""
         return self.folder or Path("outputs/rl") / folder_name(self.task) / folder_name(self.agent)
 
-    def behaviour_of(self, seed: int) -> str | None:
-        """Return the behaviour of the run of ``seed``; None if none is given."""
-        if self.behaviour is None:
+    def behaviour_run(self, seed: int) -> str | None:
+        """Return the run whose behaviour that of ``seed`` starts from; None if it is no run."""
+        if not isinstance(self.behaviour, str) or is_reference(self.behaviour):
             return None
-        named = str(self.behaviour).replace("{task}", folder_name(self.task))
+        named = self.behaviour.replace("{task}", folder_name(self.task))
         return named.replace("{seed}", str(seed))
+
+    @property
+    def behaviour_name(self) -> str | None:
+        """The behaviour as files record it: as given, or a description of an object."""
+        return None if self.behaviour is None else describe(self.behaviour)
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The options as plain data by name, as files record them."""
+        content = asdict(replace(self, behaviour=None, freeze_behaviour=False))
+        named = {"behaviour": self.behaviour_name, "freeze_behaviour": self.freeze_behaviour}
+        return content | named
 
     def run_folder(self, seed: int) -> Path:
         """Return the folder of the run of ``seed``."""

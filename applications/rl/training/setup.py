@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -130,7 +130,7 @@ class TrainingSetup:
             environment: an environment of the run, where one is open in this process.
         """
         known = environment or self.checked
-        content = asdict(replace(self.config, options=self.options))
+        content = replace(self.config, options=self.options).plain
         for name in ("seeds", "resume", "overwrite", "folder"):
             del content[name]
         first = self.first
@@ -159,7 +159,7 @@ class TrainingSetup:
         if seed not in self.behaviours:
             return {}
         return {
-            "behaviour_digest": self.behaviours[seed].digest,
+            **self.behaviours[seed].facts,
             "freeze_behaviour": self.config.freeze_behaviour,
         }
 

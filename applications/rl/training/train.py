@@ -146,6 +146,8 @@ def show_train(config: TrainConfig) -> None:
     own = f" --agent {config.agent}" if ":" in config.agent else ""
     kernel = None if config.options is None else own_kernel(config.options)
     own += f" --kernel {kernel}" if kernel else ""
+    if config.behaviour is not None and config.behaviour_run(0) is None:
+        own += f" --behaviour {config.behaviour_name}"
     print(f"\nnext: python -m applications.rl evaluate {config.path}/*{own}")
     if config.eval_every:  # else there is nothing to report
         print(f"      python -m applications.rl report {config.path}")

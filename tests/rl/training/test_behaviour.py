@@ -316,10 +316,10 @@ def test_a_run_says_where_it_came_from(tmp_path, cloned):
     assert [t["freeze_behaviour"] for t in told] == [True, True]
     digests = {t["behaviour_digest"] for t in told}
     digests |= {load_agent(r.folder).identity["behaviour_digest"] for r in (run, other)}
-    digests.add(Stored.load(str(run.folder)).digest)  # frozen: still the same
+    digests.add(Stored.load(str(run.folder)).facts["behaviour_digest"])  # frozen: still the same
     assert len(digests) == 1
     (free,) = fit(tmp_path / "three", behaviour=cloned.folder)
-    assert Stored.load(str(free.folder)).digest not in digests
+    assert Stored.load(str(free.folder)).facts["behaviour_digest"] not in digests
     (plain,) = fit(tmp_path / "four")
     assert "behaviour_digest" not in json.loads((plain.folder / "config.json").read_text())
     assert "freeze_behaviour" not in load_agent(plain.folder).identity  # so older runs resume

@@ -9,23 +9,25 @@ import torch
 
 pytest.importorskip("ogbench")
 
-from benchmarks import rl
+from benchmarks.rl import __main__ as rl
+from benchmarks.rl import runs
+from benchmarks.rl.experiments import experiments
 
 torch.set_num_threads(1)
 COLUMNS = "task agent seed step phase success episodes hours device preset"
 
 
 def test_no_two_experiments_share_a_row_or_a_folder():
-    found = rl.experiments()
+    found = experiments()
     assert len({(e.task, e.agent, e.preset) for e in found}) == len(found)
     assert len({e.folder for e in found}) == len(found)
-    assert {e.suite for e in found} == set(rl.BenchmarkConfig().suites)
+    assert {e.suite for e in found} == set(runs.BenchmarkConfig().suites)
 
 
 def test_options_of_an_experiment_reach_the_agent(tmp_path):
-    config = rl.BenchmarkConfig(folder=tmp_path)
-    for experiment in rl.experiments():
-        options = rl.train_config(config, experiment, [1]).options
+    config = runs.BenchmarkConfig(folder=tmp_path)
+    for experiment in experiments():
+        options = runs.train_config(config, experiment, [1]).options
         for name, value in experiment.options.items():
             assert getattr(options, name) == value
 
@@ -33,18 +35,18 @@ def test_options_of_an_experiment_reach_the_agent(tmp_path):
 @pytest.mark.slow
 def test_rows_are_flat_and_kept(tmp_path, monkeypatch):
     tiny = replace(
-        rl.experiments()[0], offline=4, transitions=4000, eval_every=2, episodes=1, agent="bc"
+        experiments()[0], offline=4, transitions=4000, eval_every=2, episodes=1, agent="bc"
     )
-    monkeypatch.setattr(rl, "experiments", lambda: [tiny])
-    config = rl.BenchmarkConfig(
+    monkeypatch.setattr(runs, "experiments", lambda: [tiny])
+    config = runs.BenchmarkConfig(
         suites=("pointmaze",),
         seeds=(3,),
         workers=1,
         folder=tmp_path,
         output=tmp_path / "rl.json",
     )
-    rl.make_data(config, tiny)
-    rows = rl.run(config, tiny, [3])
+    runs.make_data(config, tiny)
+    rows = runs.run(config, tiny, [3])
     assert [row["step"] for row in rows] == [2, 4]
     assert all(" ".join(row) == COLUMNS for row in rows)
     folder = tmp_path / tiny.folder / "seed3"
@@ -61,26 +63,26 @@ def test_rows_are_flat_and_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
 def test_the_seeds_of_a_fast_path_are_one_run(cuda, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    config = rl.BenchmarkConfig(suites=("paths",), seeds=(0, 1, 2), folder=tmp_path)
-    plain, fast, half, *graphs = (e for e in rl.experiments() if e.suite == "paths")
+    config = runs.BenchmarkConfig(suites=("paths",), seeds=(0, 1, 2), folder=tmp_path)
+    plain, fast, half, *graphs = (e for e in experiments() if e.suite == "paths")
     together = [fast, half, *(graphs if cuda else [])]
     expected = [*((plain, [seed]) for seed in range(3)), *((e, [0, 1, 2]) for e in together)]
-    assert rl.pending(config, []) == expected
+    assert runs.pending(config, []) == expected
     assert [e.device for e in together] == ["cpu", "cpu", *(["cuda"] * 3 if cuda else [])]
     done = {"task": fast.task, "agent": fast.agent, "preset": fast.preset, "seed": 1}
-    assert rl.pending(config, [done])[3] == (fast, [0, 2])
+    assert runs.pending(config, [done])[3] == (fast, [0, 2])
     for experiment in graphs:
-        assert rl.train_config(config, experiment, [0, 2]).cuda_graphs == 10
-    options = rl.train_config(config, fast, [0, 2])
+        assert runs.train_config(config, experiment, [0, 2]).cuda_graphs == 10
+    options = runs.train_config(config, fast, [0, 2])
     assert (options.compile, options.background_eval, options.stacked) == (True, True, 2)
     assert replace(
         options, compile=False, background_eval=False, stacked=1, folder=None
-    ) == replace(rl.train_config(config, plain, [0]), seeds=(0, 2), folder=None)
+    ) == replace(runs.train_config(config, plain, [0]), seeds=(0, 2), folder=None)
 
 
 def test_paths_of_execution_learn_alike():
     """Recorded: every seed has the same success at every evaluation, and comes to learn."""
-    recorded = json.loads(rl.BenchmarkConfig().output.read_text())
+    recorded = json.loads(runs.BenchmarkConfig().output.read_text())
     plain, fast, half = (
         {(row["seed"], row["step"]): row["success"] for row in recorded if row["preset"] == name}
         for name in ("small plain", "small fast", "small fast bfloat16")

@@ -1,0 +1,1 @@
+"""Benchmark: do the RL agents learn, and which learns best?"""

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from applications.rl import AGENTS
+from applications.rl.agents.behaviour import has_behaviour
+
 MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 CUBE = "cube-single-play-singletask-task1-v0"
 SCENE = "scene-sparse-play-singletask-task1-v0"
@@ -14,12 +17,10 @@ PUZZLE = "puzzle-3x3-sparse-play-singletask-task1-v0"
 FIRST = ("bc", "fql", "qam", "qam-f")
 """Agents of the suites ``pointmaze`` and ``cube``."""
 
-LEADING = ("qam", "fql")
+LEADING = tuple(a for a in ("qam", "trqam", "sqam", "rql", "fql", "qam-x") if a in AGENTS)
 """Agents of the suite ``agents`` on all four tasks."""
-STARTED = ("qam", "qam-e", "qam-f", "bam", "fql", "ifql")
-"""Agents of the suite ``agents`` that start from the cloned behaviour."""
-ALL = (*LEADING, "qam-e", "qam-f", "bam", "ifql")
-"""Agents of the suite ``agents`` but ``bc``."""
+ONLINE = ("rlpd",)
+"""Agents that learn online alone, and are not in the suite ``agents``."""
 
 FAST = {"compile": True, "background_eval": True}
 PATHS: dict[str, dict[str, Any]] = {
@@ -122,13 +123,14 @@ def comparison() -> list[Experiment]:
     """
     maze = Experiment("agents", MAZE, "bc", eval_every=500)
     cube = Experiment(
-        "agents", CUBE, "bc", offline=30_000, transitions=200_000, eval_every=2500, episodes=20
+        "agents", CUBE, "bc", offline=20_000, transitions=200_000, eval_every=2500, episodes=20
     )
+    everything = ("bc", *LEADING, *(a for a in AGENTS if a not in ("bc", *LEADING, *ONLINE)))
     return [
-        replace(task, agent=agent, behaviour=agent in STARTED)
+        replace(task, agent=agent, behaviour=agent != "bc" and has_behaviour(agent))
         for task, agents in (
-            (maze, ("bc", *ALL)),
-            (cube, ("bc", *ALL)),
+            (maze, everything),
+            (cube, everything),
             (replace(cube, task=SCENE), ("bc", *LEADING)),
             (replace(cube, task=PUZZLE), ("bc", *LEADING)),
         )

@@ -32,14 +32,31 @@ class BenchmarkConfig:
 
     suites: tuple[str, ...] = ("pointmaze", "temperature", "kernels", "online", "paths", "cube")
     """Suites of experiments to run."""
+    agents: tuple[str, ...] = ()
+    """Agents to run, all of the suites if not given."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to run, by the beginning of their names; all of the suites if not given."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each agent."""
     workers: int = 2
     """Number of processes, one thread each."""
     folder: Path = Path("outputs/benchmark-rl")
     """Folder of data and runs."""
-    output: Path = RESULTS / "rl.json"
-    """File of the rows; missing rows are added to it."""
+    output: Path | None = None
+    """File of the rows, to which missing ones are added; rl.json among the benchmarks' results, or
+    rl_agents.json for the suite ``agents``, if not given."""
+
+    @property
+    def record(self) -> Path:
+        """File of the rows.
+
+        Raises:
+            ValueError: the suite ``agents`` is run together with others, and no file is given.
+        """
+        if self.output is None and "agents" in self.suites and len(self.suites) > 1:
+            raise ValueError(f"suites must be agents alone without output, got {self.suites}")
+        name = "rl_agents.json" if "agents" in self.suites else "rl.json"
+        return self.output or RESULTS / name
 
 
 def data_folder(config: BenchmarkConfig, experiment: Experiment) -> Path:
@@ -57,6 +74,12 @@ def make_data(config: BenchmarkConfig, experiment: Experiment) -> None:
             folder=data_folder(config, experiment),
         )
     )
+
+
+def behaviour_folder(config: BenchmarkConfig, experiment: Experiment) -> Path:
+    """Return the run of ``bc`` whose behaviour the agents of the suite ``agents`` start from."""
+    cloned = replace(experiment, agent="bc", behaviour=False, options={})
+    return config.folder / cloned.folder / "seed0"
 
 
 def agent_options(experiment: Experiment) -> AgentConfig:
@@ -86,6 +109,7 @@ def train_config(
         folder=config.folder / experiment.folder,
         resume=True,
         threads=1,
+        behaviour=behaviour_folder(config, experiment) if experiment.behaviour else None,
         stacked=len(seeds),
         **{"device": "cpu", **PATHS[experiment.path]},
     )
@@ -126,8 +150,13 @@ def key(row: Row) -> tuple[object, ...]:
 def pending(config: BenchmarkConfig, rows: list[Row]) -> list[tuple[Experiment, list[int]]]:
     """Return the missing jobs: an experiment, and the seeds that one process trains."""
     done = {key(row) for row in rows}
+    chosen = [
+        e
+        for e in experiments()
+        if e.agent in (config.agents or (e.agent,)) and e.task.startswith(config.tasks or ("",))
+    ]
     jobs: list[tuple[Experiment, list[int]]] = []
-    for experiment in experiments():
+    for experiment in chosen:
         if experiment.suite not in config.suites:
             continue
         if experiment.device == "cuda" and not torch.cuda.is_available():

@@ -61,11 +61,12 @@ def test_every_agent_has_a_page_and_no_page_lacks_an_agent():
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_page_names_the_losses_the_code_and_the_command(name):
     text, agent = (DOCS / f"{name}.md").read_text(encoding="utf-8"), AGENTS[name]
-    module = sys.modules[agent.__module__]
+    own = sys.modules[agent.__module__]
+    module = sys.modules[agent.losses.__module__]  # of another agent, where only options differ
     names = {*vars(module), *(tilt_terms.__code__.co_names if "tilt_terms" in vars(module) else ())}
     used = {word for word in names if word.endswith("_loss")}
     assert len(used) == len(make(name).losses(batch(), noise(make(name))))
     assert {word for word in used if f"`{word}`" not in text} == set()
-    assert f"(../../{module.__name__.replace('.', '/')}.py)" in text
+    assert f"(../../{own.__name__.replace('.', '/')}.py)" in text
     assert f"python -m applications.rl train --agent {name} " in text
     assert (DOCS.parents[1] / agent.page) == DOCS / f"{name}.md"

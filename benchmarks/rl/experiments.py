@@ -86,7 +86,8 @@ class Experiment:
     @property
     def folder(self) -> Path:
         """Folder of the experiment's runs, relative to the folder of the benchmark."""
-        return Path(self.task) / self.agent / self.preset.replace(" ", ",")
+        suite = ["agents"] if self.suite == "agents" else []
+        return Path(*suite, self.task, self.agent, self.preset.replace(" ", ","))
 
 
 def experiments() -> list[Experiment]:

@@ -128,3 +128,14 @@ def test_the_multiplier_follows_each_update(name):
         found[members] = [each[0]["actor/multiplier"] for each in metrics]
     assert found[1][0] != found[1][1]
     torch.testing.assert_close(*found.values())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_its_multiplier(tmp_path):
+    run = {"agent": "trqam", "options": options("trqam", horizon=3), "eval_every": 0}
+    fit(tmp_path / "whole", {"offline_steps": 8}, **run)
+    for steps_so_far in (4, 8):
+        fit(tmp_path / "resumed", {"offline_steps": steps_so_far}, **run)
+    assert_same_run(*[tmp_path / name / "seed0" for name in ("whole", "resumed")])
+    saved = checkpoints.load(tmp_path / "resumed" / "seed0" / "checkpoint.pt")["module"]
+    assert saved["trust_region.multiplier"] < 1

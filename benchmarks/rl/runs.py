@@ -42,21 +42,22 @@ class BenchmarkConfig:
     """Number of processes, one thread each."""
     folder: Path = Path("outputs/benchmark-rl")
     """Folder of data and runs."""
-    output: Path | None = None
-    """File of the rows, to which missing ones are added; rl.json among the benchmarks' results, or
-    rl_agents.json for the suite ``agents``, if not given."""
+    output: Path = RESULTS / "rl.json"
+    """File of the rows, to which missing ones are added; for the suite ``agents`` the same name
+    with _agents at its end, so rl_agents.json."""
 
     @property
     def record(self) -> Path:
         """File of the rows.
 
         Raises:
-            ValueError: the suite ``agents`` is run together with others, and no file is given.
+            ValueError: the suite ``agents`` is run together with others.
         """
-        if self.output is None and "agents" in self.suites and len(self.suites) > 1:
-            raise ValueError(f"suites must be agents alone without output, got {self.suites}")
-        name = "rl_agents.json" if "agents" in self.suites else "rl.json"
-        return self.output or RESULTS / name
+        if "agents" not in self.suites:
+            return self.output
+        if len(self.suites) > 1:
+            raise ValueError(f"suites must be agents alone, or without it, got {self.suites}")
+        return self.output.with_name(f"{self.output.stem}_agents{self.output.suffix}")
 
 
 def data_folder(config: BenchmarkConfig, experiment: Experiment) -> Path:

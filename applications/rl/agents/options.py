@@ -88,7 +88,7 @@ class AgentConfig:
     )
     """Widths of the hidden layers of every network."""
     actor_layer_norm: bool = False
-    """Use layer norm in the flow and one-step actors."""
+    """Use layer norm in the flow, one-step and deterministic actors."""
     horizon: int = checked_option(5, at_least(1))
     """Steps h of a window: the length of a chunk of actions and of the n-step return."""
     observation_scale: float = checked_option(0.0, at_least(0.0))

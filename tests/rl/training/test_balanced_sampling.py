@@ -36,8 +36,16 @@ def test_offline_batches_are_of_the_data_and_online_ones_have_two_halves(tmp_pat
         seen.append((replay.online, int((starts < replay.offline).sum()), len(starts)))
         return windows(replay, starts, **rest)
 
+    random, step = [], OnlineCollector.step
+
+    def stepping(collector, *arguments):
+        random.append(collector.steps < collector.random_steps)
+        return step(collector, *arguments)
+
     monkeypatch.setattr(Replay, "windows", watched)
+    monkeypatch.setattr(OnlineCollector, "step", stepping)
     fit(tmp_path)
+    assert random == [True] * 20 + [False] * 10  # the agent acts from step 21 on
     assert seen == [(0, 16, 16)] * 3 + [(step, 8, 16) for step in range(21, 31)]
 
 

@@ -35,6 +35,7 @@ class Transition(NamedTuple):
         terminal: 1 if the episode ended, for whatever reason.
         success: whether the environment reports success in this step.
         done: ``terminal`` as a bool.
+        told: whether the environment told success.
     """
 
     observation: Observation
@@ -45,6 +46,7 @@ class Transition(NamedTuple):
     next_observation: Observation
     success: bool
     done: bool
+    told: bool = True
 
 
 class Episodes:
@@ -95,6 +97,7 @@ class Episodes:
             next_observation=after,
             success=info["success"],
             done=done,
+            told=info["success_told"],
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,9 +11,10 @@ name for the reward rule r ← −1[r ≠ 0], offline and online: OGBench's mani
 objects that are not at their goals.  The published results of QAM on scene, puzzle-3x3 and
 puzzle-4x4 belong to the sparse names; ``Task.published`` is the name in the published tables.
 
-Two other forms are for problems of your own: ``gym:Pendulum-v1`` is any registered environment with
-box spaces, learned online or from data of your own, and ``minari:NAME`` is a Minari dataset with
-the environment it was recorded in.
+Two other forms are for problems of your own: ``gym:Pendulum-v1`` is any registered environment
+with box spaces, learned online or from data of your own (``gym:MODULE:NAME`` imports a module
+first, as in Gymnasium), and ``minari:NAME`` is a Minari dataset with the environment that it names
+for evaluations, else the one it was recorded in.
 
 Names are checked here before OGBench sees them, because its suggestions for a wrong name mislead.
 """
@@ -22,7 +23,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,20 +149,22 @@ def task_names() -> list[str]:
     return list(_tasks())
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str, *, importing: bool = True) -> Task:
     """Find a task by name.
 
     Arguments:
         name: a single-task name of OGBench, also with ``sparse`` after the environment; the
             name of a dataset (``cube-single-play-v0``; the default task); ``gym:ID`` or
             ``minari:NAME``.
+        importing: whether the module of ``gym:MODULE:NAME`` may be imported, which runs its code;
+            else the program must have imported it.
 
     Raises:
         ValueError: there is no such task; the message names similar ones.
     """
     prefix, _, rest = name.partition(":")
     if prefix == "gym" and rest:
-        return _gym_task(rest)
+        return _gym_task(rest, importing)
     if prefix == "minari" and rest:
         return _minari_task(rest)
     tasks = _tasks()
@@ -197,11 +202,19 @@ def make_environment(task: Task, *, render: bool = False) -> Standard:
         if task.kind == "minari":
             import minari
 
-            return Standard(minari.load_dataset(task.dataset_name).recover_environment())
-        env = gymnasium.make(task.environment_id, disable_env_checker=True, **options)
+            made = minari.load_dataset(task.dataset_name).recover_environment(eval_env=True)
+        else:
+            made = gymnasium.make(task.environment_id, disable_env_checker=True, **options)
     except gymnasium.error.Error as error:
         raise RunError(f"task {task.name!r} cannot be made: {error}") from error
-    return Standard(env, sparse=task.sparse)
+    except (ValueError, ImportError) as error:
+        if task.kind != "minari":
+            raise
+        raise RunError(
+            f"the environment of task {task.name!r} cannot be made again ({error}); in Python, "
+            "train(config, environment=MyEnv, dataset=load_minari(name)) takes one of your own"
+        ) from error
+    return Standard(made, sparse=task.sparse)
 
 
 def _is_manipulation(environment: str) -> bool:
@@ -252,13 +265,29 @@ def _unknown(name: str) -> str:
     return f"unknown task {name!r}; {hint}"
 
 
-def _gym_task(environment: str) -> Task:
+def _gym_task(environment: str, importing: bool) -> Task:
     import gymnasium
 
+    module, colon, name = environment.rpartition(":")
+    if colon and not importing and module not in sys.modules:
+        raise ValueError(
+            f"task 'gym:{environment}' names a module, which is not imported unasked, for that "
+            f"runs its code; if you trust it, name it: --task gym:{environment}"
+        )
     try:
-        spec = gymnasium.spec(environment)
+        if colon:
+            importlib.import_module(module)
+        spec = gymnasium.spec(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"task 'gym:{environment}': there is no module {error.name!r} in the current folder or "
+            "among the installed packages"
+        ) from error
     except gymnasium.error.Error as error:
-        raise ValueError(f"unknown task 'gym:{environment}'; gymnasium says: {error}") from error
+        raise ValueError(
+            f"unknown task 'gym:{environment}'; gymnasium says: {error}; an "
+            "environment of a module of your own is gym:MODULE:NAME"
+        ) from error
     return _own_task("gym", environment, environment, spec.max_episode_steps)
 
 
@@ -270,13 +299,17 @@ def _minari_task(dataset_name: str) -> Task:
             f"task 'minari:{dataset_name}' needs the package minari: pip install minari"
         ) from error
     try:
-        spec = minari.load_dataset(dataset_name).env_spec
+        data = minari.load_dataset(dataset_name)
+        spec = getattr(data, "_eval_env_spec", None) or data.env_spec
     except Exception as error:  # a missing dataset raises many things
         raise ValueError(
             f"unknown task 'minari:{dataset_name}'; minari says: {type(error).__name__}: {error}"
         ) from error
     if spec is None:
-        raise ValueError(f"the Minari dataset {dataset_name!r} does not name its environment")
+        raise ValueError(
+            f"the Minari dataset {dataset_name!r} does not name its environment; in Python, "
+            "train(config, environment=MyEnv, dataset=load_minari(name)) takes one of your own"
+        )
     return _own_task("minari", spec.id, dataset_name, spec.max_episode_steps)
 
 

@@ -37,6 +37,7 @@ class ChunkResult:
         steps: number of steps.
         success: ``info["success"]`` of the last step.
         done: whether the last step ended the episode.
+        told: whether the environment told success in any of the steps.
     """
 
     observation: np.ndarray
@@ -44,6 +45,7 @@ class ChunkResult:
     steps: int
     success: bool
     done: bool
+    told: bool = False
 
     @classmethod
     def empty(cls, observation: np.ndarray | None = None) -> ChunkResult:
@@ -55,7 +57,8 @@ class ChunkResult:
     def then(self, other: ChunkResult) -> ChunkResult:
         """Join this result with the result of the steps that follow."""
         reward, steps = self.reward + other.reward, self.steps + other.steps
-        return ChunkResult(other.observation, reward, steps, other.success, other.done)
+        told = self.told or other.told
+        return ChunkResult(other.observation, reward, steps, other.success, other.done, told)
 
 
 class LocalEnvironment:
@@ -89,7 +92,7 @@ class LocalEnvironment:
             observation, reward, terminated, truncated, info = self.environment.step(action)
             self._look()
             done = terminated or truncated
-            step = ChunkResult(observation, reward, 1, info["success"], done)
+            step = ChunkResult(observation, reward, 1, info["success"], done, info["success_told"])
             result = result.then(step)
             if done:
                 break

@@ -46,6 +46,8 @@ class EvaluateConfig:
     """Run folders, searched to any depth, or checkpoints."""
     agent: str | None = None
     """Agent of your own that the runs hold, as module:Name; its module is imported."""
+    task: str | None = None
+    """Task to play instead of that of the runs; names, as gym:MODULE:NAME, a module to import."""
     kernel: str | None = None
     """Kernel of your own that the agent has, as module:Name; its module is imported."""
     behaviour: str | None = None
@@ -101,13 +103,13 @@ def show_evaluate(config: EvaluateConfig) -> None:
     if config.gif is not None:
         ensure_writable(config.gif, "gif")
         for run in trained:
-            _require_renderer(find_task(run.task))
+            _require_renderer(_task(run, config))
     for path, run in zip(paths, trained, strict=True):
         result = evaluate_trained(run, config)
         print(f"{path} ({run.name} on {run.task}, {run.updates} updates)\n  {result}")
     if config.gif is not None:
         first = trained[0]
-        factory = partial(make_environment, find_task(first.task), render=True)
+        factory = partial(make_environment, _task(first, config), render=True)
         frames = record(
             first.agent,
             factory,
@@ -125,7 +127,7 @@ def evaluate_trained(trained: TrainedAgent, config: EvaluateConfig) -> Evaluatio
     Raises:
         ValueError: the task is unknown, or an option is out of range.
     """
-    factory = partial(make_environment, find_task(trained.task))
+    factory = partial(make_environment, _task(trained, config))
     environments, workers = (min(n, config.episodes) for n in (config.environments, config.workers))
     successes = 0
     with (
@@ -210,13 +212,20 @@ def write_gif(path: Path, frames: list[np.ndarray], *, per_second: int = 15) -> 
         )
 
 
+def _task(trained: TrainedAgent, config: EvaluateConfig) -> Task:
+    """Find the task to play; a module is imported only if the user names it."""
+    return find_task(config.task or trained.task, importing=config.task is not None)
+
+
 def _require_renderer(task: Task) -> None:
     """Import MuJoCo if the task's environment needs it, which fails without a rendering library.
 
     Raises:
         RunError: the import failed.
     """
-    if task.kind == "gym" and "mujoco" not in str(gymnasium.spec(task.environment_id).entry_point):
+    if task.kind == "gym" and "mujoco" not in str(
+        gymnasium.spec(task.environment_id.rpartition(":")[2]).entry_point
+    ):
         return
     try:
         importlib.import_module("mujoco")

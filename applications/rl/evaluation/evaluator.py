@@ -52,11 +52,13 @@ class Evaluation:
         successes: whether each episode succeeded at its last step.
         returns: undiscounted sum of the rewards of each episode.
         lengths: number of environment steps of each episode.
+        told: whether the environment told success in any episode.
     """
 
     successes: tuple[bool, ...]
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
+    told: bool = True
 
     @property
     def episodes(self) -> int:
@@ -65,12 +67,16 @@ class Evaluation:
 
     @property
     def success(self) -> float:
-        """Fraction of successes."""
+        """Fraction of successes; NaN where the environment tells none."""
+        if not self.told:
+            return math.nan
         return sum(self.successes) / self.episodes
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the probability of success."""
+        """Wilson's 95% interval of the probability of success; NaN where it is not told."""
+        if not self.told:
+            return math.nan, math.nan
         return wilson_interval(sum(self.successes), self.episodes)
 
     @property
@@ -85,8 +91,11 @@ class Evaluation:
 
     def __str__(self) -> str:
         low, high = self.interval
+        rate = f"success {self.success:.1%} [{low:.1%}, {high:.1%}] of"
+        if not self.told:
+            rate = "success not told by the environment,"
         return (
-            f"success {self.success:.1%} [{low:.1%}, {high:.1%}] of {self.episodes} episodes, "
+            f"{rate} {self.episodes} episodes, "
             f"return {self.mean_return:.1f}, length {self.mean_length:.0f}"
         )
 
@@ -176,6 +185,7 @@ class EpisodeEvaluator:
             tuple(result.success for result in played),
             tuple(result.reward for result in played),
             tuple(result.steps for result in played),
+            any(result.told for result in played),
         )
 
     def _play(

@@ -10,6 +10,7 @@ summary); the time left is the number of remaining updates divided by this rate.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -164,7 +165,7 @@ class Table:
         if seen.name == "training" and seen.rate:
             left = (phases.updates - seen.updates) / seen.rate
             words.append(f"{seen.rate:.3g} updates/s, {duration(left)} left")
-        if seen.success is not None:
+        if seen.success is not None and not math.isnan(seen.success):
             words.append(f"success {seen.success:.0%}")
         return ", ".join([*words, *([seen.note] if seen.note else [])])
 

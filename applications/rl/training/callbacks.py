@@ -112,7 +112,7 @@ class Progress(Callback):
     def on_step(self, trainer: Training, iteration: int, metrics: Metrics) -> None:
         """Move the bar."""
         latest = None if self.evaluations is None else self.evaluations.latest
-        if latest is not self._shown and latest is not None:
+        if latest is not self._shown and latest is not None and latest.told:
             self._shown = latest
             self._bar.set_postfix_str(f"success {latest.success:.0%}", refresh=False)
         self._bar.update(1)

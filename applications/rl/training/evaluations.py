@@ -149,7 +149,8 @@ class Evaluations(Callback):
 
     def _record(self, iteration: int, result: Evaluation) -> None:
         step, phase = self._place(iteration)
-        row = (step, phase, result.success, result.episodes, result.mean_return, result.mean_length)
+        success = result.success if result.told else "not told"
+        row = (step, phase, success, result.episodes, result.mean_return, result.mean_length)
         self._rows.append([f"{x:.9g}" if isinstance(x, float) else str(x) for x in row])
         self._write()
         self.snapshot.unlink(missing_ok=True)
@@ -191,8 +192,8 @@ class EvaluationPoints(Callback):
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Return the metrics of an evaluation by name."""
-    return {
-        "evaluation/success": evaluation.success,
+    success = {"evaluation/success": evaluation.success} if evaluation.told else {}
+    return success | {
         "evaluation/return": evaluation.mean_return,
         "evaluation/length": evaluation.mean_length,
     }

@@ -67,8 +67,9 @@ class OnlineCollector:
             self.last = {
                 "online/return": self._reward,
                 "online/length": float(self._length),
-                "online/success": float(taken.success),
             }
+            if taken.told:
+                self.last["online/success"] = float(taken.success)
             self._reward, self._length = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,7 @@ def resolve(
             f"got a {type(options).__name__}"
         )
     kernel_identity(options)  # refuse a kernel of one's own before any work
+    _check_loggers(config)
     device = choose_device(config.device)
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(
@@ -246,6 +248,22 @@ def resolve(
     spaces = None if first is None else Spaces(first.observation_dim, first.action_dim)
     check_behaviours(behaviours, config, options, spaces)
     return TrainingSetup(config, options, environment, shards, first, device, behaviours, checked)
+
+
+def _check_loggers(config: TrainConfig) -> None:
+    """Refuse loggers whose packages are missing, before a run of the folder is overwritten.
+
+    Raises:
+        ImportError: naming the option and the package.
+    """
+    for asked, module, package in (
+        (config.wandb is not None, "wandb", "wandb (0.19.10 or newer)"),
+        (config.tensorboard, "torch.utils.tensorboard", "tensorboard"),
+    ):
+        try:
+            _ = import_module(module) if asked else None
+        except ImportError as error:
+            raise ImportError(f"{package.split()[0]}: needs: pip install {package}") from error
 
 
 def _check_folder(path: Path | None) -> None:

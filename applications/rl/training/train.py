@@ -148,6 +148,7 @@ def show_train(config: TrainConfig) -> None:
     own += f" --kernel {kernel}" if kernel else ""
     if config.behaviour is not None and config.behaviour_run(0) is None:
         own += f" --behaviour {config.behaviour_name}"
+    own += f" --task {config.task}" if config.task.count(":") > 1 else ""
     print(f"\nnext: python -m applications.rl evaluate {config.path}/*{own}")
     if config.eval_every:  # else there is nothing to report
         print(f"      python -m applications.rl report {config.path}")

@@ -17,6 +17,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from applications.common.errors import RunError
 from applications.rl import run_folder
 from applications.rl.agents import find_agent
 from applications.rl.agents.base import AgentConfig
@@ -183,10 +184,17 @@ def resolve(
     """
     expected = find_agent(config.agent).config_class
     options, task = config.options, None
+    own_data = dataset is not None or (config.data is not None and config.data.suffix == ".npz")
     if environment is None:
-        task = find_task(config.task)
-        environment = partial(make_environment, task)
-        if options is None:
+        try:
+            task = find_task(config.task)
+            environment = partial(make_environment, task)
+        except ValueError:
+            # Data of one's own need no environment where nothing is played; the task is a name.
+            if config.eval_every or config.online_steps or not own_data or options is None:
+                raise
+            environment = _no_environment
+        if options is None and task is not None:
             options = preset(config.agent, task, config.preset)
     if options is None:
         raise ValueError("options must be given where environment is given")
@@ -248,6 +256,10 @@ def resolve(
     spaces = None if first is None else Spaces(first.observation_dim, first.action_dim)
     check_behaviours(behaviours, config, options, spaces)
     return TrainingSetup(config, options, environment, shards, first, device, behaviours, checked)
+
+
+def _no_environment() -> gymnasium.Env:
+    raise RunError("this training has data alone, and no environment")
 
 
 def _check_loggers(config: TrainConfig) -> None:

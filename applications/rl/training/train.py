@@ -91,7 +91,8 @@ def train(
         config: the options.
         environment: function that makes the environment, in place of the task's own;
             ``config.options`` must then be given, and ``config.task`` is only a name unless the
-            task's data are to be found.
+            task's data are to be found.  Data of your own need none where nothing is played
+            (``eval_every=0``, ``online_steps=0``): the task is then any name.
         dataset: the data, in place of the task's own.
         callbacks: additional callbacks, see ``flows.training.callbacks``; they are called for every
             seed.  One that raises `flows.training.StopTraining` ends the training of its seed with

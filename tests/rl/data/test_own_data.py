@@ -270,3 +270,13 @@ def test_bounds_of_the_environment_are_in_config_and_policy(tmp_path):
     found = facts["actions"]["environment"]
     assert (found["low"], found["high"]) == ([-2.0], [2.0])
     assert found["formula"] == "low + (action + 1) / 2 * (high - low)"
+
+
+def test_own_data_are_trained_on_without_an_environment(tmp_path):
+    path = write(tmp_path / "own.npz", timeouts=LAST)
+    (run,) = train(config(tmp_path / "python", task="robot"), dataset=load_npz(path))
+    assert (run.folder / "checkpoint.pt").exists()
+    train(config(tmp_path / "file", task="robot", data=path))
+    for played in ({"eval_every": 5}, {"online_steps": 12, "start_training": 5}):
+        with pytest.raises(ValueError, match="unknown task 'robot'"):
+            train(config(tmp_path / "no", task="robot", data=path, **played))

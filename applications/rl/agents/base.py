@@ -251,9 +251,8 @@ class Agent(nn.Module, ABC):
         self.updates.add_(1)
         due = self.updates % self.target_every == 0
         for rate, parameters in moved.items():
-            steps = torch._foreach_sub(followed[rate], parameters)
-            torch._foreach_mul_(steps, rate * due.to(parameters[0].dtype))
-            torch._foreach_add_(parameters, steps)
+            weight = rate * due.to(parameters[0].dtype)
+            torch._foreach_lerp_(parameters, followed[rate], [weight] * len(parameters))
 
     @final
     @torch.no_grad()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from adjoint.models.estimate_informed import ESTIMATE, EstimateInformed
 from flows.field import Cond, Residual, VelocityField
 from flows.networks.mlp import MLPVelocity
 from flows.weights import copy_sharing
 
 NARROWEST, WIDEST = 128, 1024
 """Bounds of the width of the network that is trained on a base without parameters."""
+
+FEW_ENTRIES = 32
+"""Entries of a sample up to which this network sees the state alone (docs/exactness.md)."""
 
 
 def trainable(
@@ -25,7 +29,8 @@ def trainable(
 
     A base with parameters is copied, and its parameters that require a gradient (all, if none does)
     are trained.  A base without parameters (a closed form) gets a zero-initialised residual network
-    of ``dtype`` that sees the conditions.
+    of ``dtype`` that sees the conditions, and for samples of more than `FEW_ENTRIES` entries the
+    base's estimate of the sample.
 
     Raises:
         ValueError: a base without parameters whose samples or conditions are not vectors.
@@ -45,8 +50,11 @@ def trainable(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         width = min(max(NARROWEST, 2 * shape[0]), WIDEST)
-        network = MLPVelocity(shape[0], hidden=(width,) * 3, cond_dims=dims, zero_init=True)
-        return Residual(base, network.to(dtype))
+        many = shape[0] > FEW_ENTRIES
+        sees = {**dims, ESTIMATE: shape[0]} if many else dims
+        network = MLPVelocity(shape[0], hidden=(width,) * 3, cond_dims=sees, zero_init=True)
+        kind = EstimateInformed if many else Residual
+        return kind(base, network.to(dtype))
 
 
 @torch.no_grad()

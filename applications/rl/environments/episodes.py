@@ -140,7 +140,8 @@ class Episodes:
             raise CheckpointError(
                 f"playing the {len(actions)} stored actions of episode {state['episode']} again "
                 f"leads to another observation than the stored one ({apart}): the environment or "
-                "the version of its physics engine differs from the checkpoint's"
+                "the version of its physics engine differs from the checkpoint's, or it draws "
+                "randomness that reset(seed=...) does not decide"
             )
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from gymnasium.spaces import Box
 from helpers.tiny import options
 
 from applications.rl import (
+    Episodes,
     RunError,
     Standard,
     TrainConfig,
@@ -19,6 +20,7 @@ from applications.rl import (
     train,
 )
 from applications.rl.report.results import read_results
+from flows.training import CheckpointError
 
 
 class Own(gymnasium.Env):
@@ -183,3 +185,12 @@ def test_a_missing_logger_is_refused_before_a_run_is_overwritten(tmp_path, monke
         with pytest.raises(ImportError, match="pip install"):
             train(config, environment=Own)
     assert (tmp_path / "seed0/checkpoint.pt").read_bytes() == before
+
+
+def test_randomness_outside_the_seed_is_named_on_resuming():
+    generator = np.random.default_rng()
+    drawn = lambda found: (generator.normal(size=2), *found[1:])  # noqa: E731
+    episodes = Episodes(lambda: Own(drawn), seed=0)
+    episodes.step([0.0])
+    with pytest.raises(CheckpointError, match=r"randomness that reset\(seed=...\) does not decide"):
+        Episodes(lambda: Own(drawn), seed=0).load_state_dict(episodes.state_dict())

@@ -17,10 +17,10 @@ demo: $(VENV)/.demo  ## a flow in the plane and handwritten digits, tilted, in t
 rl-demo: $(VENV)/.rl  ## an agent for a point maze, from data to pictures, in minutes
 	$(BIN)/python -m applications.rl demo $(DEMO)
 
-test: $(VENV)/.test  ## all tests, in about ten minutes
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST)
+test: $(VENV)/.test  ## all tests, in as many processes as there are cores
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
-quick: $(VENV)/.test  ## the tests that are not slow, in about a minute
+quick: $(VENV)/.test  ## the tests that are not slow, in a minute and a half of one core
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow" $(PYTEST)
 
 lint: $(VENV)/.test  ## format, style and types

@@ -21,8 +21,8 @@ from adjoint.rewards.reward import (
     Sum,
     ValueFunction,
     as_reward,
-    check_reward,
 )
+from adjoint.rewards.check import check_reward
 from adjoint.rewards.decoded import decoded
 from adjoint.models.lora import load_adapters, lora, merge, save_adapters
 from adjoint.models.reward_informed import RewardInformed, reward_informed

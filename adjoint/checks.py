@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adjoint.arguments import Arguments
 from adjoint.micro_batches import rows_of
 from adjoint.models.trainable import check_base_is_apart, trainable
-from adjoint.rewards.reward import check_dependence, check_reward
+from adjoint.rewards.check import check_dependence, check_reward
 from adjoint.trajectory_source import CondSampler
 from flows.field import Cond, VelocityField, check_velocity
 from flows.sampling import sample

@@ -14,7 +14,7 @@ from adjoint.chain.kernels import Kernel, Scheme, find_scheme, make_kernel, meas
 from adjoint.checks import draw_conditions
 from adjoint.cost import Cost, measure_cost
 from adjoint.micro_batches import chunks, rows_of
-from adjoint.rewards.reward import check_reward
+from adjoint.rewards.check import check_reward
 from flows import grid as grids
 from flows.field import Cond
 from flows.sampling import sample

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from adjoint.rewards.check import check_reward
 from adjoint.rewards.decoded import decoded
-from adjoint.rewards.reward import Reward, check_reward
+from adjoint.rewards.reward import Reward
 
 F64 = torch.float64
 G = torch.Generator().manual_seed(0)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from adjoint.rewards.reward import Reward, as_reward, cap_norm, check_reward
+from adjoint.rewards.check import check_reward
+from adjoint.rewards.reward import Reward, as_reward, cap_norm
 
 
 def quartic(x, cond=None):

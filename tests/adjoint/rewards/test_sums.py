@@ -7,7 +7,8 @@ import torch
 from helpers.linear_tilt import FAST, SLOPES, run
 from helpers.tilt_problems import S2, M
 
-from adjoint.rewards.reward import Reward, Sum, check_reward
+from adjoint.rewards.check import check_reward
+from adjoint.rewards.reward import Reward, Sum
 from adjoint.tilt import TiltConfig, tilt
 from flows.mixture import GaussianMixture
 from flows.training.loggers import CSVLogger

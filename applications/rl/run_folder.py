@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from applications.rl.environments.spaces import Spaces
 from applications.rl.training.config import TrainConfig
 from flows.training import CheckpointError, ensure_writable
 from flows.training import checkpoint as checkpoints
+from flows.version import __version__
 
 __all__ = ["CONFIG", "write_config"]
 
@@ -122,6 +123,17 @@ def describe_identity(
     }
 
 
+def option_defaults(config: AgentConfig) -> dict[str, Any]:
+    """Return the facts of an identity that a checkpoint of before an option existed stands for."""
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(config)
+    }
+    return {
+        f"options.{name}": _plain(value) for name, value in defaults.items() if value is not MISSING
+    }
+
+
 def run_folders(path: Path) -> list[Path]:
     """List the folders with a checkpoint at ``path`` and below, in order."""
     return sorted(file.parent for file in path.rglob(CHECKPOINT))
@@ -185,10 +197,13 @@ def load_agent(
             for key, value in identity.items()
             if key.startswith("options.")
         }
-        config = _stored_agent(path, name, allowed).config_class(**options)
+        config_class = _stored_agent(path, name, allowed).config_class
+        _check_options(path, state, config_class, options)
+        config = config_class(**options)
         _check_kernel(path, config, kernel)
         made = make_agent(config, identity["observation_dim"], identity["action_dim"])
         _restore_behaviour(path, made, identity.get(BEHAVIOUR_MODULE), behaviour)
+        _check_networks(path, state, made)
         made.load_state_dict(state["module"])
         trained = TrainedAgent(
             made.to(device), name, identity["task"], state["iteration"], identity
@@ -197,7 +212,8 @@ def load_agent(
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is no checkpoint of an agent of this version: {type(error).__name__}: {error}"
+            f"{path} is no checkpoint of an agent of this version: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; it was written by {checkpoints.writer(state)}"
         ) from error
     trained.agent.eval().requires_grad_(False)
     return trained
@@ -223,6 +239,45 @@ def _stored_agent(path: Path, name: str, allowed: type[Agent] | None) -> type[Ag
             f"{path}: {error}; if you trust it, name it: --agent {name}, or in Python "
             f"agent={name!r}"
         ) from error
+
+
+def _check_options(
+    path: Path,
+    state: Mapping[str, Any],
+    config_class: type[AgentConfig],
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse options that the agent does not have, as those of another version may be.
+
+    Raises:
+        CheckpointError: naming the options and the version that wrote them.
+    """
+    unknown = sorted({*options} - {field.name for field in fields(config_class)})
+    if unknown:
+        raise CheckpointError(
+            f"{path} has options that {config_class.__name__} of version {__version__} does not "
+            f"have: {', '.join(unknown)}; it was written by {checkpoints.writer(state)}"
+        )
+
+
+def _check_networks(path: Path, state: Mapping[str, Any], agent: Agent) -> None:
+    """Refuse weights of other networks than those of the agent.
+
+    Raises:
+        CheckpointError: naming the networks and the version that wrote them.
+    """
+    stored = {name.partition(".")[0] for name in state["module"]}
+    own = {name.partition(".")[0] for name in agent.state_dict()}
+    if stored != own:
+        raise CheckpointError(
+            f"{path} has other networks or buffers than the agent of version {__version__}: it "
+            f"lacks {_listed(own - stored)}, and has {_listed(stored - own)} besides; it was "
+            f"written by {checkpoints.writer(state)}"
+        )
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _check_kernel(path: Path, config: AgentConfig, allowed: str | None) -> None:

@@ -63,6 +63,7 @@ def load(
     path: str | Path,
     *,
     expect: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
     map_location: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Read the dict that ``save`` wrote to ``path``.
@@ -70,6 +71,8 @@ def load(
     Arguments:
         path: the file.
         expect: if given, it must equal the entry ``"identity"`` of the checkpoint.
+        defaults: values of facts that a checkpoint may lack, because it was written before they
+            existed.
         map_location: device of the tensors.
 
     Raises:
@@ -107,8 +110,13 @@ def load(
             "'module'"
         )
     if expect is not None:
-        _check_identity(path, state, expect)
+        _check_identity(path, state, expect, defaults or {})
     return state
+
+
+def writer(state: Mapping[str, Any]) -> str:
+    """Return name and version of the package that wrote the checkpoint with content ``state``."""
+    return f"{PACKAGE} {(state.get('versions') or {}).get(PACKAGE, 'of an unknown version')}"
 
 
 def versions() -> dict[str, str]:
@@ -240,20 +248,29 @@ def _plain(value: Any, place: str) -> Any:
 
 
 def _check_identity(
-    path: str | Path, state: Mapping[str, Any], expect: Mapping[str, object]
+    path: str | Path,
+    state: Mapping[str, Any],
+    expect: Mapping[str, object],
+    defaults: Mapping[str, object],
 ) -> None:
     found = state.get("identity")
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} does not say what run it belongs to, expected {expect}")
     absent = "absent"
-    differing = [
-        f"{key}: {found.get(key, absent)!r} in the checkpoint, expected {expect.get(key, absent)!r}"
-        for key in sorted({*found, *expect})
-        if key not in found or key not in expect or found[key] != expect[key]
-    ]
+    differing = []
+    for key in sorted({*found, *expect}):
+        expected = repr(expect.get(key, absent))
+        if key in found or key not in defaults:
+            if key not in found or key not in expect or found[key] != expect[key]:
+                got = repr(found.get(key, absent))
+                differing.append(f"{key}: {got} in the checkpoint, expected {expected}")
+        elif defaults[key] != expect.get(key, absent):
+            differing.append(
+                f"{key}: absent in the checkpoint, which stands for {defaults[key]!r}, expected "
+                f"{expected}"
+            )
     if differing:
-        version = (state.get("versions") or {}).get(PACKAGE, "of an unknown version")
         raise CheckpointError(
-            f"{path} belongs to another run; {'; '.join(differing)}; it was written by {PACKAGE} "
-            f"{version}"
+            f"{path} belongs to another run; {'; '.join(differing)}; it was written by "
+            f"{writer(state)}"
         )

@@ -63,6 +63,8 @@ class Trainer:
         checkpoint: file written every ``checkpoint_every`` iterations and at the end; one of an
             earlier run stays there until this run's first save.
         identity: what the checkpoint belongs to; a resume from another identity is refused.
+        identity_defaults: values of facts of the identity that a checkpoint may lack, because an
+            earlier version wrote it.
         save_frozen: whether checkpoints hold the parameters that require no gradient.  If not, the
             caller must have them on resume, and nothing may change them.
         restart: index of the iteration before which training restarts from the average; None for
@@ -93,6 +95,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         checkpoint: str | Path | None = None,
         identity: Identity | None = None,
+        identity_defaults: Identity | None = None,
         save_frozen: bool = True,
         restart: int | None = None,
     ) -> None:
@@ -108,7 +111,13 @@ class Trainer:
         self.stopped: str | None = None
         self.loss_metrics: list[Metrics] = []
         self.unreported: deque[Metrics] = deque()
-        self._file = TrainerCheckpoint(module, self.checkpoint, identity, save_frozen=save_frozen)
+        self._file = TrainerCheckpoint(
+            module,
+            self.checkpoint,
+            identity,
+            save_frozen=save_frozen,
+            defaults=identity_defaults,
+        )
         self._finite = FiniteNumbers()
 
         reshard(module)

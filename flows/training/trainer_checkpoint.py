@@ -58,16 +58,23 @@ class TrainerCheckpoint:
         path: the file; None for a trainer that keeps none.
         identity: what the checkpoint belongs to; a resume from another identity is refused.
         save_frozen: whether parameters that require no gradient are saved.
+        defaults: values of facts of the identity that an earlier checkpoint may lack.
 
     Attributes:
         saved_at: the iteration of the last checkpoint of this run; None before the first.
     """
 
     def __init__(
-        self, module: nn.Module, path: Path | None, identity: Identity | None, *, save_frozen: bool
+        self,
+        module: nn.Module,
+        path: Path | None,
+        identity: Identity | None,
+        *,
+        save_frozen: bool,
+        defaults: Identity | None = None,
     ) -> None:
         self.module, self.path, self.given_identity = module, path, identity
-        self.save_frozen = save_frozen
+        self.save_frozen, self.defaults = save_frozen, defaults
         self.saved_at: int | None = None
 
     @cached_property
@@ -94,7 +101,9 @@ class TrainerCheckpoint:
 
         def read() -> dict[str, Any] | None:
             checkpoints.ensure_writable(path, "checkpoint")
-            return checkpoints.load(path, expect=identity) if resume and path.exists() else None
+            if not (resume and path.exists()):
+                return None
+            return checkpoints.load(path, expect=identity, defaults=self.defaults)
 
         state = distributed.from_first(read)
         if state is None:
@@ -104,8 +113,10 @@ class TrainerCheckpoint:
         except distributed.ProcessLost:
             raise
         except Exception as error:  # modules and losses refuse foreign state in their own ways
+            reason = " ".join(str(error).split())
             raise CheckpointError(
-                f"{path} does not fit this trainer: {type(error).__name__}: {error}"
+                f"{path} does not fit this trainer: {type(error).__name__}: {reason}; it was "
+                f"written by {checkpoints.writer(state)}"
             ) from error
         self.saved_at = trainer.iteration
 

@@ -92,7 +92,13 @@ def is_finished(run: Run, config: TrainConfig) -> bool:
 
 def is_other(run: Run, config: TrainConfig) -> bool:
     """Say whether the folder holds a run of other settings, which a resume refuses."""
-    stored, wanted = read_json(run.folder / run_folder.CONFIG), settings(config)
+    stored, wanted = dict(read_json(run.folder / run_folder.CONFIG)), settings(config)
+    if config.options is not None and isinstance(stored.get("options"), dict):
+        defaults = run_folder.option_defaults(config.options)  # of options of a later version
+        stored["options"] = {
+            name: stored["options"].get(name, defaults.get(f"options.{name}"))
+            for name in {**wanted["options"], **stored["options"]}
+        }
     names = FIXED if wanted["options"] is None else (*FIXED, "options")
     return any(name in stored and stored[name] != wanted[name] for name in names)
 

@@ -336,4 +336,5 @@ class SeedRun:
             ],
             checkpoint=self.folder / run_folder.CHECKPOINT,
             identity=setup.identity(self.seed, spaces),
+            identity_defaults=run_folder.option_defaults(options),
         )

@@ -1,5 +1,6 @@
 """The judgement of a tilt: each rule by weights whose truth is known, then problems end to end."""
 
+import copy
 import math
 import warnings
 
@@ -310,7 +311,8 @@ EASY["gaussian"] = (gaussian(), linear, gaussian(M + LAMBDA * S2))
 @pytest.mark.parametrize("problem", EASY)
 def test_the_exact_tilt_of_an_easy_problem_is_good(problem, seed):
     base, reward, exact = (
-        part.float() if isinstance(part, torch.nn.Module) else part for part in EASY[problem]
+        copy.deepcopy(part).float() if isinstance(part, torch.nn.Module) else part
+        for part in EASY[problem]
     )
     found, caught = certified(base, reward, exact, seed=seed)
     assert found.judgement.level == GOOD, str(found)

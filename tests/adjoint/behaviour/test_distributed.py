@@ -184,8 +184,8 @@ def test_two_processes_refine_by_the_samples_of_both(with_cond, groups, tmp_path
     found, other = agreed(several(refined_by_flow_matching, tmp_path, with_cond))
     torch.testing.assert_close(found[0], other[0], rtol=0, atol=0)
     assert found[1] == groups
-    assert found[2]["x"].shape == (256, 2)
-    assert found[2]["log_weights"].shape == (groups, 256 // groups)
+    assert found[2]["x"].shape == (2 * 256, 2)  # drawn twice, and pooled
+    assert found[2]["log_weights"].shape == (2 * groups, 256 // groups)
     assert (found[2]["cond"] is not None) == with_cond
 
 

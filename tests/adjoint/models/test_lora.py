@@ -278,7 +278,7 @@ CONFIG = TiltConfig(
 @pytest.fixture(scope="module")
 def trained():
     """A small network that was fitted to a mixture."""
-    mixture = PROBLEMS["square"].base.float()
+    mixture = copy.deepcopy(PROBLEMS["square"].base).float()
     config = TrainerConfig(iterations=300, lr=5e-3, ema_decay=0.99)
     field = network(hidden=(32, 32))
     fit_flow(field, lambda n, g: mixture.sample(n, generator=g), config=config, batch_size=256)

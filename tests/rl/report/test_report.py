@@ -11,7 +11,7 @@ from matplotlib.collections import PolyCollection
 from PIL import Image
 
 from applications.common.pictures import style
-from applications.rl import ReportConfig, run_report
+from applications.rl import AGENTS, ReportConfig, run_report
 from applications.rl.evaluation.statistics import bootstrap_interval, wilson_interval
 from applications.rl.report.command import show_report
 from applications.rl.report.groups import grouped
@@ -476,7 +476,7 @@ def test_published_curves_end_where_phases_differ(tmp_path, drawn):
     run_report(config(tmp_path, tmp_path / "a", methods=("ReBRAC",)))
     lines = dashed(drawn[0])
     assert [line.get_xdata()[-1] for line in lines] == [400_000, 400_000]
-    assert {line.get_color() for line in lines} == {style.TILTED, style.MUTED}
+    assert {line.get_color() for line in lines} == {style.TILTED, AGENTS["rebrac"].color}
     words = texts(drawn[0])
     assert "offline | online" in words
     assert "ReBRAC, published" in words

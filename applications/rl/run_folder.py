@@ -33,9 +33,9 @@ from applications.rl.agents.chain_kernel import own_kernel
 from applications.rl.agents.pretrained import PretrainedActor, put_in_place
 from applications.rl.environments.spaces import Spaces
 from applications.rl.training.config import TrainConfig
+from flows import __version__
 from flows.training import CheckpointError, ensure_writable
 from flows.training import checkpoint as checkpoints
-from flows.version import __version__
 
 __all__ = ["CONFIG", "write_config"]
 

@@ -29,7 +29,7 @@ FINISHED = "finished.json"
 ERROR = "error.txt"
 TAIL = 8192
 """Number of bytes at the end of a table that always contain its last two lines."""
-FIXED = ("preset", "batch_size", "shard_every", "behaviour", "freeze_behaviour")
+FIXED = ("preset", "batch_size", "shard_every", "behaviour", "freeze_behaviour", "weights")
 """Options that a resume of a run must share with its checkpoint, beside those of the agent."""
 Row = dict[str, Any]
 

@@ -29,6 +29,7 @@ from applications.rl.environments.tasks import ENVIRONMENTS, TASK_NUMBERS, find_
 from applications.rl.report.published import SPARSE
 from applications.rl.training.behaviour import check_behaviours_exist
 from applications.rl.training.config import TrainConfig, folder_name
+from applications.rl.training.weights import check_weights_exist
 
 PUBLISHED = "published"
 """Word that stands for the tasks of the published table."""
@@ -190,6 +191,7 @@ def make_plan(
     planned = jobs(named)
     for job in planned:
         check_behaviours_exist(job.config)
+        check_weights_exist(job.config)
     refused = {run: unknown[run.task] for job in jobs([*unknown]) for run in job.runs}
     return Plan(tuple(planned), refused)
 

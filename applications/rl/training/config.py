@@ -77,6 +77,9 @@ class TrainConfig(RefusesOldNames):
     with its weights."""
     freeze_behaviour: bool = False
     """Keep the behaviour as it is, instead of fitting it to the data further."""
+    weights: Path | None = None
+    """Run of this agent whose weights all networks start from, with a new optimiser: training then
+    goes on from it on other data or in another phase; {task} and {seed} as in behaviour."""
     eval_every: int = 50_000
     """Steps between two evaluations; 0 turns them off."""
     eval_episodes: int = 50
@@ -155,6 +158,13 @@ class TrainConfig(RefusesOldNames):
             object.__setattr__(self, "behaviour", str(path))
         elif self.behaviour is None and self.freeze_behaviour:
             raise ValueError("freeze_behaviour must be off where no behaviour is given, got True")
+        if self.weights is not None:
+            if self.behaviour is not None:
+                raise ValueError(
+                    f"behaviour must not be given beside weights, which include it, got "
+                    f"{self.behaviour_name!r}"
+                )
+            object.__setattr__(self, "weights", self.weights.expanduser().absolute())
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
         if not self.phases.updates:
@@ -180,8 +190,14 @@ class TrainConfig(RefusesOldNames):
         """Return the run whose behaviour that of ``seed`` starts from; None if it is no run."""
         if not isinstance(self.behaviour, str) or is_reference(self.behaviour):
             return None
-        named = self.behaviour.replace("{task}", folder_name(self.task))
-        return named.replace("{seed}", str(seed))
+        return self._named(self.behaviour, seed)
+
+    def weights_run(self, seed: int) -> str | None:
+        """Return the run whose weights those of ``seed`` start from; None if there is none."""
+        return None if self.weights is None else self._named(str(self.weights), seed)
+
+    def _named(self, run: str, seed: int) -> str:
+        return run.replace("{task}", folder_name(self.task)).replace("{seed}", str(seed))
 
     @property
     def behaviour_name(self) -> str | None:

@@ -43,6 +43,7 @@ from applications.rl.environments.tasks import find_task, make_environment
 from applications.rl.environments.wrappers import Standard
 from applications.rl.training.behaviour import Behaviour, check_behaviours, find_behaviours
 from applications.rl.training.config import TrainConfig
+from applications.rl.training.weights import DIGEST, Weights, find_weights
 from flows.training import checkpoint as checkpoints
 from flows.training import choose_device
 
@@ -62,6 +63,7 @@ class TrainingSetup:
         first: the first shard, or None.
         device: device of agent and replay.
         behaviours: the behaviour that the agent starts from, by seed; empty if none is given.
+        weights: the weights that all its networks start from, by seed; empty if none are given.
         checked: the task's own environment, made to check the data, or None; it is not played.
     """
 
@@ -72,6 +74,7 @@ class TrainingSetup:
     first: Dataset | None
     device: torch.device
     behaviours: Mapping[int, Behaviour]
+    weights: Mapping[int, Weights]
     checked: Standard | None = None
 
     @cached_property
@@ -117,7 +120,7 @@ class TrainingSetup:
                 "shard_every": self.config.shard_every,
                 **({"balanced_sampling": True} if self.config.balanced_sampling else {}),
                 **kernel_identity(self.options),
-                **self._behaviour_facts(seed),
+                **self._start_facts(seed),
             },
         )
 
@@ -143,7 +146,7 @@ class TrainingSetup:
             **content,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            **self._behaviour_facts(seed),
+            **self._start_facts(seed),
             **spaces._asdict(),
             "action_low": None if known is None else known.action_low.tolist(),
             "action_high": None if known is None else known.action_high.tolist(),
@@ -157,7 +160,9 @@ class TrainingSetup:
             },
         }
 
-    def _behaviour_facts(self, seed: int) -> dict[str, Any]:
+    def _start_facts(self, seed: int) -> dict[str, Any]:
+        if seed in self.weights:
+            return {DIGEST: self.weights[seed].digest}
         if seed not in self.behaviours:
             return {}
         return {
@@ -255,7 +260,12 @@ def resolve(
     behaviours = find_behaviours(config)
     spaces = None if first is None else Spaces(first.observation_dim, first.action_dim)
     check_behaviours(behaviours, config, options, spaces)
-    return TrainingSetup(config, options, environment, shards, first, device, behaviours, checked)
+    weights = find_weights(config)
+    for each in {id(each): each for each in weights.values()}.values():
+        each.check(config.agent, options, spaces)
+    return TrainingSetup(
+        config, options, environment, shards, first, device, behaviours, weights, checked
+    )
 
 
 def _no_environment() -> gymnasium.Env:

@@ -294,6 +294,11 @@ class SeedRun:
             if setup.first is None:  # the sizes were not known before
                 behaviour.check(options, config.task, spaces)
             hand_over(behaviour, agent, config)
+        if self.seed in setup.weights:
+            weights = setup.weights[self.seed]
+            if setup.first is None:  # as above
+                weights.check(config.agent, options, spaces)
+            weights.start(agent)
         replay = setup.make_replay(spaces)
         collector = None
         if episodes is not None:

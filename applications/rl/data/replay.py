@@ -186,6 +186,12 @@ class Replay:
         self.position = (self.position + 1) % self.capacity
         self.online = min(self.online + 1, self.capacity)
 
+    def end_episode(self) -> None:
+        """Mark the newest online row as the last of its episode, as a time limit does."""
+        if self.online:
+            newest = self.offline + (self.position - 1) % self.capacity
+            self._rows["terminals"][newest : newest + 1].fill_(1.0)
+
     def sample(
         self,
         batch_size: int,

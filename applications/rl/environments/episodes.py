@@ -4,12 +4,14 @@ The randomness of episode i is a function of (seed, i); see
 `applications.rl.environments.reproducible`.  So no snapshot of a simulator is needed, which most
 cannot give: the state of a run within an episode is its seed, the number of the episode and the
 actions played so far, and on loading the actions are played again.  The resulting observation must
-equal the stored one bit for bit, which reveals another physics engine.
+equal the stored one bit for bit, which reveals another physics engine.  Where the environment has
+randomness of its own, so that not even two plays now are equal, a new episode begins instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -21,6 +23,9 @@ from applications.rl.environments.reproducible import episode_seed
 from applications.rl.environments.tasks import Task, make_environment
 from applications.rl.environments.wrappers import Observation, standardise
 from flows.training import CheckpointError
+
+MORE_PLAYS = 4
+"""Plays of an episode that must equal the first one if the environment repeats itself."""
 
 
 class Transition(NamedTuple):
@@ -113,36 +118,67 @@ class Episodes:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume the episode in ``state`` by playing its actions again.
 
+        An environment that does not even repeat itself now begins the next episode, with a warning:
+        no episode of it can be resumed.
+
         Raises:
             CheckpointError: the actions do not lead to the stored observation, because the
                 environment or the version of its physics engine is another one.
         """
-        actions, expected = state["actions"].numpy(), state["observation"].numpy()
+        actions, episode = state["actions"].numpy(), state["episode"]
         if actions.shape[1] != self.env.action_dim:
             raise CheckpointError(
                 f"the stored episode has actions of {actions.shape[1]} components, but the "
                 f"environment takes {self.env.action_dim}"
             )
         self.seed = state["seed"]
-        self._begin(state["episode"])
-        for index, action in enumerate(actions):
-            if self.step(action).done:
-                raise CheckpointError(
-                    f"episode {state['episode']} ended after {index + 1} of its {len(actions)} "
-                    "stored actions: the environment is not the one of the checkpoint"
-                )
-        if not np.array_equal(self.observation, expected):
-            apart = (
-                f"the largest difference is {np.abs(self.observation - expected).max():.3g}"
-                if expected.shape == self.observation.shape
-                else f"shapes are {self.observation.shape} and {expected.shape}"
+        seen = self._play(episode, actions)
+        reason = self._differs(state, len(seen) - 1)
+        if not reason:
+            return
+        if all(_equal(seen, self._play(episode, actions)) for _ in range(MORE_PLAYS)):
+            raise CheckpointError(reason)
+        warnings.warn(
+            f"episode {episode} cannot be resumed, and a new one begins: the environment draws "
+            "randomness that reset(seed=...) does not decide, so that two plays of equal actions "
+            "differ; the resumed run is not the one that would have been without interruption",
+            stacklevel=2,
+        )
+        self._begin(episode + 1)
+
+    def _play(self, episode: int, actions: NDArray[np.float32]) -> list[Observation]:
+        """Play an episode from its beginning, at most to its end; return the observations."""
+        self._begin(episode)
+        seen = [self.observation]
+        for action in actions:
+            taken = self.step(action)
+            seen.append(taken.next_observation)
+            if taken.done:
+                break
+        return seen
+
+    def _differs(self, state: dict[str, Any], played: int) -> str:
+        """Say how the episode just played differs from the one in ``state``; '' if it does not."""
+        episode, count = state["episode"], len(state["actions"])
+        expected = state["observation"].numpy()
+        if self.episode != episode:
+            return (
+                f"episode {episode} ended after {played} of its {count} stored actions: the "
+                "environment is not the one of the checkpoint"
             )
-            raise CheckpointError(
-                f"playing the {len(actions)} stored actions of episode {state['episode']} again "
-                f"leads to another observation than the stored one ({apart}): the environment or "
-                "the version of its physics engine differs from the checkpoint's, or it draws "
-                "randomness that reset(seed=...) does not decide"
-            )
+        if np.array_equal(self.observation, expected):
+            return ""
+        apart = (
+            f"the largest difference is {np.abs(self.observation - expected).max():.3g}"
+            if expected.shape == self.observation.shape
+            else f"shapes are {self.observation.shape} and {expected.shape}"
+        )
+        return (
+            f"playing the {count} stored actions of episode {episode} again "
+            f"leads to another observation than the stored one ({apart}): the environment or "
+            "the version of its physics engine differs from the checkpoint's, or it draws "
+            "randomness that reset(seed=...) does not decide"
+        )
 
     def close(self) -> None:
         """Close the environment."""
@@ -152,6 +188,10 @@ class Episodes:
         self.episode = episode
         self._actions = []
         self.observation = reset_seeded(self.env, episode_seed(self.seed, episode))
+
+
+def _equal(left: Sequence[Observation], right: Sequence[Observation]) -> bool:
+    return len(left) == len(right) and all(map(np.array_equal, left, right))
 
 
 def reset_seeded(env: gymnasium.Env, seed: int) -> Observation:

@@ -87,6 +87,9 @@ class OnlineCollector:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state from ``state_dict``; the running episode is played again up to there.
 
+        Where the environment cannot repeat it, a new episode has begun, and the interrupted one
+        ends in the replay, which must have been restored before.
+
         Raises:
             CheckpointError: the environment does not repeat the stored episode.
         """
@@ -94,3 +97,7 @@ class OnlineCollector:
         self.steps, self.ended, self.last = state["steps"], state["ended"], dict(state["last"])
         self._queue = [np.array(action, np.float32) for action in state["queue"]]
         self._reward, self._length = state["reward"], state["length"]
+        if self.episodes.episode != state["episodes"]["episode"]:
+            self.replay.end_episode()
+            self._queue.clear()
+            self._reward, self._length = 0.0, 0

@@ -287,3 +287,14 @@ def test_sampling_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert batch.actions.device.type == "cuda"
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_an_interrupted_episode_ends_at_the_newest_row(rows):
+    replay = Replay(3, 1, 1)
+    replay.end_episode()  # there is none yet
+    for row in range(rows):
+        replay.add(np.array([row]), np.zeros(1), 0.0, 1.0, 0.0, np.zeros(1))
+    replay.end_episode()
+    terminals = replay.state_dict()["terminals"]
+    assert terminals.tolist() == [0.0] * (len(terminals) - 1) + [1.0]

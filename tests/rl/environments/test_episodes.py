@@ -1,5 +1,6 @@
 """Episodes are functions of seed, number and actions, and are taken up again exactly."""
 
+import itertools
 import subprocess
 import sys
 
@@ -205,6 +206,24 @@ def test_another_environment_is_noticed_on_resuming():
         Episodes(lambda: Drifting(limit=5), seed=0).load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"actions of 1 components.*takes 2"):
         Episodes(find_task(POINTMAZE), seed=0).load_state_dict(state)
+
+
+def test_an_environment_that_does_not_repeat_itself_goes_on_with_a_new_episode():
+    class Unsteady(Drifting):
+        """A walk whose length is another one at each reset."""
+
+        lengths = itertools.chain([9, 5, 9, 5, 9, 4], itertools.repeat(9))
+
+        def reset(self, *, seed=None, options=None):
+            self.limit = next(self.lengths)
+            return super().reset(seed=seed, options=options)
+
+    episodes = Episodes(Drifting, seed=0)
+    play(episodes, 108)
+    resumed = Episodes(Unsteady, seed=0)
+    with pytest.warns(UserWarning, match="episode 1 cannot be resumed, and a new one begins"):
+        resumed.load_state_dict(episodes.state_dict())
+    assert (resumed.episode, resumed.steps, resumed.seed) == (2, 0, 0)
 
 
 def test_state_before_the_first_step():

@@ -20,7 +20,6 @@ from applications.rl import (
     train,
 )
 from applications.rl.report.results import read_results
-from flows.training import CheckpointError
 
 
 class Own(gymnasium.Env):
@@ -192,5 +191,5 @@ def test_randomness_outside_the_seed_is_named_on_resuming():
     drawn = lambda found: (generator.normal(size=2), *found[1:])  # noqa: E731
     episodes = Episodes(lambda: Own(drawn), seed=0)
     episodes.step([0.0])
-    with pytest.raises(CheckpointError, match=r"randomness that reset\(seed=...\) does not decide"):
+    with pytest.warns(UserWarning, match=r"randomness that reset\(seed=...\) does not decide"):
         Episodes(lambda: Own(drawn), seed=0).load_state_dict(episodes.state_dict())

@@ -76,6 +76,7 @@ def test_flow_matching_is_not_worthwhile_where_each_condition_has_few_samples():
         assert is_worthwhile(samples_of(torch.zeros(256 * 64, 2), log_w)) is expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_samples_are_renewed_where_the_calls_between_were_replayed(accumulate):
     """A recording makes whole updates and adds them to the calls of the tilt's loss alone."""
@@ -124,6 +125,7 @@ class Stop(Callback):
             raise KeyError("stop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 4, 7])
 def test_a_refinement_that_is_resumed_is_the_undisturbed_one(at, tmp_path):
     """At its start, with its first samples, and with its second; with labels and dropout."""
@@ -172,6 +174,7 @@ def test_a_refinement_that_is_resumed_is_the_undisturbed_one(at, tmp_path):
         assert torch.equal(weight, again[name]), name
 
 
+@pytest.mark.slow
 def test_processes_share_the_weights_of_one_unconditional_chain(monkeypatch):
     """Each process alone would give its part of the samples a half of the weight."""
     loss = refinement(PROBLEMS["square"], refine_samples=128)
@@ -240,6 +243,7 @@ def test_the_velocity_of_the_exact_tilt_is_the_minimum_whatever_draws_the_sample
         assert minimum == pytest.approx(1.0, abs=0.05), start
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_twice_and_pooled():
     class Scripted(FlowMatchingLoss):
         def draw(self, module, generator):
@@ -326,6 +330,7 @@ def test_a_sample_outside_of_the_tilt_does_not_hide_the_variance():
     assert is_worthwhile(half)
 
 
+@pytest.mark.slow
 def test_the_terms_of_a_reward_are_reported_during_the_refinement():
     loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64, eval_batch_size=48)
     terms = Reward(lambda x, c: x[:, 0], name="a") + 2 * Reward(lambda x, c: x[:, 1], name="b")
@@ -341,6 +346,7 @@ def test_the_terms_of_a_reward_are_reported_during_the_refinement():
     torch.testing.assert_close(metrics["reward.a"], mean)
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_saves_the_samples(monkeypatch):
     """All have the same: R copies would fill the checkpoint."""
     loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64)
@@ -357,6 +363,7 @@ def test_the_first_process_alone_saves_the_samples(monkeypatch):
     assert again.calls == 1
 
 
+@pytest.mark.slow
 def test_the_bar_says_what_is_made(capsys):
     loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64)
     loss.refining.progress = True
@@ -448,6 +455,7 @@ def test_targets_of_the_control_are_even_on_one_mode_and_uneven_on_several():
     assert found[1] > 10 * CALM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_numbers_are_refused(value):
     loss = refinement(PROBLEMS["square"], refine_samples=64)

@@ -347,6 +347,7 @@ def test_it_learns_sooner_than_a_model_that_sees_the_state_only():
     assert abs(z - other.log_z) < 4 * math.hypot(error, other.log_z_stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 24}, {"reward_batch": 16}])
 def test_a_tilt_resumes_and_its_options_change_nothing(tmp_path, options):
     file = tmp_path / "tilt.pt"

@@ -328,6 +328,7 @@ def vae():
     ).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_a_diffusers_autoencoder_is_decoded_as_its_pipelines_do(vae, chunk):
     x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))

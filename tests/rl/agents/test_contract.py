@@ -31,6 +31,7 @@ def config(name, **changes):
     return replace(default, **{k: v for k, v in options.items() if hasattr(default, k)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=str)
 def test_the_contract(name, changes):
     check_agent(config(name, **changes))

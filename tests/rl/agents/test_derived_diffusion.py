@@ -157,6 +157,7 @@ def test_lengths_are_free_for_one_half_and_on_the_grid_for_the_other():
         assert reverse_lengths(nearly_one, steps).max() == 1
 
 
+@pytest.mark.slow
 def test_the_reverse_flow_leads_back_to_the_action():
     """Forward from its end by many Euler steps, on the same flow."""
     agent, data = make("rql", shake=0.3), batch()

@@ -260,6 +260,7 @@ def test_data_of_another_environment_are_refused_without_an_evaluation_too(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bounds_of_the_environment_are_in_config_and_policy(tmp_path):
     online = {"offline_steps": 0, "online_steps": 12, "start_training": 10, "use_data": False}
     train(config(tmp_path, task="gym:Pendulum-v1", **online))

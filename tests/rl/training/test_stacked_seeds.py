@@ -61,6 +61,7 @@ def trainers(name, **options):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

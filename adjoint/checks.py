@@ -97,9 +97,10 @@ def checked_model(
 def check_direction(base: VelocityField, noise: Tensor, data: Tensor, cond: Cond | None) -> None:
     """Warn of a base whose velocity has not the slopes of a flow from noise to data.
 
-    For independent noise, v(x, 0) = E[X_1] - x and v(x, 1) = x, so that the slope of v in x, the
-    regression of v on x with the mean taken out, is -1 at pure noise and +1 at data, whatever the
-    data are.
+    For independent noise, v(x, 0 | c) = E[X_1 | c] - x and v(x, 1 | c) = x.  So the slope of v in x
+    is -1 at pure noise and +1 at data, whatever the data are.  At noise it is the regression of
+    v(x) - v(-x) on 2 x, in which the mean of each condition cancels; at data it is that of v on x
+    with the mean over the samples taken out, and is not checked where they do not differ.
 
     Arguments:
         base: velocity field.
@@ -111,11 +112,16 @@ def check_direction(base: VelocityField, noise: Tensor, data: Tensor, cond: Cond
     """
     if not bool(torch.isfinite(data).all()):
         return
-    found = []
-    for states, time in ((noise, 0.0), (data, 1.0)):
-        v = base(states, torch.tensor(time).to(states), cond).float()
-        x = states.float() - states.float().mean(0)
-        found.append(float(((v - v.mean(0)) * x).sum() / x.square().sum().clamp_min(1e-12)))
+
+    def velocity(x: Tensor, time: float) -> Tensor:
+        return base(x, torch.tensor(time).to(x), cond).float()
+
+    odd = 0.5 * (velocity(noise, 0.0) - velocity(-noise, 0.0))
+    found = [float((odd * noise).sum() / noise.float().square().sum())]
+    v, x = velocity(data, 1.0), data.float() - data.float().mean(0)
+    spread = x.square().sum()
+    apart = bool(spread > 1e-12)
+    found.append(float(((v - v.mean(0)) * x).sum() / spread) if apart else 1.0)
     if abs(found[0] + 1) > SLOPE_GAP or abs(found[1] - 1) > SLOPE_GAP:
         warnings.warn(
             f"base: its velocity changes with x by {found[0]:+.2f} at t = 0 and {found[1]:+.2f} at "

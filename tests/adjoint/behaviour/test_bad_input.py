@@ -12,6 +12,7 @@ from helpers.linear_tilt import BASE, FAST, SLOPES, Shift, Slope, run, with_opti
 from torch import nn
 
 from adjoint.arguments import device_of
+from adjoint.checks import check_direction
 from adjoint.tilt import TiltConfig, tilt
 from flows.field import Residual, batch_time
 from flows.mixture import GaussianMixture
@@ -308,6 +309,21 @@ def test_a_base_with_other_slopes_than_those_of_a_flow_is_warned_of(call, slopes
     assert len(found) == (slopes is not None)
     if slopes is not None:
         assert re.search(slopes, found[0])
+
+
+@pytest.mark.parametrize(("states", "spread"), [(1, 0.0), (4, 4.0)])
+def test_a_right_base_is_not_warned_of_at_one_state_nor_at_conditions_far_apart(states, spread):
+    """The mean of the data given the condition is no slope of the velocity."""
+
+    def conditional(x, t, cond):
+        return cond["mean"] + (2 * t - 1) * (x - t * cond["mean"]) / ((1 - t) ** 2 + t**2)
+
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        noise, more, mean = torch.randn(3, states, 1, generator=generator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_direction(conditional, noise, spread * mean + more, {"mean": spread * mean})
 
 
 def test_modules_whose_hooks_do_not_survive_a_copy_are_refused():

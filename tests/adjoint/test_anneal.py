@@ -10,7 +10,7 @@ from torch import nn
 
 from adjoint import TiltConfig, anneal
 from adjoint.anneal import LEAST_ESS, PATIENCE, next_fraction, reason_to_stop
-from flows import GaussianMixture
+from flows import GaussianMixture, Residual
 from flows.training.callbacks import Callback, StopTraining
 
 F64 = torch.float64
@@ -32,6 +32,17 @@ def run(reward=far, config=STAGES, model=None, **options):
         dtype=F64,
         **options,
     )
+
+
+class Push(nn.Module):
+    """A velocity that is one trained vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, dtype=F64))
+
+    def forward(self, x, t, cond=None):
+        return self.w.expand_as(x)
 
 
 def test_the_next_temperature_keeps_a_half_of_the_effective_samples():
@@ -73,8 +84,9 @@ def test_stages_go_on_with_the_model_of_the_stage_before():
             starts.append(trainer.module.w.detach().clone())
             trained.append(trainer.module.w.requires_grad)
 
-    starts, trained = [], []
-    annealed = run(callbacks=[Starts()], config=replace(STAGES, ema_decay=0.9))
+    starts, trained, model = [], [], Shift()
+    annealed = run(callbacks=[Starts()], config=replace(STAGES, ema_decay=0.9), model=model)
+    assert float(model.w.detach().norm()) == 0.0  # stages go on from the averaged weights, copies
     assert len(starts) == len(annealed.stages)
     assert all(trained)
     assert float(starts[0].norm()) == 0.0
@@ -87,14 +99,41 @@ def test_stages_go_on_with_the_model_of_the_stage_before():
 @pytest.mark.filterwarnings("ignore:judgement")
 def test_a_residual_network_goes_on_too():
     """The frozen base inside of it stays frozen, and no stage trains what the last did not."""
-    config = replace(STAGES, iterations=3, lr=1e-3)
-    base = GaussianMixture.isotropic(torch.zeros(1, 2), 1.0)
+
+    class Base(nn.Module):
+        """A flow that has a weight."""
+
+        def __init__(self):
+            super().__init__()
+            self.flow = GaussianMixture.isotropic(torch.zeros(1, 2, dtype=F64), 1.0)
+            self.mean = nn.Parameter(torch.zeros(2, dtype=F64))
+
+        def forward(self, x, t, cond=None):
+            return self.flow(x, t, cond) + self.mean
+
+    class Trained(Callback):
+        def on_start(self, trainer):
+            weights = dict(trainer.module.named_parameters())
+            trained.append({name for name, p in weights.items() if p.requires_grad})
+            starts.append(float(weights["correction.w"].detach().norm()))
+
+    config, base, trained, starts = replace(STAGES, iterations=3, lr=1e-3), Base(), [], []
     annealed = anneal(
-        base, lambda x, c: 2.0 * x[:, 0], shape=(2,), config=config, stage_iterations=2
+        base,
+        lambda x, c: 2.0 * x[:, 0],
+        shape=(2,),
+        config=config,
+        model=Residual(base, Push()),
+        stage_iterations=2,
+        dtype=F64,
+        callbacks=[Trained()],
     )
     assert len(annealed.stages) >= 2
+    assert trained == [{"correction.w"}] * len(annealed.stages)
+    assert starts[0] == 0.0
+    assert min(starts[1:]) > 0
     weights = dict(annealed.tilted.field.named_parameters())
-    assert float(weights["correction.last.weight"].norm()) > 0
+    assert float(weights["base.mean"].norm()) == 0
 
 
 @pytest.mark.slow

@@ -131,7 +131,10 @@ class MLPVelocity(nn.Module):
     def _conditions(self, x: Tensor, cond: Cond) -> list[Tensor]:
         """Return the checked conditions in the order of ``cond_dims``, dtype and batch of ``x``."""
         if cond.keys() != self.cond_dims.keys():
-            raise ValueError(f"cond must name {sorted(self.cond_dims)}, got {sorted(cond)}")
+            raise ValueError(
+                f"cond must name {sorted(self.cond_dims)}, got {sorted(cond)}; cond_dims= of "
+                "MLPVelocity names the conditions that the network sees"
+            )
         for name, size in self.cond_dims.items():
             if cond[name].shape not in ((x.shape[-2], size), (*x.shape[:-1], size)):
                 several = f" or {(*x.shape[:-1], size)}" if x.ndim == 3 else ""

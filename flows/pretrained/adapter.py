@@ -42,6 +42,9 @@ class Network(nn.Module):
         ignored: Collection[str],
     ) -> None:
         super().__init__()
+        for argument, names in (("conditions", conditions), ("ignored", ignored)):
+            if isinstance(names, str):
+                raise ValueError(f"{argument} must be a list of names, got the string {names!r}")
         self.network, self.ignored = network, frozenset(ignored)
         self.convention = convention
         self.takes, self.needs, self.swallows = _arguments(network, convention, conditions)

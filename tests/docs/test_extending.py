@@ -27,7 +27,7 @@ FEWER = (
 """Options of the Python blocks, made smaller."""
 SMALLER = (
     (r"--iterations \d+", "--iterations 4 --base-iterations 20 --samples 2000 --no-animation"),
-    (r"--offline-steps \d+", "--offline-steps 20"),
+    (r"--offline-steps [1-9]\d*", "--offline-steps 20"),
     (r"--eval-every \d+", "--eval-every 20"),
     (r"--checkpoint-every \d+", "--checkpoint-every 20"),
 )
@@ -115,7 +115,8 @@ def test_the_page_from_top_to_bottom(folder):
             (folder / kind).write_text(code)
         done.append(kind)
     mine = {
-        f"my_{name}.py" for name in ("reward", "callback", "target", "kernel", "agent", "policy")
+        f"my_{name}.py"
+        for name in ("reward", "callback", "target", "kernel", "environment", "agent", "policy")
     }
     assert mine <= set(done)
     assert (folder / "outputs").is_dir()

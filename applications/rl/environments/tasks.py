@@ -286,7 +286,8 @@ def _gym_task(environment: str, importing: bool) -> Task:
     except gymnasium.error.Error as error:
         raise ValueError(
             f"unknown task 'gym:{environment}'; gymnasium says: {error}; an "
-            "environment of a module of your own is gym:MODULE:NAME"
+            "environment of a module of your own is gym:MODULE:NAME, where the module registers "
+            "the name: gymnasium.register(NAME, MyEnvironment, max_episode_steps=N)"
         ) from error
     return _own_task("gym", environment, environment, spec.max_episode_steps)
 

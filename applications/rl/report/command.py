@@ -29,6 +29,7 @@ from applications.rl.report.published import (
 from applications.rl.report.results import read_results
 from applications.rl.report.table import Line, curve_rows, format_table, table
 from applications.rl.report.trust_regions import trust_region_remarks
+from applications.rl.training.config import folder_name
 from flows.training import ensure_writable, replacing
 
 
@@ -97,7 +98,7 @@ def run_report(config: ReportConfig) -> Report:
     ensure_writable(config.folder / "table.csv", "folder")
     files = []
     for task in [t for t in known if not config.tasks or t in config.tasks]:
-        path = config.folder / f"{task}.png"
+        path = config.folder / f"{folder_name(task)}.png"
         same = [g for g in groups if g.task == task]
         files.append(draw_task(path, same, config, remarks))
     lines = table(groups)

@@ -147,6 +147,8 @@ class TestArguments:
         assert torch.equal(given, flow()(X, T, {"label": LABEL}))
         with pytest.raises(ValueError, match=r"must not name arguments .* \['label'\]"):
             flow(ignored=("label",))
+        with pytest.raises(ValueError, match="ignored must be a list of names, got the string"):
+            flow(ignored="prompt")
 
     @pytest.mark.parametrize("missing", ["pooled_projections", "encoder_hidden_states"])
     def test_arguments_that_only_seem_to_have_a_default_are_asked_for(self, missing):

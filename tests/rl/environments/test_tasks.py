@@ -82,6 +82,7 @@ def test_protocol(name, horizon, discount):
         ("powderworld-easy-play-v0", "not images"),
         ("", "unknown task ''"),
         ("gym:Pendulum-v9", "gymnasium says"),
+        ("gym:numpy:Unregistered", r"registers the name: gymnasium.register"),
         ("gym:", "unknown task"),
     ],
 )

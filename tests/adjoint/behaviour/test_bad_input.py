@@ -349,6 +349,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert torch.equal(found.field.w, checkpoints.load(path)["module"]["w"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "identity", "match"),
     [

@@ -100,6 +100,7 @@ def test_reported_numbers_are_where_the_samples_are():
     assert samples.to(torch.device("meta")).metrics["ess"].device.type == "meta"
 
 
+@pytest.mark.slow
 def test_no_time_is_rounded_up_to_one(monkeypatch):
     """A velocity (x̂1 - x) / (1 - t) is not finite there, where no other loss is taken."""
     loss = refinement(PROBLEMS["square"], batch_size=4, refine_samples=64)

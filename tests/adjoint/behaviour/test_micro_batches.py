@@ -170,6 +170,7 @@ def outcome(loss, model, calls=3):
     return [tensor.detach().as_subclass(Tensor).clone() for tensor in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_loss_its_gradient_and_metrics_do_not_depend_on_the_parts(options):
     model, base, reward = Counting(), Counting(1), Judge()

@@ -18,6 +18,7 @@ def test_a_kernel_of_ones_own_keeps_the_contract():
     check_kernel(own_schemes.Tempered())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [

@@ -213,6 +213,7 @@ def test_a_process_that_hangs_ends_the_job():
     assert "lost the others in averaging gradients or metrics" in str(first)
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_the_processes(tmp_path):
     def first(seed):
         x = torch.randn(B, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

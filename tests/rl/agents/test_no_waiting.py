@@ -45,6 +45,7 @@ def ids(pair):
     return "-".join([pair[0], *map(str, pair[1].values())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", AGENTS_AND_KERNELS, ids=ids)
 def test_an_update(pair):
     name, changes = pair

@@ -119,6 +119,7 @@ def test_training_goes_on_from_it(tmp_path, cloned):
 # --- frozen ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", WITH_BEHAVIOUR)
 def test_a_frozen_behaviour_stays_bit_by_bit_and_all_else_learns(tmp_path, cloned, agent):
     (run,) = fit(tmp_path, agent, behaviour=cloned.folder, freeze_behaviour=True)
@@ -157,6 +158,7 @@ def test_gradients_of_the_rest_are_those_of_training_everything():
 # --- what is refused ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("agent", "changes", "message"),
     [

@@ -101,6 +101,7 @@ def test_a_field_without_parameters_is_tilted_by_a_correction():
 # --- training -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["qam", "qam-e", "qam-f", "bam", "fql", "ifql"])
 def test_every_agent_tilts_it_and_leaves_it_alone(tmp_path, agent):
     (run,) = fit(tmp_path, agent, behaviour=NAME)
